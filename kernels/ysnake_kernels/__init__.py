@@ -1,0 +1,18 @@
+"""State-space-duality operators for PyTorch: the Mamba-2 scan, its one-token step, the causal
+convolution and the gated norm around them. Each has a `reference`, and an `eager` path for any device.
+"""
+
+from ysnake_kernels.backend import backend
+from ysnake_kernels.conv import causal_conv1d, causal_conv1d_step
+from ysnake_kernels.norm import rms_norm_gated
+from ysnake_kernels.ssd import ssd_scan
+from ysnake_kernels.step import ssd_step
+
+__all__ = [
+    "backend",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "rms_norm_gated",
+    "ssd_scan",
+    "ssd_step",
+]

@@ -1,0 +1,62 @@
+"""Checks of arguments that the operators share; every error names the argument it is about."""
+
+import os
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int, ...],
+    like: Tensor,
+    match: str = "x",
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    """Raise unless `tensor` has this shape, one of these dtypes, and the device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name}: expected shape {shape} to match {match}, got {tuple(tensor.shape)}"
+        )
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: expected one of {expected}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{name}: expected device {like.device} to match {match}, got {tensor.device}"
+        )
+
+
+def check_rank(name: str, tensor: Tensor, axes: str) -> None:
+    """Raise unless `tensor` is a floating-point tensor with as many dimensions as `axes` names."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.ndim != len(axes.split(", ")):
+        raise ValueError(f"{name}: expected shape ({axes}), got {tuple(tensor.shape)}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+
+
+def values_can_be_checked(tensor: Tensor) -> bool:
+    """Whether looking at values is free: on a CPU outside compilation, or asked for on a GPU."""
+    if torch.compiler.is_compiling():
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("YSNAKE_CHECK") == "1"
+
+
+def check_decay(A: Tensor) -> None:
+    """Raise if some A > 0: the state would grow without bound."""
+    if values_can_be_checked(A) and bool((A > 0).any()):
+        raise ValueError(f"A: expected values <= 0, got a maximum of {A.max().item():g}")
+
+
+def check_seq_idx(seq_idx: Tensor) -> None:
+    """Raise if document numbers go down along the sequence."""
+    if values_can_be_checked(seq_idx) and bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
+        raise ValueError("seq_idx: expected document numbers that never decrease along the length")

@@ -1,0 +1,39 @@
+"""The definition of the causal depthwise convolution, over a sequence and for new tokens."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ysnake_kernels.numerics import accumulator
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """Arguments as `causal_conv1d` has checked them."""
+    acc = accumulator(x, weight, bias, initial_states)
+    width, length = weight.shape[1], x.shape[2]
+    if initial_states is None:
+        history = x.new_zeros(*x.shape[:2], width - 1).to(acc)
+    else:
+        history = initial_states.to(acc)
+    padded = torch.cat([history, x.to(acc)], dim=2)
+    y = torch.zeros_like(x, dtype=acc)
+    for tap in range(width):
+        back = width - 1 - tap  # this tap looks at the token `back` places before
+        term = weight[:, tap].to(acc)[:, None] * padded[:, :, tap : tap + length]
+        if seq_idx is not None:
+            # before the first token stands the first token's document
+            shifted = torch.cat([seq_idx[:, :1].expand(-1, back), seq_idx], dim=1)[:, :length]
+            term = torch.where((seq_idx == shifted)[:, None], term, torch.zeros_like(term))
+        y = y + term
+    if bias is not None:
+        y = y + bias.to(acc)[:, None]
+    if activation is not None:
+        y = F.silu(y)
+    return y.to(x.dtype)

@@ -1,0 +1,62 @@
+"""Gated RMSNorm: arguments, checks, and the choice of implementation."""
+
+import torch
+from torch import Tensor
+
+from ysnake_kernels.backend import choose
+from ysnake_kernels.checks import FLOATS, check
+from ysnake_kernels.norm import eager, reference
+
+_IMPLEMENTATIONS = {"reference": reference.norm, "eager": eager.norm}
+
+
+def rms_norm_gated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """RMSNorm over groups of the last dimension, gated by silu(z) before or after.
+
+    `norm_before_gate`: rms(x) * weight + bias, times silu(z). Otherwise: rms(x * silu(z)) * weight + bias.
+    Here rms(v) = v / sqrt(mean(v^2) + eps), the mean taken over each group. Names follow mamba_ssm's
+    `rmsnorm_fn`; Mamba-2 gates first. Computed in float32 (float64 if an input is). Differentiable
+    once in x, weight, bias and z.
+
+    Args:
+        x: (..., features).
+        weight: (features,).
+        bias: (features,).
+        z: shape of x; None leaves the gate out.
+        eps: added to the mean square.
+        group_size: features per group, dividing features; None means all of them.
+        norm_before_gate: see above.
+
+    Returns:
+        the shape and dtype of x.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or values.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467; the gate, arXiv 2405.21060, section 7.1.
+    """
+    if not isinstance(x, Tensor) or x.dtype not in FLOATS:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x: expected a floating-point tensor, got {got}")
+    if x.ndim < 1:
+        raise ValueError("x: expected shape (..., features), got ()")
+    features = x.shape[-1]
+    check("weight", weight, (features,), x)
+    if bias is not None:
+        check("bias", bias, (features,), x)
+    if z is not None:
+        check("z", z, tuple(x.shape), x)
+    group_size = features if group_size is None else group_size
+    if group_size < 1 or features % group_size:
+        raise ValueError(f"group_size: expected a divisor of {features} features, got {group_size}")
+    norm = _IMPLEMENTATIONS[choose()]
+    with torch.autocast(x.device.type, enabled=False):
+        return norm(x, weight, bias, z, eps, group_size, norm_before_gate)

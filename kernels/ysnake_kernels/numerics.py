@@ -1,0 +1,27 @@
+"""What every implementation computes alike before its own work starts: dtypes and step sizes."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def accumulator(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that sums, exponents and states have: float64 if any input has it, else float32."""
+    doubles = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if doubles else torch.float32
+
+
+def step_sizes(
+    dt: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """dt as the recurrence uses it, in `dtype`: clamp(softplus(dt + dt_bias), *dt_limit)."""
+    dt = dt.to(dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(dtype)
+    if dt_softplus:
+        dt = F.softplus(dt)
+    return dt.clamp(*dt_limit)

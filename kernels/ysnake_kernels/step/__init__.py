@@ -1,0 +1,72 @@
+"""One token of the SSD recurrence: arguments, checks, and the choice of implementation."""
+
+import torch
+from torch import Tensor
+
+from ysnake_kernels.backend import choose
+from ysnake_kernels.checks import check, check_decay, check_rank
+from ysnake_kernels.step import eager, reference
+
+_IMPLEMENTATIONS = {"reference": reference.step, "eager": eager.step}
+
+
+@torch.no_grad()
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+) -> Tensor:
+    """Advance the recurrence of `ssd_scan` by one token; `state` is updated in place.
+
+    Inference only: no gradient flows. Dtypes as in `ssd_scan`.
+
+    Args:
+        state: (batch, heads, P, N), contiguous; float32 or float64 keep it exact from token to token.
+        x: (batch, heads, P).
+        dt: (batch, heads).
+        A: (heads,), at most 0.
+        B, C: (batch, groups, N); groups divides heads.
+        D: (heads,) or (heads, P).
+        z: shape of x.
+        dt_bias: (heads,).
+        dt_softplus, dt_limit: as in `ssd_scan`.
+
+    Returns:
+        y with the shape and dtype of x.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or values.
+
+    Source: arXiv 2405.21060, equation 2 (the recurrent form).
+    """
+    check_rank("x", x, "batch, heads, P")
+    batch, heads, head_dim = x.shape
+    check_rank("B", B, "batch, groups, N")
+    groups, n = B.shape[1:]
+    if groups < 1 or heads % groups:
+        raise ValueError(f"B: expected a number of groups dividing {heads} heads, got {groups}")
+    check("state", state, (batch, heads, head_dim, n), x)
+    if not state.is_contiguous():
+        raise ValueError("state: expected a contiguous tensor, got a strided one")
+    check("dt", dt, (batch, heads), x)
+    check("A", A, (heads,), x)
+    check_decay(A)
+    check("B", B, (batch, groups, n), x)
+    check("C", C, (batch, groups, n), x, match="B")
+    if D is not None:
+        check("D", D, (heads, head_dim) if D.ndim == 2 else (heads,), x)
+    if z is not None:
+        check("z", z, tuple(x.shape), x)
+    if dt_bias is not None:
+        check("dt_bias", dt_bias, (heads,), x)
+    step = _IMPLEMENTATIONS[choose()]
+    with torch.autocast(x.device.type, enabled=False):
+        return step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)

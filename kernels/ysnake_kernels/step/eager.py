@@ -1,0 +1,41 @@
+"""One recurrent step of the SSD layer in pure torch: two passes over the state, both in place."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ysnake_kernels.numerics import accumulator, step_sizes
+
+
+def step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """Arguments as `ssd_step` has checked them; `state` is updated in place."""
+    acc = accumulator(state, x)
+    batch, heads, head_dim = x.shape
+    groups, n = B.shape[1:]
+    xs = x.to(acc)
+    dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)  # [b h]
+    S = state if state.dtype == acc else state.to(acc)
+    S.mul_(torch.exp(dt * A.to(acc))[..., None, None])
+    S.view(batch, groups, -1, n).addcmul_(
+        (xs * dt[..., None]).view(batch, groups, -1, 1), B.to(acc)[:, :, None]
+    )
+    y = torch.matmul(S.view(batch, groups, -1, n), C.to(acc)[..., None]).view(x.shape)
+    if S is not state:
+        state.copy_(S)
+    if D is not None:
+        y = y.addcmul_(xs, D.to(acc) if D.ndim == 2 else D.to(acc)[:, None])
+    if z is not None:
+        y = y.mul_(F.silu(z.to(acc)))
+    return y.to(x.dtype)

@@ -1,0 +1,248 @@
+"""The scan: `eager` equals `reference` in float64 in output, final state and every gradient."""
+
+import pytest
+import torch
+from comparison import DTYPES, assert_equals_reference, distance
+
+from ysnake_kernels import backend, ssd_scan, ssd_step
+
+Q = 16  # chunk size of the grid
+
+
+def inputs(
+    batch=2,
+    length=37,
+    heads=4,
+    head_dim=8,
+    groups=1,
+    state=6,
+    dtype=torch.float64,
+    decay="usual",
+    **extra,
+):
+    """Random arguments; `decay` puts exp(dt A) near 1, near 0, or where training starts."""
+    gen = torch.Generator().manual_seed(length + heads)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
+
+    offset = {"near 1": -9.0, "usual": -2.0, "near 0": 3.0}[decay]
+    A = -torch.exp(torch.rand(heads, generator=gen, dtype=torch.float64) * 2)
+    tensors = {
+        "x": randn(batch, length, heads, head_dim),
+        "dt": (randn(batch, length, heads).double() + offset).to(dtype),
+        "A": A.to(dtype),
+        "B": randn(batch, length, groups, state),
+        "C": randn(batch, length, groups, state),
+    }
+    shapes = {
+        "D": (heads,),
+        "D_channel": (heads, head_dim),
+        "z": (batch, length, heads, head_dim),
+        "dt_bias": (heads,),
+        "initial_states": (batch, heads, head_dim, state),
+    }
+    for name, wanted in extra.items():
+        if wanted:
+            tensors[name.removesuffix("_channel")] = randn(*shapes[name])
+    return tensors
+
+
+OPTIONS = {"dt_softplus": True, "return_final_states": True, "chunk_size": Q}
+EVERYTHING = {"D": True, "z": True, "dt_bias": True, "initial_states": True}
+
+CASES = {
+    "plain": {},
+    "two groups": {"groups": 2},
+    "a group per head": {"groups": 4},
+    "D per head": {"D": True},
+    "D per channel": {"D_channel": True},
+    "gate": {"z": True},
+    "gate and D": {"z": True, "D": True},
+    "dt_bias": {"dt_bias": True},
+    "initial states": {"initial_states": True},
+    "everything": EVERYTHING,
+    "everything, two groups": {**EVERYTHING, "groups": 2},
+    "decay near 1": {**EVERYTHING, "decay": "near 1"},
+    "decay near 0": {**EVERYTHING, "decay": "near 0"},
+    "batch 1, one head": {**EVERYTHING, "batch": 1, "heads": 1},
+    "head 1, state 1": {**EVERYTHING, "head_dim": 1, "state": 1},
+    **{f"length {n}": {**EVERYTHING, "length": n} for n in (1, 2, Q - 1, Q, Q + 1, 3 * Q + 5)},
+    "far longer": {**EVERYTHING, "length": 1000, "batch": 1, "heads": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_equals_reference(case, dtype):
+    assert_equals_reference(ssd_scan, inputs(**case, dtype=dtype), OPTIONS)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 5, 64, 1000])
+def test_any_chunk_size(chunk):
+    assert_equals_reference(ssd_scan, inputs(**EVERYTHING), OPTIONS | {"chunk_size": chunk})
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_documents_do_not_see_each_other(groups):
+    tensors = inputs(**EVERYTHING, groups=groups)
+    lengths = [[5, 11, 1, 16, 4], [37]]  # inside a chunk, across its edge, on it; and one document
+    tensors["seq_idx"] = torch.stack(
+        [torch.arange(len(n)).repeat_interleave(torch.tensor(n)) for n in lengths]
+    )
+    assert_equals_reference(ssd_scan, tensors, OPTIONS)
+
+
+def test_documents_equal_separate_scans():
+    tensors = inputs(length=30, D=True)
+    seq_idx = torch.tensor([0] * 13 + [1] * 17).repeat(2, 1)
+    packed, states = ssd_scan(**tensors, seq_idx=seq_idx, **OPTIONS)
+    for span in (slice(0, 13), slice(13, 30)):
+        piece = {k: t[:, span] if k in ("x", "dt", "B", "C") else t for k, t in tensors.items()}
+        alone, last = ssd_scan(**piece, **OPTIONS)
+        assert distance(packed[:, span], alone) < 1e-12
+    assert distance(states, last) < 1e-12
+
+
+def test_cu_seqlens_equal_separate_scans():
+    tensors = inputs(batch=1, length=30, D=True, z=True)
+    starts = torch.randn(3, 4, 8, 6, dtype=torch.float64)
+    tensors |= {"cu_seqlens": torch.tensor([0, 1, 13, 30]), "initial_states": starts}
+    assert_equals_reference(ssd_scan, tensors, OPTIONS)
+    packed, states = ssd_scan(**tensors, **OPTIONS)
+    del tensors["cu_seqlens"]
+    for k, span in enumerate((slice(0, 1), slice(1, 13), slice(13, 30))):
+        piece = {
+            name: t[:, span] if name in ("x", "dt", "B", "C", "z") else t
+            for name, t in tensors.items()
+        }
+        alone, last = ssd_scan(**piece | {"initial_states": starts[k : k + 1]}, **OPTIONS)
+        assert distance(packed[:, span], alone) < 1e-12
+        assert distance(states[k], last[0]) < 1e-12
+
+
+def test_slices_of_one_projection():
+    """Arguments that are strided views of one tensor, as they come out of a projection."""
+    batch, length, heads, head_dim, state = 2, 21, 4, 8, 6
+    sizes = [heads * head_dim, state, state, heads]
+    projection = torch.randn(batch, length, sum(sizes), dtype=torch.float64)
+    x, B, C, dt = projection.split(sizes, dim=-1)
+    tensors = {
+        "x": x.unflatten(-1, (heads, head_dim)),
+        "dt": dt,
+        "A": -torch.rand(heads, dtype=torch.float64),
+        "B": B.unflatten(-1, (1, state)),
+        "C": C.unflatten(-1, (1, state)),
+    }
+    assert_equals_reference(ssd_scan, tensors, OPTIONS)
+
+
+def test_dt_limit():
+    tensors = inputs(dt_bias=True)
+    assert_equals_reference(ssd_scan, tensors, OPTIONS | {"dt_limit": (0.05, 0.2)})
+    assert_equals_reference(ssd_scan, tensors, OPTIONS | {"dt_softplus": False})
+
+
+def test_gradient_of_output_or_state_alone():
+    tensors = inputs(**EVERYTHING)
+    assert_equals_reference(ssd_scan, tensors, OPTIONS | {"return_final_states": False})
+    no_effect_on_the_state = {name: tensors.pop(name) for name in ("C", "D", "z")}
+    assert_equals_reference(
+        lambda **kw: ssd_scan(**kw, **no_effect_on_the_state)[1], tensors, OPTIONS
+    )
+
+
+def test_state_carried_from_piece_to_piece():
+    tensors = inputs(length=50, **EVERYTHING)
+    whole, end = ssd_scan(**tensors, **OPTIONS)
+    state, pieces = tensors["initial_states"], []
+    for span in (slice(0, 1), slice(1, 20), slice(20, 50)):
+        piece = {k: t[:, span] if k in ("x", "dt", "B", "C", "z") else t for k, t in tensors.items()}
+        y, state = ssd_scan(**piece | {"initial_states": state}, **OPTIONS)
+        pieces.append(y)
+    assert distance(torch.cat(pieces, 1), whole) < 1e-12
+    assert distance(state, end) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["reference", "eager"])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_steps_equal_scan(name, groups, dtype):
+    tensors = inputs(length=9, groups=groups, dtype=dtype, **EVERYTHING)
+    with backend("reference"):
+        exact = {k: t.double() for k, t in tensors.items()}
+        expected, end = ssd_scan(**exact, **OPTIONS)
+    state = tensors["initial_states"].clone()
+    with backend(name):
+        for t in range(9):
+            y = ssd_step(
+                state,
+                *(tensors[k][:, t] if k != "A" else tensors[k] for k in ("x", "dt", "A", "B", "C")),
+                D=tensors["D"],
+                z=tensors["z"][:, t],
+                dt_bias=tensors["dt_bias"],
+                dt_softplus=True,
+            )
+            assert distance(y, expected[:, t]) < (1e-12 if dtype == torch.float64 else 2e-5)
+    assert distance(state, end) < (1e-12 if dtype == torch.float64 else 2e-5)
+
+
+def test_no_overflow_at_extreme_decays():
+    """dt A from 0 to -1e4 inside one chunk: finite, and equal to the reference."""
+    tensors = inputs(length=40, heads=2, dtype=torch.float32)
+    tensors["dt"] = torch.logspace(-6, 4, 40).view(1, 40, 1).expand(2, 40, 2).contiguous()
+    assert_equals_reference(ssd_scan, tensors, OPTIONS | {"dt_softplus": False})
+
+
+def test_autocast_keeps_the_decay_exact():
+    tensors = inputs(dtype=torch.float32)
+    expected = ssd_scan(**tensors, **OPTIONS)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ssd_scan(**tensors, **OPTIONS)[0], expected)
+
+
+BAD = {
+    "dt: expected shape (2, 37, 4) to match x, got (2, 37, 3)": {"dt": torch.rand(2, 37, 3)},
+    "A: expected values <= 0, got a maximum of 1": {"A": torch.ones(4)},
+    "A: expected shape (4,)": {"A": -torch.ones(5)},
+    "B: expected a number of groups dividing 4 heads, got 3": {"B": torch.rand(2, 37, 3, 6)},
+    "C: expected shape (2, 37, 1, 6) to match B": {"C": torch.rand(2, 37, 1, 5)},
+    "D: expected shape (4,)": {"D": torch.rand(3)},
+    "z: expected shape (2, 37, 4, 8)": {"z": torch.rand(2, 37, 4)},
+    "dt_bias: expected shape": {"dt_bias": torch.rand(1)},
+    "initial_states: expected shape (2, 4, 8, 6)": {"initial_states": torch.rand(2, 4, 6, 8)},
+    "chunk_size: expected at least 1, got 0": {"chunk_size": 0},
+    "dt_limit: expected 0 <= low <= high": {"dt_limit": (-1.0, 1.0)},
+    "seq_idx: expected shape": {"seq_idx": torch.zeros(2, 36, dtype=torch.int32)},
+    "seq_idx: expected one of int32, int64": {"seq_idx": torch.zeros(2, 37)},
+    "seq_idx: expected document numbers that never decrease": {
+        "seq_idx": torch.arange(37).flip(0).repeat(2, 1)
+    },
+    "cu_seqlens: expected x with batch 1": {"cu_seqlens": torch.tensor([0, 37])},
+    "x: expected shape (batch, length, heads, P)": {"x": torch.rand(2, 37, 32)},
+    "x: expected a floating-point tensor": {"x": torch.ones(2, 37, 4, 8, dtype=torch.int64)},
+    "x: expected a tensor, got list": {"x": [1.0]},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arguments_are_named(message):
+    tensors = inputs(dtype=torch.float32) | {"chunk_size": Q} | BAD[message]
+    with pytest.raises((ValueError, TypeError)) as error:
+        ssd_scan(**tensors)
+    assert message in str(error.value)
+
+
+def test_bad_cu_seqlens():
+    tensors = inputs(batch=1)
+    for bounds in ([0, 5], [0, 20, 10, 37], [3, 37], [0, 0, 37]):
+        with pytest.raises(ValueError, match="cu_seqlens: expected increasing values from 0"):
+            ssd_scan(**tensors, cu_seqlens=torch.tensor(bounds))
+
+
+def test_bad_backends_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="backend: expected one of .*, got 'fast'"), backend("fast"):
+        pass
+    monkeypatch.setenv("YSNAKE_BACKEND", "slow")
+    with pytest.raises(ValueError, match="YSNAKE_BACKEND: expected one of .*, got 'slow'"):
+        ssd_scan(**inputs())
