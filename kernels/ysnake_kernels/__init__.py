@@ -1,5 +1,6 @@
 """State-space-duality operators for PyTorch: the Mamba-2 scan, its one-token step, the causal
-convolution and the gated norm around them. Each has a `reference`, and an `eager` path for any device.
+convolution and the gated norm around them. Each has a `reference`, and an `eager` path for any
+device.
 """
 
 from ysnake_kernels.backend import backend

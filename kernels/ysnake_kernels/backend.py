@@ -1,6 +1,7 @@
 """Which implementation of an operator runs, and how a user overrides it.
 
-`eager` runs unless the environment variable YSNAKE_BACKEND or `with backend(name):` asks for another.
+`eager` runs unless the environment variable YSNAKE_BACKEND or `with backend(name):` asks
+for another.
 """
 
 import os

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
 from ysnake_kernels import backend
 
 DTYPES = {
@@ -40,13 +39,15 @@ def outputs_and_gradients(
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if weights is None:
         weights = [torch.randn(o.shape, dtype=torch.float64).to(o.dtype) for o in outputs]
-    total = sum((o * w.to(o.dtype)).sum(dtype=torch.float64) for o, w in zip(outputs, weights))
+    total = sum(
+        (o * w.to(o.dtype)).sum(dtype=torch.float64) for o, w in zip(outputs, weights, strict=True)
+    )
     floating = {name: t for name, t in leaves.items() if t.is_floating_point()}
     gradients = torch.autograd.grad(total, list(floating.values()))
-    for name, gradient in zip(floating, gradients):
+    for name, gradient in zip(floating, gradients, strict=True):
         assert gradient.dtype == inputs[name].dtype, f"gradient of {name}: {gradient.dtype}"
         assert gradient.shape == inputs[name].shape, f"gradient of {name}: {gradient.shape}"
-    return [o.detach() for o in outputs], dict(zip(floating, gradients)), weights
+    return [o.detach() for o in outputs], dict(zip(floating, gradients, strict=True)), weights
 
 
 def assert_equals_reference(

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from comparison import DTYPES, assert_equals_reference, distance
-
 from ysnake_kernels import causal_conv1d, causal_conv1d_step
 from ysnake_kernels.conv import eager
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from comparison import DTYPES, assert_equals_reference
-
 from ysnake_kernels import rms_norm_gated
 from ysnake_kernels.norm import eager
 
@@ -30,7 +29,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case, options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("case", "options"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_equals_reference(case, options, dtype):
     assert_equals_reference(rms_norm_gated, inputs(**case, dtype=dtype), options)

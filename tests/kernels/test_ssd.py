@@ -3,10 +3,10 @@
 import pytest
 import torch
 from comparison import DTYPES, assert_equals_reference, distance
-
 from ysnake_kernels import backend, ssd_scan, ssd_step
 
 Q = 16  # chunk size of the grid
+SEQUENCES = ("x", "dt", "B", "C", "z")
 
 
 def inputs(
@@ -98,7 +98,7 @@ def test_documents_equal_separate_scans():
     seq_idx = torch.tensor([0] * 13 + [1] * 17).repeat(2, 1)
     packed, states = ssd_scan(**tensors, seq_idx=seq_idx, **OPTIONS)
     for span in (slice(0, 13), slice(13, 30)):
-        piece = {k: t[:, span] if k in ("x", "dt", "B", "C") else t for k, t in tensors.items()}
+        piece = {k: t[:, span] if k in SEQUENCES else t for k, t in tensors.items()}
         alone, last = ssd_scan(**piece, **OPTIONS)
         assert distance(packed[:, span], alone) < 1e-12
     assert distance(states, last) < 1e-12
@@ -112,10 +112,7 @@ def test_cu_seqlens_equal_separate_scans():
     packed, states = ssd_scan(**tensors, **OPTIONS)
     del tensors["cu_seqlens"]
     for k, span in enumerate((slice(0, 1), slice(1, 13), slice(13, 30))):
-        piece = {
-            name: t[:, span] if name in ("x", "dt", "B", "C", "z") else t
-            for name, t in tensors.items()
-        }
+        piece = {name: t[:, span] if name in SEQUENCES else t for name, t in tensors.items()}
         alone, last = ssd_scan(**piece | {"initial_states": starts[k : k + 1]}, **OPTIONS)
         assert distance(packed[:, span], alone) < 1e-12
         assert distance(states[k], last[0]) < 1e-12
@@ -157,7 +154,9 @@ def test_state_carried_from_piece_to_piece():
     whole, end = ssd_scan(**tensors, **OPTIONS)
     state, pieces = tensors["initial_states"], []
     for span in (slice(0, 1), slice(1, 20), slice(20, 50)):
-        piece = {k: t[:, span] if k in ("x", "dt", "B", "C", "z") else t for k, t in tensors.items()}
+        piece = {
+            k: t[:, span] if k in ("x", "dt", "B", "C", "z") else t for k, t in tensors.items()
+        }
         y, state = ssd_scan(**piece | {"initial_states": state}, **OPTIONS)
         pieces.append(y)
     assert distance(torch.cat(pieces, 1), whole) < 1e-12
@@ -241,8 +240,11 @@ def test_bad_cu_seqlens():
 
 
 def test_bad_backends_are_named(monkeypatch):
-    with pytest.raises(ValueError, match="backend: expected one of .*, got 'fast'"), backend("fast"):
+    with (
+        pytest.raises(ValueError, match="backend: expected one of .*, got 'fast'"),
+        backend("fast"),
+    ):
         pass
     monkeypatch.setenv("YSNAKE_BACKEND", "slow")
-    with pytest.raises(ValueError, match="YSNAKE_BACKEND: expected one of .*, got 'slow'"):
+    with pytest.raises(ValueError, match=r"YSNAKE_BACKEND: expected one of .*, got 'slow'"):
         ssd_scan(**inputs())

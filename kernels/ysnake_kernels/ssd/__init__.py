@@ -1,5 +1,7 @@
 """The SSD scan over a sequence: arguments, checks, and the choice of implementation."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -118,7 +120,7 @@ def ssd_scan(
                     None,
                     *options,
                 )
-                for k, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+                for k, (start, end) in enumerate(pairwise(bounds))
             ]
             y, states = torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces])
     return (y, states) if return_final_states else y
@@ -135,9 +137,9 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, seq_idx: Tensor | None) -> 
         raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {shape}")
     check("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), x, dtypes=INTEGERS)
     bounds = cu_seqlens.tolist()
-    rising = all(a < b for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+    rising = all(a < b for a, b in pairwise(bounds))
     if not rising or bounds[0] != 0 or bounds[-1] != x.shape[1]:
         raise ValueError(
-            f"cu_seqlens: expected increasing values from 0 to the length {x.shape[1]}, got {bounds}"
+            f"cu_seqlens: expected increasing values from 0 to length {x.shape[1]}, got {bounds}"
         )
     return len(bounds) - 1

@@ -1,9 +1,10 @@
 """The SSD scan in pure torch: one sweep over chunks, forward, and one back, written by hand.
 
-A sweep carries the state from chunk to chunk as the fused kernel does, so that its temporaries are a chunk's
-and stay in the cache. Heads of a group share B and C: the products with the state are single matrix
-products over all heads of a group. Symbols are those of the paper (arXiv 2405.21060); b is batch times groups,
-q the tokens of a chunk, r the heads of a group, p the head size, n the state size.
+A sweep carries the state from chunk to chunk as the fused kernel does, so that its temporaries
+are a chunk's and stay in the cache. Heads of a group share B and C: the products with the state
+are single matrix products over all heads of a group. Symbols are those of the paper (arXiv
+2405.21060); b is batch times groups, q the tokens of a chunk, r the heads of a group, p the head
+size, n the state size.
 """
 
 from dataclasses import dataclass
@@ -211,7 +212,8 @@ class _Scan(torch.autograd.Function):
         else:
             dS = _fold_state(dstates.to(acc), sweep.groups)
 
-        for span, S in zip(reversed(spans), reversed(entering), strict=True):
+        for c in reversed(range(len(spans))):
+            span, S = spans[c], entering[c]
             xc, dtc, G = sweep.fold(x, span), sweep.fold(dts, span), sweep.fold(dy, span)
             Bc, Cc = sweep.fold_bc(span)
             decays = sweep.decays(dtc, span)
@@ -228,7 +230,7 @@ class _Scan(torch.autograd.Function):
                 dz[:, span] = _unfold(G * yc * slope, sweep.groups)
                 G = G * (zc * gate)
             if D is not None:
-                dD += torch.einsum("bqrp,bqrp->brp", xc, G)
+                dD += (xc * G).sum(1)
 
             # Inside the chunk: y_i = sum_j W_ij u_j, with u = dt x.
             Gr = G.transpose(1, 2)  # [b r q p]
@@ -241,9 +243,9 @@ class _Scan(torch.autograd.Function):
             local = (M.sum(3) - M.sum(2)).transpose(1, 2)  # [b q r]
 
             # Across its edges: y_i += exp(cs_i) C_i S, and S' = exp(cs_last) S + sum_j V_j B_j.
-            p = decays.entry * torch.einsum("bqrp,bqrp->bqr", CS, G)
+            p = decays.entry * torch.linalg.vecdot(CS, G)
             BdS = torch.bmm(Bc, dS).view(xc.shape).mul_(decays.exit[..., None])
-            q = torch.einsum("bqrp,bqrp->bqr", BdS, u)
+            q = torch.linalg.vecdot(BdS, u)
             du += BdS
             Gs = (G * decays.entry[..., None]).flatten(2)  # [b q (r p)]
             V = torch.mul(u, decays.exit[..., None], out=sweep.buffer("V", *u.shape)).flatten(2)
@@ -256,7 +258,7 @@ class _Scan(torch.autograd.Function):
 
             later = (local + p).flip(1).cumsum(1).flip(1)  # sum over i >= t
             dl[:, span] = _unfold(later + (q.cumsum(1) - q) + through, sweep.groups)
-            ddt[:, span] = _unfold(torch.einsum("bqrp,bqrp->bqr", xc, du), sweep.groups)
+            ddt[:, span] = _unfold(torch.linalg.vecdot(xc, du), sweep.groups)
             du.mul_(dtc[..., None])
             if D is not None:
                 du.addcmul_(G, _per_head(D, sweep))

@@ -29,7 +29,7 @@ def ssd_step(
     Inference only: no gradient flows. Dtypes as in `ssd_scan`.
 
     Args:
-        state: (batch, heads, P, N), contiguous; float32 or float64 keep it exact from token to token.
+        state: (batch, heads, P, N), contiguous; best in float32, whatever x is.
         x: (batch, heads, P).
         dt: (batch, heads).
         A: (heads,), at most 0.

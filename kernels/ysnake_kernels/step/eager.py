@@ -22,7 +22,7 @@ def step(
 ) -> Tensor:
     """Arguments as `ssd_step` has checked them; `state` is updated in place."""
     acc = accumulator(state, x)
-    batch, heads, head_dim = x.shape
+    batch = x.shape[0]
     groups, n = B.shape[1:]
     xs = x.to(acc)
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)  # [b h]

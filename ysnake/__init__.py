@@ -1,0 +1,6 @@
+"""ysnake, "Why Snakes": train and run a Mamba-2 language model on a CPU or a GPU.
+
+Modules are imported where they are used, so that `import ysnake` costs nothing.
+"""
+
+__version__ = "0.1.0"

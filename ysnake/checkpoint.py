@@ -1,0 +1,206 @@
+"""Checkpoints: a folder that is a Hugging Face Mamba2 checkpoint, written whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from ysnake import tokenizer as tokenizers
+from ysnake.config import (
+    VOCAB_MULTIPLE,
+    InputError,
+    ModelConfig,
+    from_hugging_face,
+    to_hugging_face,
+)
+from ysnake.model import FactorisedHead, Model
+
+WEIGHTS = "model.safetensors"
+STATE = "training_state.pt"
+PROGRESS = "progress.json"
+
+
+def save(
+    folder: Path | str,
+    model: Model,
+    tokenizer: Tokenizer | None = None,
+    training: dict[str, Any] | None = None,
+    progress: dict[str, Any] | None = None,
+) -> None:
+    """Write a checkpoint folder; one of that name is replaced once the new one is whole.
+
+    Args:
+        folder: its parent must exist.
+        model: saved in float32 or its own dtype; a factorised head as its product.
+        tokenizer: saved beside it.
+        training: what resuming needs, tensors and plain values; read back by `load_training`.
+        progress: the same for people: plain values.
+    """
+    folder = Path(folder)
+    new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    _write_json(new / "config.json", to_hugging_face(model.config))
+    _write_json(new / "generation_config.json", _generation_config(model.config, tokenizer))
+    metadata = {"format": "pt"}
+    if tokenizer is not None:
+        tokenizers.save(tokenizer, new)
+        metadata["tokenizer_sha256"] = _sha256(new / tokenizers.FILE)
+    save_file(_weights(model), new / WEIGHTS, metadata)
+    if training is not None:
+        torch.save(training, new / STATE)
+    if progress is not None:
+        _write_json(new / PROGRESS, progress)
+    for path in [*new.iterdir(), new]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def find(folder: Path | str) -> Path:
+    """The folder itself, or the one set aside when a save was cut short between two renames."""
+    folder = Path(folder)
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():
+        return old
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such checkpoint folder")
+    return folder
+
+
+def load(folder: Path | str, device: torch.device | str = "cpu") -> Model:
+    """Read a model from a Hugging Face Mamba2 folder, one of ours or any other's.
+
+    Raises:
+        InputError: a file is missing, damaged, or of another shape than config.json says.
+    """
+    folder = find(folder)
+    config = load_config(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged ({error})") from error
+    with torch.device("meta"):
+        model = Model(config)
+    if config.tied:
+        weights["lm_head.weight"] = weights.get("backbone.embeddings.weight")
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | weights.keys()):
+        if weights.get(name) is None:
+            raise InputError(f"{path}: {name} is missing")
+        if name not in expected:
+            raise InputError(f"{path}: {name} does not belong to this model")
+        if weights[name].shape != expected[name].shape:
+            raise InputError(
+                f"{path}: {name} has shape {tuple(weights[name].shape)}, "
+                f"config.json asks for {tuple(expected[name].shape)}"
+            )
+    model.load_state_dict(weights, assign=True)
+    if config.tied:
+        model.lm_head.weight = model.backbone.embeddings.weight
+    return model.requires_grad_(True).to(device)
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The model that the folder's config.json describes."""
+    path = folder / "config.json"
+    try:
+        return from_hugging_face(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """Read the tokenizer of a checkpoint.
+
+    Raises:
+        InputError: it is missing, or not the one that this model was trained with.
+    """
+    folder = find(folder)
+    tokenizer = tokenizers.load(folder)
+    path = folder / tokenizers.FILE
+    rows = load_config(folder).vocab_size
+    size = tokenizer.get_vocab_size()
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        sha256 = (file.metadata() or {}).get("tokenizer_sha256")
+    if sha256 is not None and sha256 != _sha256(path):
+        raise InputError(f"{path}: not the tokenizer that this model was trained with")
+    if not rows - 4 * VOCAB_MULTIPLE < size <= rows:  # others pad to larger multiples than we do
+        raise InputError(f"{path}: {size} tokens do not fit a model with {rows} rows")
+    return tokenizer
+
+
+def load_training(folder: Path | str) -> dict[str, Any]:
+    """What `save` was given as `training`; nothing in the file can run code."""
+    path = find(folder) / STATE
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, so training cannot be resumed from here")
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise InputError(f"{path}: damaged ({type(error).__name__})") from error
+
+
+def head_factors(model: Model) -> dict[str, torch.Tensor]:
+    """The factors of a factorised head, which the saved weights only hold the product of."""
+    return model.lm_head.state_dict() if isinstance(model.lm_head, FactorisedHead) else {}
+
+
+def with_factors(model: Model, factors: dict[str, torch.Tensor], output_size: int) -> Model:
+    """The loaded model with its head taken apart again into the factors it is trained as."""
+    model.config = replace(model.config, output_size=output_size)
+    model.lm_head = FactorisedHead(model.config)
+    model.lm_head.load_state_dict(factors)
+    return model
+
+
+def _weights(model: Model) -> dict[str, torch.Tensor]:
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    if isinstance(model.lm_head, FactorisedHead):
+        weights["lm_head.weight"] = weights.pop("lm_head.up.weight") @ weights.pop(
+            "lm_head.down.weight"
+        )
+    elif model.config.tied:
+        del weights["lm_head.weight"]
+    return weights
+
+
+def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+        "pad_token_id": config.pad_id,
+    }
+    if tokenizer is not None and tokenizer.get_vocab_size() < config.vocab_size:
+        # rows that only pad the embedding stand for no token
+        out["suppress_tokens"] = list(range(tokenizer.get_vocab_size(), config.vocab_size))
+    return out
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,237 @@
+"""The sizes of a model, their names in Hugging Face's config.json, and the presets.
+
+Inside ysnake sizes have the paper's names (`d_model`, `d_state`, ...); this file alone knows both.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+VOCAB_MULTIPLE = 64  # vocabulary rows are padded to a multiple of this
+
+
+class InputError(ValueError):
+    """The user gave something that cannot work; the message is one line and names it."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shapes and the arithmetic of a model.
+
+    Raises:
+        InputError: a size that cannot be, named.
+    """
+
+    vocab_size: int  # rows of the embedding, padding included
+    d_model: int
+    n_layers: int
+    d_state: int = 128
+    head_dim: int = 64
+    expand: int = 2
+    n_groups: int = 1
+    conv_width: int = 4
+    chunk_size: int | None = None  # None: the operators choose
+    output_size: int | None = None  # None: no factorised head
+    tied: bool = True
+    norm_eps: float = 1e-5
+    bias: bool = False
+    conv_bias: bool = True
+    residual_in_fp32: bool = True
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    bos_id: int | None = 0
+    eos_id: int | None = 0
+    pad_id: int | None = 0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "d_state", "head_dim", "expand"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("n_groups", self.n_groups, 1)
+        _at_least("conv_width", self.conv_width, 2)
+        for name in ("chunk_size", "output_size"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if self.d_inner % self.head_dim:
+            raise InputError(
+                f"head_dim: expected a divisor of expand * d_model = {self.d_inner}, "
+                f"got {self.head_dim}"
+            )
+        if self.n_heads % self.n_groups:
+            raise InputError(
+                f"n_groups: expected a divisor of the {self.n_heads} heads, got {self.n_groups}"
+            )
+        if self.output_size is not None and self.tied:
+            raise InputError("output_size: a factorised head cannot be tied to the embedding")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def n_heads(self) -> int:
+        return self.d_inner // self.head_dim
+
+    @property
+    def d_conv(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.d_state
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{name}: expected at least {least}, got {value}")
+
+
+def padded_vocab(size: int) -> int:
+    """Rows of the embedding for a tokenizer of this size."""
+    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+_HUGGING_FACE_NAMES = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "d_state": "state_size",
+    "head_dim": "head_dim",
+    "expand": "expand",
+    "n_groups": "n_groups",
+    "conv_width": "conv_kernel",
+    "tied": "tie_word_embeddings",
+    "norm_eps": "layer_norm_epsilon",
+    "bias": "use_bias",
+    "conv_bias": "use_conv_bias",
+    "residual_in_fp32": "residual_in_fp32",
+    "dt_min": "time_step_min",
+    "dt_max": "time_step_max",
+    "dt_floor": "time_step_floor",
+    "bos_id": "bos_token_id",
+    "eos_id": "eos_token_id",
+    "pad_id": "pad_token_id",
+}
+# What Hugging Face assumes where a config.json leaves a field out and ours differs.
+_HUGGING_FACE_DEFAULTS = {
+    "n_groups": 8,
+    "tie_word_embeddings": False,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "head_dim")
+
+
+def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
+    """The content of config.json, every field of Mamba2Config written out.
+
+    A factorised head is saved as its product, so it is an ordinary untied head there.
+    """
+    out: dict[str, Any] = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}
+    out |= {theirs: getattr(config, ours) for ours, theirs in _HUGGING_FACE_NAMES.items()}
+    out |= {
+        "num_heads": config.n_heads,
+        "chunk_size": config.chunk_size or 256,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "rescale_prenorm_residual": True,
+        "time_step_rank": math.ceil(config.d_model / 16),
+        "use_cache": True,
+        "dtype": "float32",
+    }
+    if not math.isinf(config.dt_limit[1]):
+        out["time_step_limit"] = list(config.dt_limit)
+    return out
+
+
+def from_hugging_face(content: dict[str, Any]) -> ModelConfig:
+    """The model that a config.json describes; its chunk size is left to the operators.
+
+    Raises:
+        InputError: not a Mamba-2 configuration, or one that this model cannot be.
+    """
+    if content.get("model_type") != "mamba2":
+        raise InputError(
+            f"config.json: expected model_type mamba2, got {content.get('model_type')}"
+        )
+    missing = [name for name in _SIZES if name not in content]
+    if missing:
+        raise InputError(f"config.json: {', '.join(missing)} missing")
+    if content.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise InputError(f"config.json: hidden_act {content['hidden_act']} is not supported")
+    content = _HUGGING_FACE_DEFAULTS | content
+    known = {
+        ours: content[theirs] for ours, theirs in _HUGGING_FACE_NAMES.items() if theirs in content
+    }
+    if isinstance(known["eos_id"], list):
+        known["eos_id"] = known["eos_id"][0]
+    low, high = content.get("time_step_limit") or (0.0, math.inf)
+    config = ModelConfig(**known, dt_limit=(float(low), float(high)))
+    if content.get("num_heads", config.n_heads) != config.n_heads:
+        raise InputError(
+            f"config.json: num_heads {content['num_heads']} is not expand * hidden_size / head_dim "
+            f"= {config.n_heads}"
+        )
+    return config
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What `--preset` sets: a vocabulary ceiling, a length of training, and defaults of settings."""
+
+    about: str
+    max_vocab: int
+    max_steps: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+PRESETS = {
+    "quick": Preset(
+        "about 3M parameters; learns a part of the shipped corpus by heart in minutes on a CPU",
+        max_vocab=4096,
+        max_steps=2000,
+        settings={
+            "d_model": 256,
+            "n_layers": 4,
+            "d_state": 64,
+            "max_documents": 72,
+            "seq_len": 128,
+            "batch_size": 8,
+            "lr": 3e-3,
+            "warmup_steps": 50,
+            "eval_every": 200,
+            "stop_at_loss": 0.4,
+        },
+    ),
+    "ys-24m": Preset(
+        "24M parameters at a vocabulary of 13,183",
+        max_vocab=13_183,
+        max_steps=20_000,
+        settings={"d_model": 512, "n_layers": 10},
+    ),
+    "ys-60m": Preset(
+        "60M parameters at a vocabulary of 13,183",
+        max_vocab=13_183,
+        max_steps=20_000,
+        settings={"d_model": 768, "n_layers": 13},
+    ),
+    "ys-71m": Preset(
+        "71M parameters at a vocabulary of 28,590",
+        max_vocab=28_590,
+        max_steps=20_000,
+        settings={"d_model": 768, "n_layers": 13},
+    ),
+}
+
+
+def model_config(settings: Any, vocab_size: int, eot_id: int) -> ModelConfig:
+    """The model that training settings ask for, with a tokenizer of `vocab_size` entries."""
+    shared = {f.name for f in fields(ModelConfig)} & set(vars(settings))
+    sizes = {name: getattr(settings, name) for name in shared - {"vocab_size"}}
+    return ModelConfig(
+        vocab_size=padded_vocab(vocab_size),
+        tied=settings.output_size is None,
+        bos_id=eot_id,
+        eos_id=eot_id,
+        pad_id=eot_id,
+        **sizes,
+    )

@@ -1,0 +1,248 @@
+"""The Mamba-2 language model (arXiv 2405.21060): embedding, blocks, norm, head.
+
+Parameter names and shapes are those of Hugging Face's Mamba2ForCausalLM. One model, two forms that agree:
+whole sequences in parallel, and token by token with a state of constant size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from ysnake_kernels import (
+    causal_conv1d,
+    causal_conv1d_step,
+    rms_norm_gated,
+    ssd_scan,
+    ssd_step,
+)
+
+from ysnake.config import ModelConfig
+
+
+@dataclass
+class LayerState:
+    """What one layer remembers; its size does not depend on how much was read."""
+
+    conv: Tensor  # (batch, d_conv, conv_width - 1), the last tokens before the convolution
+    ssm: Tensor  # (batch, n_heads, head_dim, d_state), float32
+
+
+State = list[LayerState]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; with a gate z, the norm of x * silu(z), over groups of features."""
+
+    def __init__(self, features: int, eps: float, n_groups: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.eps, self.group_size = eps, features // n_groups
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        return rms_norm_gated(
+            x, self.weight, z=z, eps=self.eps, group_size=self.group_size, norm_before_gate=False
+        )
+
+
+class Mixer(nn.Module):
+    """One projection in, convolution, SSD, gated norm, one projection out (figure 6 of the paper)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        c = config
+        self.in_proj = nn.Linear(c.d_model, c.d_inner + c.d_conv + c.n_heads, bias=c.bias)
+        self.conv1d = nn.Conv1d(c.d_conv, c.d_conv, c.conv_width, groups=c.d_conv, bias=c.conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(c.n_heads))
+        self.A_log = nn.Parameter(torch.empty(c.n_heads))
+        self.D = nn.Parameter(torch.empty(c.n_heads))
+        self.norm = RMSNorm(c.d_inner, c.norm_eps, c.n_groups)
+        self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.bias)
+
+    def forward(self, u: Tensor, seq_idx: Tensor | None, state: LayerState | None) -> Tensor:
+        """u: (batch, length, d_model). With a state, reads on from it and updates it in place."""
+        c = self.config
+        one_token = state is not None and u.shape[1] == 1 and not torch.is_grad_enabled()
+        z, xBC, dt = self.in_proj(u).split([c.d_inner, c.d_conv, c.n_heads], dim=-1)
+        A = -torch.exp(self.A_log.float())
+        taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        heads = {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": c.dt_limit}
+        sizes = [c.d_inner, c.n_groups * c.d_state, c.n_groups * c.d_state]
+
+        if one_token:
+            xBC = causal_conv1d_step(xBC[:, 0], state.conv, taps, bias, "silu")
+            x, B, C = xBC.split(sizes, dim=-1)
+            x = x.unflatten(-1, (c.n_heads, c.head_dim))
+            B, C = (t.unflatten(-1, (c.n_groups, c.d_state)) for t in (B, C))
+            y = ssd_step(state.ssm, x, dt[:, 0], A, B, C, **heads)[:, None]
+        else:
+            xBC, conv_state = causal_conv1d(
+                xBC.transpose(1, 2),
+                taps,
+                bias,
+                seq_idx,
+                initial_states=None if state is None else state.conv,
+                return_final_states=True,
+                activation="silu",
+            )
+            x, B, C = xBC.transpose(1, 2).split(sizes, dim=-1)
+            x = x.unflatten(-1, (c.n_heads, c.head_dim))
+            B, C = (t.unflatten(-1, (c.n_groups, c.d_state)) for t in (B, C))
+            y, ssm_state = ssd_scan(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                c.chunk_size,
+                initial_states=None if state is None else state.ssm,
+                seq_idx=seq_idx,
+                return_final_states=True,
+                **heads,
+            )
+            if state is not None:
+                state.conv, state.ssm = conv_state.detach(), ssm_state.detach()
+        return self.out_proj(self.norm(y.flatten(2), z))
+
+
+class Block(nn.Module):
+    """h + mixer(norm(h))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Mixer(config)
+
+    def forward(self, h: Tensor, seq_idx: Tensor | None, state: LayerState | None) -> Tensor:
+        u = self.norm(h).to(self.norm.weight.dtype)
+        return h + self.mixer(u, seq_idx, state)
+
+
+class Backbone(nn.Module):
+    """Tokens to hidden states."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(self, ids: Tensor, seq_idx: Tensor | None, state: State | None) -> Tensor:
+        h = self.embeddings(ids)
+        if self.residual_in_fp32 and h.dtype != torch.float64:
+            h = h.float()
+        for i, layer in enumerate(self.layers):
+            h = layer(h, seq_idx, None if state is None else state[i])
+        return self.norm_f(h).to(self.norm_f.weight.dtype)
+
+
+class FactorisedHead(nn.Module):
+    """d_model -> output_size -> logits."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.down = nn.Linear(config.d_model, config.output_size, bias=False)
+        self.up = nn.Linear(config.output_size, config.vocab_size, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.up(self.down(h))
+
+
+class Model(nn.Module):
+    """A Mamba-2 language model. No positional embedding: the recurrence orders the tokens."""
+
+    def __init__(self, config: ModelConfig, init: str = "hippo"):
+        """Weights are drawn from torch's global generator; `init` is as in `initialise`."""
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        if config.output_size is not None:
+            self.lm_head = FactorisedHead(config)
+        else:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            if config.tied:
+                self.lm_head.weight = self.backbone.embeddings.weight
+        initialise(self, init)
+
+    def forward(
+        self, ids: Tensor, seq_idx: Tensor | None = None, state: State | None = None
+    ) -> Tensor:
+        """ids (batch, length) -> logits (batch, length, vocab_size).
+
+        `seq_idx` (batch, length) numbers packed documents, which do not see each other. With a
+        `state`, reads on from it and updates it in place; gradients stop there.
+        """
+        return self.lm_head(self.backbone(ids, seq_idx, state))
+
+    @torch.no_grad()
+    def step(
+        self, ids: Tensor, state: State | None = None, last_only: bool = False
+    ) -> tuple[Tensor, State]:
+        """Read on by one token, or by a piece of any length, without gradients.
+
+        Args:
+            ids: (batch,), one token each; or (batch, length), a piece each.
+            state: what earlier calls returned, updated in place; None starts anew.
+            last_only: of a piece, compute the logits of the last token only.
+
+        Returns:
+            logits (batch, vocab_size) for one token each or with `last_only`, else
+            (batch, length, vocab_size); and the state.
+        """
+        if state is None:
+            state = self.empty_state(ids.shape[0])
+        h = self.backbone(ids[:, None] if ids.ndim == 1 else ids, None, state)
+        if ids.ndim == 1 or last_only:
+            h = h[:, -1]
+        return self.lm_head(h), state
+
+    def empty_state(self, batch: int) -> State:
+        """The state before the first token."""
+        c, weight = self.config, self.backbone.embeddings.weight
+        exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return [
+            LayerState(
+                weight.new_zeros(batch, c.d_conv, c.conv_width - 1),
+                weight.new_zeros(batch, c.n_heads, c.head_dim, c.d_state, dtype=exact),
+            )
+            for _ in range(c.n_layers)
+        ]
+
+    def n_parameters(self) -> int:
+        """Parameters, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+
+@torch.no_grad()
+def initialise(model: Model, init: str) -> None:
+    """Draw fresh weights.
+
+    `hippo`: A_n = -(n + 1) over the heads, the diagonal of the HiPPO-LegS matrix (S4D-Real, arXiv
+    2206.12037). `uniform`: -A uniform in [1, 16]. Either way dt starts log-uniform in [dt_min, dt_max].
+    """
+    if init not in ("hippo", "uniform"):
+        raise ValueError(f"init: expected 'hippo' or 'uniform', got {init!r}")
+    c = model.config
+    nn.init.normal_(model.backbone.embeddings.weight, std=0.02)
+    heads = [] if c.tied else [m for m in model.lm_head.modules() if isinstance(m, nn.Linear)]
+    for linear in heads:
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+    for layer in model.backbone.layers:
+        mixer = layer.mixer
+        if init == "hippo":
+            mixer.A_log.copy_(torch.arange(1, c.n_heads + 1).log())
+        else:
+            mixer.A_log.uniform_(1, 16).log_()
+        mixer.D.fill_(1)
+        low, high = math.log(c.dt_min), math.log(c.dt_max)
+        dt = torch.empty_like(mixer.dt_bias).uniform_(low, high).exp_().clamp_(min=c.dt_floor)
+        mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
+        mixer.out_proj.weight /= math.sqrt(c.n_layers)
+
+
+def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy in nats of logits (..., vocab) for targets (...); -100 does not count."""
+    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum")
