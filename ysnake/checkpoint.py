@@ -81,6 +81,21 @@ def find(folder: Path | str) -> Path:
     return folder
 
 
+def resolve(path: Path | str, which: str | None = None) -> Path:
+    """The checkpoint folder that `path` means: itself, or one of a run folder's two.
+
+    Of a run it is `which`, "best" or "last"; None is best/ where patience ended it, else last/.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file() or not path.is_dir():
+        return find(path)
+    if which is None:
+        progress = find(path / "last") / PROGRESS
+        ended = json.loads(progress.read_text())["ended"] if progress.is_file() else None
+        which = "best" if ended == "patience" else "last"
+    return find(path / which)
+
+
 def load(folder: Path | str, device: torch.device | str = "cpu") -> Model:
     """Read a model from a Hugging Face Mamba2 folder, one of ours or any other's.
 

@@ -176,7 +176,7 @@ def from_hugging_face(content: dict[str, Any]) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """What `--preset` sets: a vocabulary ceiling, a length of training, and defaults of settings."""
+    """What `--preset` sets: a vocabulary ceiling, a length of training, other settings."""
 
     about: str
     max_vocab: int

@@ -1,7 +1,7 @@
-"""Documents to training windows: reading files, writing tokens to disk, cutting windows out of them.
+"""Documents to training windows: reading files, writing tokens to disk, cutting windows.
 
-Nothing here holds a corpus in memory: documents are read in pieces, tokens are memory-mapped. On disk a
-document is bos + text + eos, so that a new document starts exactly where a bos follows an eos.
+Nothing here holds a corpus in memory: documents are read in pieces, tokens are memory-mapped. On
+disk a document is bos + text + eos, so that a new one starts exactly where a bos follows an eos.
 """
 
 import json
@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ Piece = tuple[str, bool]  # a text, and whether it ends its document
 
 
 def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The .txt, .md and .jsonl files among `paths` and below the folders among them, in a fixed order.
+    """The .txt, .md and .jsonl files among `paths` and in folders among them, in a fixed order.
 
     A folder's README and hidden files are about the data, not of it, and are left out.
 
@@ -59,8 +60,8 @@ def find_files(paths: Iterable[Path]) -> list[Path]:
 def read_file(path: Path) -> Iterator[Piece]:
     """The documents of a file, in pieces; empty documents are left out.
 
-    In .txt and .md a line `<|endoftext|>` stands between documents; in .jsonl each line is an object
-    whose field `text` is one.
+    In .txt and .md a line `<|endoftext|>` stands between documents; in .jsonl each line is an
+    object whose field `text` is one.
     """
     documents = _jsonl_documents if path.suffix == ".jsonl" else _text_documents
     waiting: str | None = None  # one piece is held back, to know whether it is the last
@@ -116,7 +117,7 @@ def _jsonl_documents(file: Iterable[str], path: Path) -> Iterator[Piece]:
 
 
 def read_documents(files: list[Path], max_documents: int | None = None) -> Iterator[Piece]:
-    """The documents of all files; with a limit, taken in turn from each file until it is reached."""
+    """The documents of all files; with a limit, taken in turn from each file until that."""
     if max_documents is None:
         for path in files:
             yield from read_file(path)
@@ -131,6 +132,14 @@ def read_documents(files: list[Path], max_documents: int | None = None) -> Itera
                 taken += 1
                 readers.append(reader)
                 break
+
+
+def split(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool, bool]]:
+    """The pieces, each with whether its document is held out: one in twenty, from the second on."""
+    document = 0
+    for text, ends in pieces:
+        yield text, ends, document % HELD_OUT_EVERY == 1
+        document += ends
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ def write_tokens(
     folder: Path,
     progress: Callable[[int], None],
 ) -> Counts:
-    """Encode documents into `folder`/train.tokens and val.tokens, one document in twenty held out.
+    """Encode documents into `folder`/train.tokens and val.tokens, as `split` says.
 
     A single document cannot be split by document: the last twentieth of its tokens is held out.
     `progress` is called with the number of characters just done.
@@ -162,8 +171,8 @@ def write_tokens(
     paths = [folder / "train.tokens", folder / "val.tokens"]
     with paths[0].open("wb") as train, paths[1].open("wb") as val:
         inside = False
-        for text, ends in pieces:
-            side = int(sum(documents) % HELD_OUT_EVERY == 1)
+        for text, ends, held_out in split(pieces):
+            side = int(held_out)
             ids = encode(tokenizer, text)
             ids = ([] if inside else [bos_id]) + ids + ([eos_id] if ends else [])
             (train, val)[side].write(np.array(ids, dtype=dtype).tobytes())
@@ -254,7 +263,7 @@ def _shuffle(seed: int, epoch: int, length: int, count: int) -> tuple[int, int, 
 
 
 def consecutive_windows(tokens: Tokens, seq_len: int, batch_size: int, index: int) -> Batch:
-    """The batch number `index` of a run that carries states: every lane reads on where it stopped."""
+    """The batch number `index` of a run that carries states: each lane reads on where it was."""
     lanes = np.arange(batch_size) * (len(tokens) // batch_size)
     return tokens.windows(lanes + index * seq_len, seq_len)
 
@@ -277,7 +286,7 @@ def middles(tokens: Tokens, length: int, look: int = 1 << 20) -> list[list[int]]
     begins = np.flatnonzero((ids[1:] == tokens.bos_id) & (ids[:-1] == tokens.eos_id)) + 1
     bounds = [0, *begins.tolist(), len(ids)]
     found = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         middle = (start + end) // 2
         if end - start >= 4 * length:
             found.append(ids[middle - length : middle].tolist())

@@ -1,7 +1,7 @@
 """The Mamba-2 language model (arXiv 2405.21060): embedding, blocks, norm, head.
 
-Parameter names and shapes are those of Hugging Face's Mamba2ForCausalLM. One model, two forms that agree:
-whole sequences in parallel, and token by token with a state of constant size.
+Parameter names and shapes are those of Hugging Face's Mamba2ForCausalLM. One model, two forms that
+agree: whole sequences in parallel, and token by token with a state of constant size.
 """
 
 import math
@@ -47,7 +47,7 @@ class RMSNorm(nn.Module):
 
 
 class Mixer(nn.Module):
-    """One projection in, convolution, SSD, gated norm, one projection out (figure 6 of the paper)."""
+    """Projection in, convolution, SSD, gated norm, projection out (figure 6 of the paper)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -211,6 +211,12 @@ class Model(nn.Module):
             for _ in range(c.n_layers)
         ]
 
+    def use_config(self, config: ModelConfig) -> None:
+        """Take over a configuration of the same shapes, with another chunk size for instance."""
+        self.config = config
+        for layer in self.backbone.layers:
+            layer.mixer.config = config
+
     def n_parameters(self) -> int:
         """Parameters, shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
@@ -221,7 +227,7 @@ def initialise(model: Model, init: str) -> None:
     """Draw fresh weights.
 
     `hippo`: A_n = -(n + 1) over the heads, the diagonal of the HiPPO-LegS matrix (S4D-Real, arXiv
-    2206.12037). `uniform`: -A uniform in [1, 16]. Either way dt starts log-uniform in [dt_min, dt_max].
+    2206.12037). `uniform`: -A uniform in [1, 16]. Either way dt is log-uniform in [dt_min, dt_max].
     """
     if init not in ("hippo", "uniform"):
         raise ValueError(f"init: expected 'hippo' or 'uniform', got {init!r}")
@@ -244,5 +250,5 @@ def initialise(model: Model, init: str) -> None:
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy in nats of logits (..., vocab) for targets (...); -100 does not count."""
+    """Cross-entropy of logits (..., vocab) and targets (...), summed, in nats; -100 is left out."""
     return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum")

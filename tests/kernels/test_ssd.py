@@ -241,7 +241,7 @@ def test_bad_cu_seqlens():
 
 def test_bad_backends_are_named(monkeypatch):
     with (
-        pytest.raises(ValueError, match="backend: expected one of .*, got 'fast'"),
+        pytest.raises(ValueError, match=r"backend: expected one of .*, got 'fast'"),
         backend("fast"),
     ):
         pass

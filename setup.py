@@ -1,0 +1,37 @@
+"""Two import packages in one distribution: `ysnake`, and `ysnake_kernels` from kernels/."""
+
+from setuptools import setup
+
+setup(
+    name="ysnake",
+    version="0.1.0",
+    description="Why Snakes: train and run a Mamba-2 language model on any machine",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[
+        "ysnake",
+        "ysnake_kernels",
+        *(f"ysnake_kernels.{operator}" for operator in ("ssd", "step", "conv", "norm")),
+    ],
+    package_dir={"ysnake_kernels": "kernels/ysnake_kernels"},
+    package_data={"ysnake": ["py.typed"], "ysnake_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        'triton>=3.6; platform_system == "Linux"',
+        "einops>=0.8",
+        "ollama>=0.5",
+        "tokenizers>=0.21",
+        "safetensors>=0.5",
+        "numpy>=1.26",
+        "tyro>=0.9.13",
+        "rich>=13.9",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-benchmark>=5", "transformers>=5", "ruff>=0.12"],
+        "bench": ["pytest-benchmark>=5", "transformers>=5"],
+    },
+)

@@ -1,0 +1,130 @@
+"""`python -m ysnake.evaluate`: how well a model predicts a text it has not seen."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import Positional, arg
+
+from ysnake import cli
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ysnake.data import Piece
+    from ysnake.model import Model
+
+READ = 1024  # tokens at once
+
+
+@dataclass
+class Options:
+    """Measure the loss per token and the bits per byte of a model on documents."""
+
+    path: Positional[Annotated[Path | None, arg(metavar="PATH")]] = None
+    """A run or a checkpoint folder; by default the newest run."""
+    data: Annotated[tuple[Path, ...], arg(metavar="PATH...")] = ()
+    """Files and folders of documents, as for training."""
+    max_documents: int | None = None
+    """Take so many documents only, in turn from each file."""
+    device: str = "auto"
+    """auto (CUDA, else CPU), cpu, cuda or mps."""
+    threads: int | None = None
+    """Threads on the CPU; by default one for each core."""
+
+
+@dataclass
+class Score:
+    """Sums over all documents read."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    nats: float = 0.0
+
+    @property
+    def loss_per_token(self) -> float:
+        return self.nats / max(1, self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / max(1, self.bytes)
+
+
+def score(
+    model: "Model",
+    tokenizer: "Tokenizer",
+    pieces: Iterable["Piece"],
+    progress: Callable[[int], None],
+) -> Score:
+    """Read each document from bos to eos with one state, so at any length in the same memory.
+
+    Every token after the bos counts, the eos that ends a document too. `progress` is called with
+    the number of characters just done.
+    """
+    import torch
+
+    from ysnake.model import loss_sum
+    from ysnake.tokenizer import encode
+
+    device = model.backbone.embeddings.weight.device
+    total = Score()
+    state, before = None, model.config.bos_id  # the last token that has not been read
+    for text, ends in pieces:
+        ids = encode(tokenizer, text) + ([model.config.eos_id] if ends else [])
+        for i in range(0, len(ids), READ):
+            targets = torch.tensor(ids[i : i + READ], device=device)
+            inputs = torch.cat([targets.new_tensor([before]), targets[:-1]])
+            logits, state = model.step(inputs[None], state)
+            total.nats += loss_sum(logits[0], targets).item()
+            before = ids[i : i + READ][-1]
+        total.tokens += len(ids)
+        total.bytes += len(text.encode("utf-8", "replace"))
+        if ends:
+            total.documents += 1
+            state, before = None, model.config.bos_id
+        progress(len(text))
+    return total
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate as the command line says; returns the exit code."""
+    options = cli.parse(Options, argv)
+    from ysnake import data
+    from ysnake.config import InputError
+
+    if not options.data:
+        raise InputError("--data: expected files or folders to evaluate on")
+    files = data.find_files(options.data)
+
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ysnake import checkpoint
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    folder = checkpoint.resolve(options.path or cli.newest_run())
+    tokenizer = checkpoint.load_tokenizer(folder)
+    model = checkpoint.load(folder, cli.pick_device(options.device)).eval()
+    size = None if options.max_documents else sum(path.stat().st_size for path in files)
+    console = Console(highlight=False)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=size)
+        pieces = data.read_documents(files, options.max_documents)
+        total = score(model, tokenizer, pieces, lambda n: bar.advance(task, n))
+    if total.tokens == 0:
+        raise InputError("--data: no text in these files")
+    console.print(
+        f"{folder}: {total.loss_per_token:.4f} nats per token, "
+        f"{total.bits_per_byte:.4f} bits per byte "
+        f"({total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes)"
+    )
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run(main)

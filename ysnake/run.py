@@ -1,0 +1,157 @@
+"""`python -m ysnake.run`: give text, get its completion, as it is written and at any length."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from ysnake import cli
+from ysnake.config import InputError
+from ysnake.sampling import Sampling
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from ysnake.generate import Context
+
+UNKNOWN = "\ufffd"  # what bytes that are not yet a character decode to
+
+
+@dataclass
+class Options:
+    """Complete text with a trained model. Without a prompt: a conversation line by line."""
+
+    path: Positional[Annotated[Path | None, arg(metavar="PATH")]] = None
+    """A run or a checkpoint folder; by default the newest run."""
+    checkpoint: Literal["best", "last"] | None = None
+    """Which checkpoint of a run; by default best where patience ended it, else last."""
+    prompt: str | None = None
+    """Text to go on from. Left out: asked for line by line, or read from a pipe."""
+    max_tokens: int = 200
+    """Tokens to write at most."""
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Annotated[tuple[str, ...], arg(metavar="TEXT...")] = ()
+    """End where one of these texts appears; it is not printed."""
+    save_state: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write what the model remembers after the prompt to this file, and complete nothing."""
+    load_state: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Go on from what another prompt left in this file."""
+    device: str = "auto"
+    """auto (CUDA, else CPU), cpu, cuda or mps."""
+    threads: int | None = None
+    """Threads on the CPU; by default one for each core."""
+
+
+def texts(tokenizer: "Tokenizer", ids: Iterable[int]) -> Iterator[str]:
+    """The text of tokens as they come; bytes wait until they make a character."""
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=True)
+    for token in ids:
+        if text := stream.step(tokenizer, token):
+            yield text
+
+
+def until(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
+    """The pieces up to where one of `stops` appears; what may be the start of one waits."""
+    waiting = ""
+    for piece in pieces:
+        waiting += piece
+        found = [at for at in (waiting.find(stop) for stop in stops) if at >= 0]
+        if found:
+            yield waiting[: min(found)]
+            return
+        keep = max(
+            (n for stop in stops for n in range(1, len(stop)) if waiting.endswith(stop[:n])),
+            default=0,
+        )
+        yield waiting[: len(waiting) - keep]
+        waiting = waiting[len(waiting) - keep :]
+    yield waiting
+
+
+def read(context: "Context", tokenizer: "Tokenizer", prompt: str) -> None:
+    """Feed a prompt; a context that is new starts a document first."""
+    from ysnake.tokenizer import encode
+
+    begin = [context.model.config.bos_id] if context.logits is None else []
+    context.feed(begin + encode(tokenizer, prompt))
+
+
+def complete(context: "Context", tokenizer: "Tokenizer", options: Options) -> None:
+    """Print a completion as it is written; Ctrl-C ends the completion, not the program."""
+    tokens = context.generate(options.sampling, options.max_tokens)
+    try:
+        for text in until(texts(tokenizer, tokens), options.stop):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    print(flush=True)
+
+
+def converse(new_context, tokenizer: "Tokenizer", options: Options) -> None:
+    """Complete what is typed, line by line, until the end of input."""
+    import readline  # noqa: F401  (gives input() its history and editing)
+
+    print("Type the beginning of a text. An empty line goes on; Ctrl-D leaves.", file=sys.stderr)
+    context = new_context()
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        if prompt:
+            context = new_context()
+            read(context, tokenizer, prompt)
+        elif context.logits is None:
+            continue
+        complete(context, tokenizer, options)
+
+
+def main(argv: list[str]) -> int:
+    """Complete as the command line says; returns the exit code."""
+    options = cli.parse(Options, argv)
+    if options.max_tokens < 1:
+        raise InputError(f"--max-tokens: expected at least 1, got {options.max_tokens}")
+    if "" in options.stop:
+        raise InputError("--stop: expected texts of at least one character")
+
+    from ysnake import checkpoint
+
+    folder = checkpoint.resolve(options.path or cli.newest_run(), options.checkpoint)
+    import torch
+
+    from ysnake.generate import Context
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    tokenizer = checkpoint.load_tokenizer(folder)
+    model = checkpoint.load(folder, cli.pick_device(options.device))
+
+    def new_context() -> Context:
+        context = Context(model, tokenizer.get_vocab_size())
+        if options.load_state is not None:
+            context.load(options.load_state)
+        return context
+
+    prompt = options.prompt
+    if prompt is None and sys.stdin.isatty() and options.save_state is None:
+        converse(new_context, tokenizer, options)
+        return cli.DONE
+    if prompt is None:
+        prompt = sys.stdin.read()
+    context = new_context()
+    read(context, tokenizer, prompt)
+    if options.save_state is not None:
+        context.save(options.save_state)
+    else:
+        complete(context, tokenizer, options)
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,757 @@
+"""`python -m ysnake.train`: train a model on documents, watch it learn, stop and resume at will.
+
+Every batch is a function of the settings and the step, so a run that was stopped goes on as if it
+never had been. The functions here can be called one by one; `main` only strings them together.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
+
+from ysnake import cli
+from ysnake.config import PRESETS, InputError, ModelConfig, model_config
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from tokenizers import Tokenizer
+
+    from ysnake.data import Batch, Tokens
+    from ysnake.model import Model, State
+
+SHIPPED = Path(__file__).parent.parent / "training_data"
+MEAN_OVER = 50  # steps that the training loss is averaged over where it decides or is shown
+GIVE_UP_AFTER = 10  # steps in a row without a finite loss
+VAL_TOKENS = 1 << 15  # held-out tokens looked at while training
+CLIP = 1.0  # largest norm of a step's gradient
+DECAY_TO = 0.1  # the learning rate ends at this part of its peak
+SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
+
+
+@dataclass
+class Settings:
+    """Train a Mamba-2 language model. Without arguments: the quick preset on the shipped corpus."""
+
+    data: Annotated[tuple[Path, ...], arg(metavar="PATH...")] = (SHIPPED,)
+    """Files and folders of .txt and .md (documents separated by a line <|endoftext|>) and .jsonl (a
+    field `text`)."""
+    run: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Folder of this run; by default a new one in runs/. With --resume: the run to go on with, by
+    default the newest."""
+    from_: Annotated[Path | None, arg(name="from", metavar="CHECKPOINT")] = None
+    """Start a new run from this checkpoint's weights and tokenizer."""
+    resume: bool = False
+    """Go on with a run that was stopped, with its own settings."""
+    preset: Annotated[str, arg(metavar="NAME")] = "quick"
+    """Sizes and training settings to start from: quick, ys-24m, ys-60m or ys-71m."""
+
+    tokenizer: Literal["bpe", "word"] = "bpe"
+    """bpe works on bytes and loses nothing; word knows whole words, else characters."""
+    vocab_size: int | None = None
+    """Entries of the tokenizer; by default the preset's number or as many as the corpus gives."""
+    max_documents: int | None = None
+    """Take so many documents only, in turn from each file."""
+
+    seq_len: int = 256
+    """Tokens trained on at a time. Running has no such limit."""
+    batch_size: int = 16
+    """Sequences per forward pass."""
+    accumulate: int = 1
+    """Forward passes per step of the optimiser."""
+    carry_state: bool = False
+    """Train on consecutive windows and hand the state on from one to the next, so that short
+    sequences teach long text."""
+
+    d_model: int = 512
+    """Embedding size."""
+    n_layers: int = 10
+    """Layers."""
+    d_state: int = 128
+    """State size of each head."""
+    head_dim: int = 64
+    """Channels per head."""
+    expand: int = 2
+    """Inner size of a layer over its embedding size."""
+    n_groups: int = 1
+    """Groups of heads that share B and C."""
+    chunk_size: int | None = None
+    """Tokens per chunk ("attention block") of the scan; by default the device's best. Changes time
+    and memory, not the result."""
+    output_size: int | None = None
+    """Size of a layer between the embedding and the logits; by default there is none and the head
+    is tied to the embedding."""
+    init: Literal["hippo", "uniform"] = "hippo"
+    """How the decay rates start: A_n = -(n + 1) over the heads, or -A uniform in [1, 16]."""
+
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.1
+    """Of matrices; never of A_log, D, dt_bias, norms and biases."""
+    warmup_steps: int = 100
+    """Steps until the learning rate is at its peak; from there a cosine takes it to a tenth."""
+    max_steps: int | None = None
+    """Stop after so many steps; by default the preset's number, or none with --max-minutes."""
+    max_minutes: float | None = None
+    """Stop after so many minutes. Without --max-steps the learning rate follows the clock."""
+    stop_at_loss: float | None = None
+    """Stop when the training loss, averaged over 50 steps, is this low (nats per token)."""
+    patience: int | None = None
+    """Stop after so many evaluations without a better held-out loss."""
+    eval_every: int = 250
+    """Steps between evaluations, each with a sample of text and a new picture."""
+    checkpoint_every: int = 250
+    """Steps between writes of last/."""
+
+    seed: int = 0
+    """Decides the first weights and the order of the windows."""
+    device: str = "auto"
+    """auto (CUDA, else CPU), cpu, cuda or mps."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 autocast on CUDA, float32 elsewhere. State and decay are float32 always."""
+    threads: int | None = None
+    """Threads on the CPU; by default one for each core."""
+
+
+# What may differ when a run is resumed; the rest decides its weights.
+FREE_ON_RESUME = (
+    *("run", "resume", "max_steps", "max_minutes", "stop_at_loss", "patience"),
+    *("eval_every", "checkpoint_every", "device", "threads"),
+)
+MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
+
+
+def parse(argv: list[str]) -> Settings:
+    """The settings of a command line, checked.
+
+    Its defaults come from the run it resumes, else the checkpoint it starts from, else the preset.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="quick")
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--run", type=Path)
+    first.add_argument("--from", type=Path, dest="from_")
+    known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    if known.preset not in PRESETS:
+        raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {known.preset}")
+    if known.resume:
+        if known.from_:
+            raise InputError("--from: starts a new run, so it does not go with --resume")
+        stored = read_settings(known.run or cli.newest_run())
+        settings = cli.parse(Settings, argv, default=stored)
+        for name in {f.name for f in fields(Settings)} - set(FREE_ON_RESUME):
+            if getattr(settings, name) != getattr(stored, name):
+                raise InputError(
+                    f"{_option(name)}: a run is resumed with its own, {getattr(stored, name)}; "
+                    f"got {getattr(settings, name)}"
+                )
+        settings.run = stored.run
+    else:
+        preset = PRESETS[known.preset]
+        sizes = {}
+        if known.from_:
+            from ysnake import checkpoint
+
+            config = checkpoint.load_config(checkpoint.resolve(known.from_))
+            sizes = {name: getattr(config, name) for name in MODEL_SIZES}
+        default = Settings(preset=known.preset, **preset.settings | sizes)
+        settings = cli.parse(Settings, argv, default=default)
+        for name, size in sizes.items():
+            if getattr(settings, name) != size:
+                raise InputError(
+                    f"{_option(name)}: the checkpoint {known.from_} has {size}, "
+                    f"got {getattr(settings, name)}"
+                )
+        if settings.max_steps is None and settings.max_minutes is None:
+            settings.max_steps = preset.max_steps
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """Raise InputError for a value out of range, naming the option."""
+    least: dict[str, float] = {
+        **dict.fromkeys(("seq_len", "batch_size", "accumulate", "max_steps", "patience"), 1),
+        **dict.fromkeys(("eval_every", "checkpoint_every", "threads", "max_documents"), 1),
+        **dict.fromkeys(("vocab_size", *MODEL_SIZES, "chunk_size", "output_size"), 1),
+        **dict.fromkeys(("lr", "weight_decay", "warmup_steps", "stop_at_loss", "seed"), 0),
+        "max_minutes": 0,
+    }
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= bound:
+            raise InputError(f"{_option(name)}: expected at least {bound}, got {value}")
+    if settings.from_ and (settings.vocab_size or settings.output_size):
+        name = "vocab_size" if settings.vocab_size else "output_size"
+        raise InputError(f"{_option(name)}: fixed by the checkpoint that --from names")
+
+
+def _option(name: str) -> str:
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+def write_settings(settings: Settings, folder: Path) -> None:
+    values = {
+        k: [str(p.resolve()) for p in v] if k == "data" else str(v) if isinstance(v, Path) else v
+        for k, v in asdict(settings).items()
+    }
+    (folder / "settings.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def read_settings(folder: Path) -> Settings:
+    """The settings of the run in this folder."""
+    path = folder / "settings.json"
+    try:
+        values = json.loads(path.read_text())
+        values["data"] = tuple(map(Path, values["data"]))
+        values["from_"] = values["from_"] and Path(values["from_"])
+        return Settings(**values | {"run": folder, "resume": True})
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file, so there is no run to resume") from error
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: not the settings of a run ({error})") from error
+
+
+@dataclass
+class Progress:
+    """How far a run has come; all of it is saved, and plain values only."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed: float = 0.0  # seconds of training
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    recent: list[float] = field(default_factory=list)  # losses of the last steps
+    best_val_loss: float | None = None
+    evaluations_since_best: int = 0
+    threads: int = 0
+    ended: str | None = None  # steps, time, loss, patience, interrupted or diverged
+
+    @property
+    def mean_loss(self) -> float:
+        return sum(self.recent) / max(1, len(self.recent))
+
+
+@dataclass
+class Run:
+    """All that a training run works with."""
+
+    settings: Settings
+    model: "Model"
+    tokenizer: "Tokenizer"
+    optimizer: "torch.optim.Optimizer"
+    train: "Tokens"
+    val: "Tokens"
+    progress: Progress
+    carried: "State | None"  # the state that the next step starts from, with carry_state
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.run
+
+    @property
+    def device(self) -> "torch.device":
+        return self.model.backbone.embeddings.weight.device
+
+
+def start(settings: Settings, console: "Console") -> Run:
+    """Make the folder of a new run: tokenizer, tokens on disk, first weights; all or nothing."""
+    import torch
+
+    from ysnake import checkpoint, data
+    from ysnake.model import Model
+
+    if settings.run is None:
+        settings.run = cli.RUNS / f"{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if settings.run.exists():
+        raise InputError(f"{settings.run}: exists already; --resume goes on with a run")
+    if settings.data == (SHIPPED,) and not SHIPPED.is_dir():
+        raise InputError("--data: the shipped corpus is not installed here; give files or folders")
+    files = data.find_files(settings.data)
+    device = cli.pick_device(settings.device)
+
+    model = None
+    if settings.from_ is not None:
+        source = checkpoint.resolve(settings.from_)
+        tokenizer, model = checkpoint.load_tokenizer(source), checkpoint.load(source)
+        if settings.chunk_size is not None:
+            model.use_config(replace(model.config, chunk_size=settings.chunk_size))
+    else:
+        tokenizer = train_tokenizer(settings, files, console)
+        torch.manual_seed(settings.seed)
+        model = Model(_config(settings, tokenizer), settings.init)
+
+    new = settings.run.with_name(f".{settings.run.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        (new / "data").mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{settings.run}: {error.strerror}") from error
+    try:
+        counts = _tokenise(settings, files, tokenizer, model.config, new / "data", console)
+        if counts.train_tokens <= settings.seq_len:
+            raise InputError(
+                f"--seq-len: all documents together have {counts.train_tokens} tokens to train on, "
+                f"fewer than a window of {settings.seq_len} and the token after it"
+            )
+        write_settings(settings, new)
+        new.rename(settings.run)
+    except BaseException:
+        shutil.rmtree(new)
+        raise
+    console.print(
+        f"[bold]{settings.run}[/]: {counts.train_documents} documents to learn "
+        f"({counts.train_words:,} words, {counts.train_tokens:,} tokens), "
+        f"{counts.val_documents} held out; {model.n_parameters():,} parameters on {device}"
+    )
+    run = _assemble(settings, model.to(device), tokenizer, Progress())
+    save_last(run)
+    return run
+
+
+def _config(settings: Settings, tokenizer: "Tokenizer") -> ModelConfig:
+    from ysnake.tokenizer import eot_id
+
+    return model_config(settings, tokenizer.get_vocab_size(), eot_id(tokenizer))
+
+
+def train_tokenizer(settings: Settings, files: list[Path], console: "Console") -> "Tokenizer":
+    """A tokenizer learnt from the documents to train on, of the size asked for."""
+    from ysnake import data
+    from ysnake import tokenizer as tokenizers
+
+    wanted = settings.vocab_size or PRESETS[settings.preset].max_vocab
+    with console.status("learning the vocabulary"):
+        pieces = data.split(data.read_documents(files, settings.max_documents))
+        texts = (text for text, _, held_out in pieces if not held_out)
+        tokenizer = tokenizers.train(settings.tokenizer, texts, wanted)
+    size = tokenizer.get_vocab_size()
+    if size < wanted and settings.vocab_size is not None:
+        raise InputError(f"--vocab-size: {wanted} cannot be met, these documents give {size}")
+    if size < wanted:
+        console.print(f"vocabulary: {size:,} entries, all that these documents give")
+    return tokenizer
+
+
+def _tokenise(
+    settings: Settings,
+    files: list[Path],
+    tokenizer: "Tokenizer",
+    config: ModelConfig,
+    folder: Path,
+    console: "Console",
+) -> Any:
+    from rich.progress import Progress as Bar
+
+    from ysnake import data
+
+    limited = settings.max_documents is not None
+    total = None if limited else sum(path.stat().st_size for path in files)
+    with Bar(console=console, transient=True) as bar:
+        task = bar.add_task("writing tokens", total=total)
+        return data.write_tokens(
+            data.read_documents(files, settings.max_documents),
+            tokenizer,
+            config.bos_id,
+            config.eos_id,
+            folder,
+            lambda characters: bar.advance(task, characters),
+        )
+
+
+def resume(settings: Settings, console: "Console") -> Run:
+    """Take up the run in settings.run where its last/ stands."""
+    import torch
+
+    from ysnake import checkpoint
+
+    last = checkpoint.find(settings.run / "last")
+    device = cli.pick_device(settings.device)
+    saved = checkpoint.load_training(last)
+    model = checkpoint.load(last)
+    if settings.output_size is not None:
+        model = checkpoint.with_factors(model, saved["head"], settings.output_size)
+    model.use_config(replace(model.config, chunk_size=settings.chunk_size))
+    progress = Progress(**saved["progress"])
+    if progress.threads != torch.get_num_threads():
+        console.print(
+            f"warning: started with {progress.threads} threads, goes on with "
+            f"{torch.get_num_threads()}; the weights will differ in the last bits"
+        )
+    if progress.ended == "interrupted":
+        progress.ended = None
+    run = _assemble(settings, model.to(device), checkpoint.load_tokenizer(last), progress)
+    run.optimizer.load_state_dict(saved["optimizer"])
+    if settings.carry_state:
+        for layer, (conv, ssm) in zip(run.carried, saved["carried"], strict=True):
+            layer.conv, layer.ssm = conv.to(device), ssm.to(device)
+    _forget_metrics_after(run.folder / "metrics.jsonl", progress.step)
+    console.print(f"[bold]{run.folder}[/]: goes on after step {progress.step}")
+    return run
+
+
+def _forget_metrics_after(path: Path, step: int) -> None:
+    """Cut off what a killed run wrote after its last checkpoint; it will be written again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        path.write_text("".join(kept))
+
+
+def _assemble(
+    settings: Settings, model: "Model", tokenizer: "Tokenizer", progress: Progress
+) -> Run:
+    import torch
+
+    from ysnake.data import Tokens
+
+    config = model.config
+    framing = (tokenizer.get_vocab_size(), config.bos_id, config.eos_id)
+    train, val = (
+        Tokens.open(settings.run / "data" / f"{side}.tokens", *framing) for side in ("train", "val")
+    )
+    progress.threads = torch.get_num_threads()
+    carried = model.empty_state(settings.batch_size) if settings.carry_state else None
+    optimizer = make_optimizer(model, settings.weight_decay)
+    return Run(settings, model, tokenizer, optimizer, train, val, progress, carried)
+
+
+def make_optimizer(model: "Model", weight_decay: float) -> "torch.optim.Optimizer":
+    """AdamW that decays matrices only; A_log, D, dt_bias, norms and biases are vectors."""
+    import torch
+
+    groups = [
+        {
+            "params": [p for p in model.parameters() if (p.ndim >= 2) == matrices],
+            "weight_decay": weight_decay if matrices else 0.0,
+        }
+        for matrices in (True, False)
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
+def save_last(run: Run) -> None:
+    """Write last/: the model, and all that resuming needs."""
+    from ysnake import checkpoint
+
+    training = {
+        "optimizer": run.optimizer.state_dict(),
+        "progress": asdict(run.progress),
+        "head": checkpoint.head_factors(run.model),
+    }
+    if run.carried is not None:
+        training["carried"] = [(layer.conv, layer.ssm) for layer in run.carried]
+    progress = {k: v for k, v in asdict(run.progress).items() if k != "recent"}
+    checkpoint.save(run.folder / "last", run.model, run.tokenizer, training, progress)
+
+
+def learning_rate(settings: Settings, progress: Progress) -> float:
+    """Linear warm-up, then a cosine down to a tenth, over the steps or else over the clock."""
+    warm = min(1.0, (progress.step + 1) / max(1, settings.warmup_steps))
+    if settings.max_steps is not None:
+        done = progress.step / settings.max_steps
+    else:
+        done = progress.elapsed / (60 * settings.max_minutes)
+    cosine = (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    return settings.lr * warm * (DECAY_TO + (1 - DECAY_TO) * cosine)
+
+
+def batch_loss(run: Run, batch: "Batch", state: "State | None" = None) -> "torch.Tensor":
+    """Summed loss of a batch, in nats."""
+    import torch
+
+    from ysnake.model import loss_sum
+
+    ids, targets, seq_idx = (
+        torch.from_numpy(array).to(run.device)
+        for array in (batch.ids, batch.targets, batch.seq_idx)
+    )
+    if not seq_idx.any():
+        seq_idx = None  # one document in each window
+    precision = run.settings.precision
+    lower = precision == "bfloat16" or (precision == "auto" and run.device.type == "cuda")
+    autocast = torch.autocast(run.device.type, torch.bfloat16) if lower else nullcontext()
+    with autocast:
+        return loss_sum(run.model(ids, seq_idx, state), targets)
+
+
+class Stop:
+    """Whether Ctrl-C or SIGTERM has asked the run to stop; a second Ctrl-C stops at once."""
+
+    requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator["Stop"]:
+        def request(number: int, _frame: object) -> None:
+            if self.requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, request) for number in signals]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)
+
+
+def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
+    """One step of the optimiser. None if a stop was asked for: then nothing has changed."""
+    import torch
+
+    from ysnake import data
+    from ysnake.model import LayerState
+
+    settings, progress = run.settings, run.progress
+    first = progress.step * settings.accumulate
+    cut = (run.train, settings.seq_len, settings.batch_size)
+    indices = range(first, first + settings.accumulate)
+    if settings.carry_state:
+        batches = [data.consecutive_windows(*cut, i) for i in indices]
+        state = [LayerState(layer.conv, layer.ssm) for layer in run.carried]
+    else:
+        batches = [data.training_windows(*cut, i, settings.seed) for i in indices]
+        state = None
+    n_targets = max(1, sum(batch.n_targets for batch in batches))
+
+    run.optimizer.zero_grad()
+    total = torch.zeros((), device=run.device)
+    for batch in batches:
+        if stop.requested:
+            return None
+        for layer in state or ():  # lanes whose window begins a document forget
+            keep = torch.from_numpy(~batch.starts_anew).to(layer.conv)
+            layer.conv = layer.conv * keep[:, None, None]
+            layer.ssm = layer.ssm * keep[:, None, None, None].to(layer.ssm)
+        loss = batch_loss(run, batch, state) / n_targets
+        loss.backward()
+        total += loss.detach()
+    loss = total.item()
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP).item()
+
+    lr = learning_rate(settings, progress)
+    if math.isfinite(loss) and math.isfinite(norm):
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+        run.carried = state
+        progress.skipped_in_a_row = 0
+        progress.recent = [*progress.recent, loss][-MEAN_OVER:]
+    else:
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        if run.carried is not None:  # what made the step fail may be in the state
+            run.carried = run.model.empty_state(settings.batch_size)
+    progress.step += 1
+    progress.tokens += settings.accumulate * settings.batch_size * settings.seq_len
+    return {"train_loss": loss, "lr": lr, "grad_norm": norm}
+
+
+def held_out_loss(run: Run) -> float | None:
+    """Mean loss on held-out text, nats per token; None if nothing is held out."""
+    import torch
+
+    from ysnake import data
+
+    settings = run.settings
+    loss, n_targets = 0.0, 0
+    with torch.no_grad():
+        for batch in data.held_out_windows(
+            run.val, settings.seq_len, settings.batch_size, VAL_TOKENS
+        ):
+            loss += batch_loss(run, batch).item()
+            n_targets += batch.n_targets
+    return loss / n_targets if n_targets else None
+
+
+def sample(run: Run, number: int) -> tuple[str, str]:
+    """A prompt from the middle of a training document, and the model's own continuation."""
+    from ysnake import data
+    from ysnake.generate import Context, Sampling
+    from ysnake.tokenizer import decode
+
+    length = min(SAMPLE_PROMPT, max(1, len(run.train) // 8))
+    middles = data.middles(run.train, length) or [run.train.ids[1 : 1 + length].tolist()]
+    prompt = middles[number % len(middles)]
+    context = Context(run.model, run.tokenizer.get_vocab_size())
+    context.feed([run.model.config.bos_id, *prompt])
+    written = list(context.generate(Sampling(temperature=0), SAMPLE_TOKENS))
+    run.model.train()
+    return decode(run.tokenizer, prompt), decode(run.tokenizer, written)
+
+
+def reason_to_end(run: Run) -> str | None:
+    """Why the run should end now, if it should."""
+    settings, progress = run.settings, run.progress
+    if progress.skipped_in_a_row >= GIVE_UP_AFTER:
+        return "diverged"
+    target = settings.stop_at_loss
+    if target is not None and len(progress.recent) == MEAN_OVER and progress.mean_loss <= target:
+        return "loss"
+    if settings.max_steps is not None and progress.step >= settings.max_steps:
+        return "steps"
+    if settings.max_minutes is not None and progress.elapsed >= 60 * settings.max_minutes:
+        return "time"
+    if settings.patience is not None and progress.evaluations_since_best >= settings.patience:
+        return "patience"
+    return None
+
+
+def evaluate(run: Run, console: "Console") -> float | None:
+    """Held-out loss, best/ if it is the best so far, and a sample of text."""
+    from rich.markup import escape
+
+    from ysnake import checkpoint
+
+    progress = run.progress
+    loss = held_out_loss(run)
+    if loss is not None and math.isfinite(loss):
+        if progress.best_val_loss is None or loss < progress.best_val_loss:
+            progress.best_val_loss, progress.evaluations_since_best = loss, 0
+            checkpoint.save(run.folder / "best", run.model, run.tokenizer)
+        else:
+            progress.evaluations_since_best += 1
+    prompt, written = sample(run, progress.step // run.settings.eval_every)
+    held_out = "" if loss is None else f", held-out loss {loss:.3f}"
+    head = f"step {progress.step}: loss {progress.mean_loss:.3f}{held_out}"
+    with (run.folder / "samples.txt").open("a") as file:
+        file.write(f"{head}\n{prompt} >>> {written}\n\n")
+    console.print(f"[bold]{head}[/]\n[dim]{escape(prompt)}[/]{escape(written)}\n")
+    return loss
+
+
+def fit(run: Run, stop: Stop, console: "Console") -> None:
+    """Train until there is a reason to end; leaves last/, metrics and picture complete."""
+    from ysnake.plot import plot_loss
+
+    settings, progress = run.settings, run.progress
+    speeds: deque[float] = deque(maxlen=MEAN_OVER)
+    n_tokens = settings.accumulate * settings.batch_size * settings.seq_len
+    with (
+        (run.folder / "metrics.jsonl").open("a", buffering=1) as metrics,
+        _bar(run, console) as show,
+    ):
+        while progress.ended is None:
+            began = time.monotonic()
+            line = None if stop.requested else train_step(run, stop)
+            if line is None:
+                progress.ended = "interrupted"
+                break
+            seconds = time.monotonic() - began
+            speeds.append(n_tokens / seconds)
+            progress.elapsed += seconds
+            progress.ended = reason_to_end(run)
+            line = {"step": progress.step, "tokens": progress.tokens, **line}
+            line |= {"tokens_per_s": n_tokens / seconds, "skipped": progress.skipped}
+            if progress.step % settings.eval_every == 0 or progress.ended:
+                began = time.monotonic()
+                line["val_loss"] = evaluate(run, console)
+                progress.elapsed += time.monotonic() - began
+                progress.ended = progress.ended or reason_to_end(run)
+            finite = {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}
+            metrics.write(json.dumps(finite) + "\n")
+            show(sum(speeds) / len(speeds))
+            if "val_loss" in line:
+                plot_loss(run.folder)
+            if progress.step % settings.checkpoint_every == 0 and progress.ended is None:
+                save_last(run)
+    save_last(run)
+    plot_loss(run.folder)
+
+
+@contextmanager
+def _bar(run: Run, console: "Console") -> Iterator[Any]:
+    """A progress bar with loss, speed, memory and time left; yields the function that moves it."""
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    settings, progress = run.settings, run.progress
+    columns = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:,.0f} tokens/s")
+    columns = [TextColumn(text) for text in (*columns, "{task.fields[memory]}")]
+    bar = Bar(
+        TextColumn("step {task.fields[step]}"),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=1.0, step=progress.step, loss=0.0, speed=0.0, memory="")
+
+    def show(speed: float) -> None:
+        done = [progress.step / settings.max_steps] if settings.max_steps else []
+        if settings.max_minutes:
+            done.append(progress.elapsed / (60 * settings.max_minutes))
+        shown = {"step": progress.step, "loss": progress.mean_loss, "speed": speed}
+        bar.update(task, completed=max(done), memory=peak_memory(run.device.type), **shown)
+
+    with bar:
+        yield show
+
+
+def peak_memory(device: str) -> str:
+    """The most memory used so far, of the GPU or of this process; empty where it is not known."""
+    if device == "cuda":
+        import torch
+
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB"
+    try:
+        import resource
+        import sys
+    except ImportError:  # not on Windows
+        return ""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+
+
+ENDINGS = {
+    "steps": "all {step} steps are done",
+    "time": "the time is up",
+    "loss": "the training loss is down to {loss:.3f}",
+    "patience": "the held-out loss has stopped getting better",
+    "interrupted": "interrupted; --resume goes on from here",
+    "diverged": "loss or gradient were not finite ten times in a row, so the run was stopped; "
+    "a lower --lr or a longer --warmup-steps helps most often",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Train as the command line says; returns the exit code."""
+    settings = parse(argv)
+    import torch
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    stop = Stop()
+    run = resume(settings, console) if settings.resume else start(settings, console)
+    with stop.listening():
+        if settings.resume:
+            run.progress.ended = run.progress.ended and reason_to_end(run)
+        fit(run, stop, console)
+    progress = run.progress
+    ending = ENDINGS[progress.ended].format(step=progress.step, loss=progress.mean_loss)
+    console.print(
+        f"[bold]{run.folder}[/]: {ending} "
+        f"({progress.elapsed / 60:.1f} minutes of training, {progress.skipped} steps skipped)\n"
+        f"picture: {run.folder / 'loss.png'}\n"
+        f'next: python -m ysnake.run {run.folder} --prompt "..."'
+    )
+    return {"interrupted": cli.INTERRUPTED, "diverged": cli.FAILED}.get(progress.ended, cli.DONE)
+
+
+if __name__ == "__main__":
+    cli.run(main)
