@@ -1,12 +1,14 @@
 """Two import packages in one distribution: `ysnake`, and `ysnake_kernels` from kernels/."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 setup(
     name="ysnake",
     version="0.1.0",
     description="Why Snakes: train and run a Mamba-2 language model on any machine",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],

@@ -26,6 +26,7 @@ from ysnake.model import FactorisedHead, Model
 WEIGHTS = "model.safetensors"
 STATE = "training_state.pt"
 PROGRESS = "progress.json"
+MANIFEST = "manifest.json"  # SHA-256 of every file of the folder
 
 
 def save(
@@ -50,15 +51,14 @@ def save(
     new.mkdir()
     _write_json(new / "config.json", to_hugging_face(model.config))
     _write_json(new / "generation_config.json", _generation_config(model.config, tokenizer))
-    metadata = {"format": "pt"}
     if tokenizer is not None:
         tokenizers.save(tokenizer, new)
-        metadata["tokenizer_sha256"] = _sha256(new / tokenizers.FILE)
-    save_file(_weights(model), new / WEIGHTS, metadata)
+    save_file(_weights(model), new / WEIGHTS, {"format": "pt"})
     if training is not None:
         torch.save(training, new / STATE)
     if progress is not None:
         _write_json(new / PROGRESS, progress)
+    _write_json(new / MANIFEST, {path.name: _sha256(path) for path in sorted(new.iterdir())})
     for path in [*new.iterdir(), new]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
@@ -107,6 +107,7 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> Model:
     path = folder / WEIGHTS
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    _verify(path)
     try:
         with safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -157,10 +158,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     path = folder / tokenizers.FILE
     rows = load_config(folder).vocab_size
     size = tokenizer.get_vocab_size()
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        sha256 = (file.metadata() or {}).get("tokenizer_sha256")
-    if sha256 is not None and sha256 != _sha256(path):
-        raise InputError(f"{path}: not the tokenizer that this model was trained with")
+    _verify(path)
     if not rows - 4 * VOCAB_MULTIPLE < size <= rows:  # others pad to larger multiples than we do
         raise InputError(f"{path}: {size} tokens do not fit a model with {rows} rows")
     return tokenizer
@@ -171,6 +169,7 @@ def load_training(folder: Path | str) -> dict[str, Any]:
     path = find(folder) / STATE
     if not path.is_file():
         raise InputError(f"{path}: no such file, so training cannot be resumed from here")
+    _verify(path)
     try:
         return torch.load(path, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -217,5 +216,22 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def _verify(path: Path) -> None:
+    """Raise InputError if a manifest beside the file says that it is not the one that was saved."""
+    manifest = path.with_name(MANIFEST)
+    if not manifest.is_file():
+        return  # a checkpoint of somebody else's
+    try:
+        saved = json.loads(manifest.read_text()).get(path.name)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise InputError(f"{manifest}: damaged ({error})") from error
+    if saved is not None and saved != _sha256(path):
+        raise InputError(f"{path}: damaged or exchanged, it is not the file that was saved here")
+
+
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

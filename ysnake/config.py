@@ -133,7 +133,7 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         "chunk_size": config.chunk_size or 256,
         "hidden_act": "silu",
         "initializer_range": 0.02,
-        "rescale_prenorm_residual": True,
+        "rescale_prenorm_residual": False,  # it would rescale again what is loaded
         "time_step_rank": math.ceil(config.d_model / 16),
         "use_cache": True,
         "dtype": "float32",
@@ -165,6 +165,8 @@ def from_hugging_face(content: dict[str, Any]) -> ModelConfig:
     if isinstance(known["eos_id"], list):
         known["eos_id"] = known["eos_id"][0]
     low, high = content.get("time_step_limit") or (0.0, math.inf)
+    if isinstance(high, dict):  # transformers writes infinity as {"__float__": "Infinity"}
+        high = high["__float__"]
     config = ModelConfig(**known, dt_limit=(float(low), float(high)))
     if content.get("num_heads", config.n_heads) != config.n_heads:
         raise InputError(
@@ -193,12 +195,12 @@ PRESETS = {
             "d_model": 256,
             "n_layers": 4,
             "d_state": 64,
-            "max_documents": 72,
+            "max_documents": 128,
             "seq_len": 128,
             "batch_size": 8,
             "lr": 3e-3,
             "warmup_steps": 50,
-            "eval_every": 200,
+            "eval_every": 50,
             "stop_at_loss": 0.4,
         },
     ),

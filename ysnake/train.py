@@ -215,7 +215,7 @@ def read_settings(folder: Path) -> Settings:
         values = json.loads(path.read_text())
         values["data"] = tuple(map(Path, values["data"]))
         values["from_"] = values["from_"] and Path(values["from_"])
-        return Settings(**values | {"run": folder, "resume": True})
+        return Settings(**values | {"run": folder, "resume": False})
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file, so there is no run to resume") from error
     except (json.JSONDecodeError, TypeError, KeyError) as error:
@@ -293,6 +293,7 @@ def start(settings: Settings, console: "Console") -> Run:
 
     new = settings.run.with_name(f".{settings.run.name}.new")
     shutil.rmtree(new, ignore_errors=True)
+    first_run = not new.parent.exists()
     try:
         (new / "data").mkdir(parents=True)
     except OSError as error:
@@ -307,7 +308,7 @@ def start(settings: Settings, console: "Console") -> Run:
         write_settings(settings, new)
         new.rename(settings.run)
     except BaseException:
-        shutil.rmtree(new)
+        shutil.rmtree(new.parent if first_run else new)
         raise
     console.print(
         f"[bold]{settings.run}[/]: {counts.train_documents} documents to learn "

@@ -1,4 +1,4 @@
-"""What all tests share: memory that a kernel forgot to write shows up as NaN."""
+"""What the operators' tests share: memory that a kernel forgot to write shows up as NaN."""
 
 import pytest
 import torch

@@ -1,0 +1,212 @@
+"""Completing text from the command line: prompts, pipes, states in files, stop texts, memory."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+
+import pytest
+import torch
+from small import environment, model, python, saved
+
+from ysnake import checkpoint
+from ysnake.config import InputError
+from ysnake.generate import Context, choose
+from ysnake.run import texts, until
+from ysnake.sampling import Sampling
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("run"))
+
+
+def complete(folder, *options, **kwargs):
+    done = python("ysnake.run", folder, *options, cwd=folder.parent, **kwargs)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_prompt_pipe_and_seed(folder):
+    options = ("--max-tokens", "30", "--seed", "1")
+    first = complete(folder, "--prompt", "The adder", *options)
+    assert first == complete(folder, *options, input="The adder")
+    assert first != complete(folder, "--prompt", "The adder", "--max-tokens", "30", "--seed", "2")
+
+
+def test_a_state_in_a_file_goes_on_where_the_prompt_ended(folder, tmp_path):
+    greedy = ("--temperature", "0", "--max-tokens", "20")
+    whole = complete(folder, "--prompt", "The adder number 3", *greedy)
+    state = tmp_path / "state"
+    assert complete(folder, "--prompt", "The adder", "--save-state", state) == ""
+    assert complete(folder, "--load-state", state, "--prompt", " number 3", *greedy) == whole
+    other = tmp_path / "other"
+    checkpoint.save(other, model(seed=5, vocab=300), checkpoint.load_tokenizer(folder))
+    done = python("ysnake.run", other, "--load-state", state, "--prompt", "x", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith("state: the state of another model\n")
+
+
+def test_interactive_loop(folder):
+    """In a real terminal: two prompts, Ctrl-C inside a completion, an empty line, Ctrl-D."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ysnake.run", str(folder), "--max-tokens", "2000000"],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        cwd=folder.parent,
+        env=environment() | {"TERM": "dumb"},
+        start_new_session=True,
+    )
+    os.close(follower)
+    seen = ""
+
+    def wait_for(pattern):
+        nonlocal seen
+        end = time.monotonic() + 60
+        while not re.search(pattern, seen):
+            assert time.monotonic() < end, seen[-500:]
+            seen += os.read(leader, 4096).decode(errors="replace")
+        seen = ""
+
+    wait_for("> $")
+    for line in ("The adder\n", "\n"):
+        os.write(leader, line.encode())
+        wait_for(r"\S{20}|\s\S+\s\S+")
+        process.send_signal(signal.SIGINT)
+        wait_for(r"\[stopped\]\s+> $")
+    os.write(leader, b"\x04")
+    assert process.wait(30) == 0
+    os.close(leader)
+
+
+@pytest.mark.parametrize("tokens", [4_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_memory_is_flat_over_any_length(folder, tokens):
+    """The peak after all generated tokens is within 20 MB of that after 1,000."""
+    script = f"""
+import resource, sys
+from ysnake import checkpoint
+from ysnake.generate import Context
+from ysnake.sampling import Sampling
+context = Context(checkpoint.load({str(folder)!r}), 300)
+context.model.config = __import__("dataclasses").replace(context.model.config, eos_id=-1)
+context.feed([1, 2, 3])
+for n, _ in enumerate(context.generate(Sampling(seed=0), {tokens}), 1):
+    if n in (1_000, {tokens}):
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
+    )
+    early, late = map(int, done.stdout.split())
+    assert late - early < 20_000  # kilobytes
+
+
+def test_sampling():
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    seen = torch.tensor([False, False, False, True])
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(**settings):
+        return {choose(logits, seen, Sampling(**settings), generator) for _ in range(200)}
+
+    assert drawn(temperature=1.0, top_p=1.0) == {0, 1, 2, 3}
+    assert drawn(temperature=0) == {3}
+    assert drawn(top_k=2, top_p=1.0) == {2, 3}
+    assert drawn(temperature=1.0, top_p=0.8) == {2, 3}  # 0.64 + 0.24 is the first sum above
+    assert drawn(top_p=1e-9) == {3}
+    assert drawn(temperature=0, repetition_penalty=2.0) == {2}
+
+
+def test_padding_is_never_drawn(folder):
+    m = model(vocab=300)
+    context = Context(m, 300)
+    context.feed([1])
+    context.logits[300:] = 100.0
+    assert all(t < 300 for t in context.generate(Sampling(), 3))
+
+
+def test_a_prompt_in_pieces_equals_one_piece(monkeypatch):
+    from ysnake import generate
+
+    ids = torch.randint(300, (50,)).tolist()
+    whole, pieces = Context(model(), 300), Context(model(), 300)
+    whole.feed(ids)
+    monkeypatch.setattr(generate, "PIECE", 7)
+    pieces.feed(ids)
+    torch.testing.assert_close(whole.logits, pieces.logits)
+    assert torch.equal(whole.seen, pieces.seen)
+
+
+def test_stop_texts_end_the_completion_across_pieces():
+    pieces = ["The en", "d of", " the END", " and"]
+    assert "".join(until(pieces, ("END",))) == "The end of the "
+    assert "".join(until(pieces, ("d o", "END"))) == "The en"
+    assert "".join(until(pieces, ())) == "The end of the END and"
+    assert "".join(until(["a", "b", "a"], ("abc",))) == "aba"
+
+
+def test_text_streams_in_whole_characters(folder):
+    tokenizer = checkpoint.load_tokenizer(folder)
+    text = "蛇 🐍 é"
+    assert "".join(texts(tokenizer, tokenizer.encode(text).ids)) == text
+
+
+def test_wrong_input(folder):
+    for options, message in {
+        ("--max-tokens", "0"): "--max-tokens: expected at least 1, got 0",
+        ("--top-p", "0"): "--top-p: expected above 0 and at most 1, got 0.0",
+        ("--stop", ""): "--stop: expected texts of at least one character",
+        ("--load-state", "nothing"): "nothing: not a saved state",
+    }.items():
+        done = python("ysnake.run", folder, "--prompt", "x", *options, cwd=folder.parent)
+        assert done.returncode == 2
+        assert message in done.stderr.replace("\n", " ")
+        assert "Traceback" not in done.stderr
+    done = python("ysnake.run", "--prompt", "x", cwd=folder)
+    assert (done.returncode, "no run there yet" in done.stderr) == (2, True)
+    for bad in ({"temperature": -1}, {"top_k": -1}, {"repetition_penalty": 0}):
+        with pytest.raises(InputError, match="expected"):
+            Sampling(**bad)
+
+
+def test_evaluate_equals_the_loss_of_whole_documents(folder, tmp_path):
+    from ysnake import evaluate
+    from ysnake.model import loss_sum
+    from ysnake.tokenizer import encode
+
+    m, tokenizer = checkpoint.load(folder).eval(), checkpoint.load_tokenizer(folder)
+    documents = ["The viper counts to 12. " * 30, "蛇", "x y z"]
+    pieces = [(documents[0][:100], False), (documents[0][100:], True)]
+    pieces += [(d, True) for d in documents[1:]]
+    read = evaluate.READ
+    evaluate.READ = 16
+    try:
+        total = evaluate.score(m, tokenizer, pieces, lambda n: None)
+    finally:
+        evaluate.READ = read
+    nats = tokens = 0
+    for parts in ([documents[0][:100], documents[0][100:]], *([d] for d in documents[1:])):
+        ids = [0, *chain(*(encode(tokenizer, part) for part in parts)), 0]
+        with torch.no_grad():
+            nats += loss_sum(m(torch.tensor([ids[:-1]]))[0], torch.tensor(ids[1:])).item()
+        tokens += len(ids) - 1
+    assert total.tokens == tokens
+    assert total.documents == 3
+    assert total.bytes == sum(len(d.encode()) for d in documents)
+    assert total.nats == pytest.approx(nats, rel=1e-5)
+
+
+def test_evaluate_command(folder, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "The boa number 5 sleeps."}) + "\n")
+    done = python("ysnake.evaluate", folder, "--data", "a.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"\d\.\d{4} nats per token, \d\.\d{4} bits per byte", done.stdout)
+    done = python("ysnake.evaluate", folder, cwd=tmp_path)
+    assert (done.returncode, "--data: expected" in done.stderr) == (2, True)

@@ -1,0 +1,109 @@
+"""Tokenizers: any input, exact round trips, the fallback of words, reuse from disk."""
+
+import json
+import random
+
+import pytest
+from tokenizers.decoders import DecodeStream
+
+from ysnake import tokenizer as t
+from ysnake.config import InputError
+
+TEXT = "The snake sleeps. The snake wakes, and the snake eats; snakes like stones. " * 3
+STRANGE = [
+    "",
+    " ",
+    "plain words",
+    "tabs\tand\n\n\nlines \r\n  and   spaces ",
+    "emoji 🐍🏳️‍🌈, CJK 蛇は眠る, Arabic ثعبان, combining e\u0301",
+    "control \x00\x01\x7f and \ufeff and \u200b",
+    "letters that look special: <|endoftext|> <|endoftext",
+    "a" * 5000,
+]
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return t.train("bpe", [TEXT], 300)
+
+
+@pytest.fixture(scope="module")
+def word():
+    return t.train("word", [TEXT], 60)
+
+
+@pytest.mark.parametrize("text", STRANGE, ids=range(len(STRANGE)))
+def test_bpe_loses_nothing(bpe, text):
+    ids = t.encode(bpe, text)
+    assert t.decode(bpe, ids) == text
+    assert t.eot_id(bpe) not in ids
+
+
+def test_bpe_loses_nothing_of_random_text(bpe):
+    rng = random.Random(0)
+    for _ in range(300):
+        points = [rng.choice((rng.randrange(128), rng.randrange(0x110000))) for _ in range(40)]
+        text = "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
+        assert t.decode(bpe, t.encode(bpe, text)) == text
+
+
+def test_half_a_surrogate_pair_is_no_error(bpe):
+    assert t.decode(bpe, t.encode(bpe, "a\ud800b")) == "a?b"
+
+
+def test_bpe_streams_whole_characters(bpe):
+    text = "a 🐍 b 蛇"
+    stream = DecodeStream(skip_special_tokens=True)
+    pieces = [stream.step(bpe, i) for i in t.encode(bpe, text)]
+    assert "".join(p for p in pieces if p) == text
+    assert not any("\ufffd" in p for p in pieces if p)
+
+
+def test_known_word_is_one_token(word):
+    assert len(t.encode(word, "The snake")) == 2
+
+
+def test_unknown_word_falls_back_to_its_characters(word):
+    ids = t.encode(word, "The kneel")
+    assert [word.id_to_token(i) for i in ids] == ["The", " ", "k", "n", "e", "e", "l"]
+    assert t.decode(word, ids) == "The kneel"
+
+
+def test_unknown_character_is_dropped_and_the_rest_kept(word):
+    assert t.decode(word, t.encode(word, "The 蛇sna🐍ke sleeps")) == "The snake sleeps"
+
+
+def test_most_frequent_words_come_first():
+    small = t.train("word", ["a b b b a c"], 6)  # the special token, " ", a, b, c and one word
+    assert small.token_to_id(" b") == 5
+    assert small.get_vocab_size() == 6
+
+
+@pytest.mark.parametrize("kind", ["bpe", "word"])
+def test_saved_and_loaded_is_the_same(kind, request, tmp_path):
+    tokenizer = request.getfixturevalue(kind)
+    t.save(tokenizer, tmp_path)
+    loaded = t.load(tmp_path)
+    for text in [*STRANGE, TEXT]:
+        assert t.encode(loaded, text) == t.encode(tokenizer, text)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert {settings[f"{role}_token"] for role in ("bos", "eos", "pad")} == {t.EOT}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "word"])
+def test_training_is_reproducible(kind):
+    first, second = (t.train(kind, [TEXT, "more words"], 280).to_str() for _ in range(2))
+    assert first == second
+
+
+def test_bad_sizes_and_files_are_named(tmp_path):
+    with pytest.raises(InputError, match="a bpe tokenizer needs at least 257, got 256"):
+        t.train("bpe", [TEXT], 256)
+    with pytest.raises(InputError, match="characters, so a word tokenizer needs at least"):
+        t.train("word", [TEXT], 5)
+    with pytest.raises(InputError, match=r"tokenizer\.json: no such file"):
+        t.load(tmp_path)
+    for content in ("", "{}", "no json", '{"model": {"type": "BPE"}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(InputError, match=r"tokenizer\.json: not a tokenizer"):
+            t.load(tmp_path)

@@ -1,0 +1,415 @@
+"""Training from the command line: it learns, stops for each reason, and resumes bit for bit."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from small import ROOT, TINY, corpus, environment, python
+
+from ysnake import checkpoint, train
+from ysnake.config import PRESETS
+
+COMMAND = ["ysnake.train", *TINY, "--vocab-size", "300", "--threads", "1", "--data", "snakes.txt"]
+
+
+def fit(folder, *options):
+    """Train in this process; returns the run folder."""
+    run = folder / f"run{len(list(folder.iterdir()))}"
+    data = folder / "snakes.txt"
+    if not data.exists():
+        corpus(folder)
+    argv = [*COMMAND[1:-1], str(data), "--run", str(run), *map(str, options)]
+    train.main(argv)
+    return run
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run, which="last"):
+    return (run / which / "model.safetensors").read_bytes()
+
+
+def same_training(first, second):
+    """The runs have the same weights and went the same way, but for the time they took."""
+    a, b = (
+        [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in metrics(r)]
+        for r in (first, second)
+    )
+    return weights(first) == weights(second) and a == b
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_run_leaves_what_it_promises(tmp_path):
+    run = fit(tmp_path, "--max-steps", 6, "--eval-every", 3)
+    hugging_face = {"config.json", "generation_config.json", "model.safetensors"}
+    hugging_face |= {"tokenizer.json", "tokenizer_config.json", "manifest.json"}
+    assert {p.name for p in run.iterdir()} == {
+        *("settings.json", "metrics.jsonl", "loss.png", "samples.txt", "best", "last", "data")
+    }
+    assert {p.name for p in (run / "best").iterdir()} == hugging_face
+    assert {p.name for p in (run / "last").iterdir()} - hugging_face == {
+        *("training_state.pt", "progress.json")
+    }
+    lines = metrics(run)
+    assert [m["step"] for m in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["tokens"] == 6 * 4 * 24
+    assert all(m["skipped"] == 0 and m["tokens_per_s"] > 0 for m in lines)
+    assert [m["step"] for m in lines if "val_loss" in m] == [3, 6]
+    assert json.loads((run / "last/progress.json").read_text())["ended"] == "steps"
+    assert json.loads((run / "settings.json").read_text())["d_model"] == 32
+    assert (run / "samples.txt").read_text().count(" >>> ") == 2
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+def test_no_step_is_skipped_at_any_batch_size(tmp_path, batch_size, lr):
+    options = ("--batch-size", batch_size, "--lr", lr, "--seq-len", 12, "--warmup-steps", 10)
+    run = fit(tmp_path, "--max-steps", 300, "--eval-every", 1000, *options)
+    losses = [m["train_loss"] for m in metrics(run)]
+    assert metrics(run)[-1]["skipped"] == 0
+    assert sum(losses[-50:]) < sum(losses[:50])
+    model = checkpoint.load(run / "last")
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_it_stops_at_a_loss(tmp_path):
+    run = fit(tmp_path, "--max-steps", 500, "--stop-at-loss", 3.5, "--lr", 0.01)
+    losses = [m["train_loss"] for m in metrics(run)]
+    assert len(losses) < 500
+    assert sum(losses[-50:]) / 50 <= 3.5 < sum(losses[-51:-1]) / 50
+
+
+def test_it_stops_when_the_held_out_loss_gets_no_better(tmp_path):
+    run = fit(tmp_path, "--max-steps", 400, "--patience", 2, "--eval-every", 10, "--lr", 0.02)
+    val = [m["val_loss"] for m in metrics(run) if "val_loss" in m]
+    assert len(metrics(run)) < 400
+    assert min(val[-2:]) >= min(val[:-2])
+    assert checkpoint.resolve(run).name == "best"
+
+
+def test_it_stops_on_time_and_the_rate_follows_the_clock(tmp_path):
+    run = fit(tmp_path, "--max-minutes", 0.05, "--warmup-steps", 0, "--eval-every", 10**6)
+    rates = [m["lr"] for m in metrics(run)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.2 * rates[0]
+    assert json.loads((run / "last/progress.json").read_text())["ended"] == "time"
+
+
+def test_learning_rate():
+    settings = train.Settings(lr=1.0, warmup_steps=10, max_steps=100)
+    rate = [train.learning_rate(settings, train.Progress(step=s)) for s in range(101)]
+    assert rate[0] == pytest.approx(0.1)
+    assert max(rate) == pytest.approx(rate[9], rel=0.02)
+    assert rate[100] == pytest.approx(0.1)
+    assert rate[55] == pytest.approx(
+        0.1 + 0.9 * 0.5 * (1 + torch.cos(torch.tensor(0.55 * torch.pi)))
+    )
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    one = fit(tmp_path, "--max-steps", 3, "--batch-size", 6)
+    two = fit(tmp_path, "--max-steps", 3, "--batch-size", 2, "--accumulate", 3)
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-5)
+        assert a["tokens"] == b["tokens"]
+
+
+def test_weights_that_decay_are_matrices(tmp_path):
+    from small import model
+
+    m = model()
+    decaying, other = train.make_optimizer(m, 0.1).param_groups
+    names = {id(p): name for name, p in m.named_parameters()}
+    never = ("A_log", "D", "dt_bias", "norm.weight", "norm_f.weight", "bias")
+    assert decaying["weight_decay"] == 0.1
+    assert other["weight_decay"] == 0
+    assert all(names[id(p)].endswith(never) for p in other["params"])
+    assert not any(names[id(p)].endswith(never) for p in decaying["params"])
+
+
+RESUMED = {
+    "plain": [],
+    "accumulating": ["--accumulate", "3"],
+    "carrying states": ["--carry-state"],
+    "carrying and accumulating": ["--carry-state", "--accumulate", "2"],
+    "factorised head": ["--output-size", "16"],
+    "patience": ["--patience", "3", "--eval-every", "2", "--lr", "0.05"],
+}
+
+
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
+def test_stopped_between_micro_batches_and_resumed_is_the_same(tmp_path, monkeypatch, options):
+    """A stop is asked for at a moment inside a step, twice; the run ends as if never stopped."""
+    options = ["--max-steps", "9", "--eval-every", "4", *options]
+    whole = fit(tmp_path, *options)
+
+    real = train.batch_loss
+    calls = 0
+
+    def stopping(*args):
+        nonlocal calls
+        calls += 1
+        if calls in (3, 9):
+            signal.raise_signal(signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(train, "batch_loss", stopping)
+    stopped = fit(tmp_path, *options)
+    while json.loads((stopped / "last/progress.json").read_text())["ended"] == "interrupted":
+        assert train.main(["--run", str(stopped), "--resume"]) in (0, 130)
+    assert calls > 9
+    assert same_training(whole, stopped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_interrupted_process_resumes_bit_for_bit(tmp_path, number):
+    corpus(tmp_path)
+    command = [*COMMAND, "--max-steps", "60", "--eval-every", "20", "--run"]
+    assert python(*command, "whole", cwd=tmp_path).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command, "stopped"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    )
+    lines = tmp_path / "stopped/metrics.jsonl"
+    while not lines.exists() or lines.read_text().count("\n") < 5:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(60) == 130
+    assert len(metrics(tmp_path / "stopped")) < 60
+    again = python("ysnake.train", "--run", "stopped", "--resume", cwd=tmp_path)
+    assert again.returncode == 0
+    assert same_training(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_killed_process_resumes_from_its_last_checkpoint(tmp_path):
+    corpus(tmp_path)
+    command = [*COMMAND, "--max-steps", "40", "--checkpoint-every", "7", "--run"]
+    assert python(*command, "whole", cwd=tmp_path).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command, "killed"],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+    )
+    lines = tmp_path / "killed/metrics.jsonl"
+    while not lines.exists() or lines.read_text().count("\n") < 10:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert python("ysnake.train", "--run", "killed", "--resume", cwd=tmp_path).returncode == 0
+    assert same_training(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_run_that_is_done_stays_done_and_can_be_prolonged(tmp_path):
+    run = fit(tmp_path, "--max-steps", 4)
+    before = weights(run)
+    assert train.main(["--run", str(run), "--resume"]) == 0
+    assert weights(run) == before
+    assert train.main(["--run", str(run), "--resume", "--max-steps", "6"]) == 0
+    assert len(metrics(run)) == 6
+
+
+def test_other_number_of_threads_warns(tmp_path, capsys):
+    run = fit(tmp_path, "--max-steps", 2)
+    train.main(["--run", str(run), "--resume", "--max-steps", "3", "--threads", "2"])
+    assert "started with 1 threads, goes on with 2" in " ".join(capsys.readouterr().out.split())
+
+
+def test_carried_state_is_the_state_of_the_text_before(tmp_path):
+    """With a learning rate of 0, losses of carried windows are those of the whole text."""
+    argv = [*COMMAND[1:-1], str(corpus(tmp_path)), "--run", str(tmp_path / "run"), "--carry-state"]
+    settings = train.parse([*argv, "--seq-len", "7", "--batch-size", "3", "--lr", "0"])
+    run = train.start(settings, Console(quiet=True))
+    from ysnake.data import IGNORED, consecutive_windows
+
+    steps = 20
+    windows = [consecutive_windows(run.train, 7, 3, i) for i in range(steps)]
+    whole = consecutive_windows(run.train, 7 * steps, 3, 0)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(
+            run.model(torch.from_numpy(whole.ids), torch.from_numpy(whole.seq_idx)).transpose(1, 2),
+            torch.from_numpy(whole.targets),
+            reduction="none",
+        )
+    for i, window in enumerate(windows):
+        line = train.train_step(run, train.Stop())
+        part = expected[:, 7 * i : 7 * i + 7]
+        mean = part.sum().item() / (window.targets != IGNORED).sum()
+        assert line["train_loss"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_from_keeps_tokenizer_and_weights(tmp_path):
+    first = fit(tmp_path, "--max-steps", 2)
+    other = tmp_path / "other.md"
+    other.write_text("Entirely different words about 蛇 and hedgehogs. " * 40)
+    second = tmp_path / "second"
+    argv = ["--data", str(other), "--from", str(first), "--run", str(second), "--lr", "0"]
+    train.main([*argv, "--max-steps", "1", "--seq-len", "16", "--threads", "1"])
+    assert (second / "last/tokenizer.json").read_bytes() == (
+        first / "last/tokenizer.json"
+    ).read_bytes()
+    assert weights(second) == weights(first)
+
+
+class Poison(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.nan
+
+
+def test_steps_that_are_not_finite_are_skipped_and_ten_stop_the_run(tmp_path, monkeypatch, capsys):
+    real = train.batch_loss
+    calls = 0
+
+    def sometimes(*args):
+        nonlocal calls
+        calls += 1
+        loss = real(*args)
+        return Poison.apply(loss) if calls in (2, 3) else loss * torch.nan if calls == 5 else loss
+
+    monkeypatch.setattr(train, "batch_loss", sometimes)
+    run = fit(tmp_path, "--max-steps", 8, "--eval-every", 100)
+    assert metrics(run)[-1]["skipped"] == 3
+    assert all(p.isfinite().all() for p in checkpoint.load(run / "last").parameters())
+
+    monkeypatch.setattr(train, "batch_loss", lambda *args: Poison.apply(real(*args)))
+    run = fit(tmp_path, "--max-steps", 50, "--eval-every", 100)
+    assert len(metrics(run)) == 10
+    assert "ten times in a row" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_preset_vocabulary_is_a_ceiling(tmp_path, capsys):
+    data = str(corpus(tmp_path))
+    argv = [*TINY, "--data", data, "--run", str(tmp_path / "run"), "--max-steps", "1"]
+    assert train.main(argv) == 0
+    assert "all that these documents give" in " ".join(capsys.readouterr().out.split())
+    size = checkpoint.load_tokenizer(tmp_path / "run/last").get_vocab_size()
+    assert size < PRESETS["quick"].max_vocab
+
+
+WRONG = {
+    "missing: no such file or folder": ["--data", "missing"],
+    "empty: no .txt, .md, .jsonl file in this folder": ["--data", "empty"],
+    "binary.txt: a binary file, not text": ["--data", "binary.txt"],
+    "--seq-len: all documents together have": ["--data", "snakes.txt", "--seq-len", "99999"],
+    "--preset: expected one of quick, ys-24m, ys-60m, ys-71m, got huge": ["--preset", "huge"],
+    "--seq-len: expected at least 1, got 0": ["--seq-len", "0"],
+    "--vocab-size: 9000 cannot be met, these documents give": ["--vocab-size", "9000"],
+    "a bpe tokenizer needs at least 257, got 20": ["--vocab-size", "20"],
+    "there: exists already; --resume goes on with a run": ["--run", "there"],
+    "--d-model: the checkpoint model has 32, got 48": ["--from", "model", "--d-model", "48"],
+    "--vocab-size: fixed by the checkpoint": ["--from", "model", "--vocab-size", "300"],
+    "head_dim: expected a divisor of": ["--head-dim", "7"],
+    "--batch-size: expected at least 1, got -3": ["--batch-size", "-3"],
+    "--lr: expected at least 0, got nan": ["--lr", "nan"],
+    "device: cuda is not available here": ["--device", "cuda"],
+    "nowhere/settings.json: no such file, so there is no run": ["--run", "nowhere", "--resume"],
+    "--seq-len: a run is resumed with its own, 24": ["--run", "done", "--resume", "--seq-len", "9"],
+}
+
+
+@pytest.fixture(scope="module")
+def folder_with_everything(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wrong")
+    from small import saved
+
+    saved(folder)
+    (folder / "empty").mkdir()
+    (folder / "there").mkdir()
+    (folder / "binary.txt").write_bytes(b"\x00\x01\x02" * 100)
+    argv = [*TINY, "--data", str(folder / "snakes.txt"), "--run", str(folder / "done")]
+    train.main([*argv, "--max-steps", "1"])
+    return folder
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_input_is_one_line_and_writes_nothing(folder_with_everything, monkeypatch, message):
+    """Through the entry point itself, so that its exit code counts, and a traceback would."""
+    folder = folder_with_everything
+    before = sorted(folder.rglob("*"))
+    options = WRONG[message]
+    if "--data" not in options and "--resume" not in options:
+        options = ["--data", "snakes.txt", *options]
+    if "--from" not in options and "--resume" not in options:
+        options = [*TINY, *options]
+    code, errors = in_process(monkeypatch, folder, options)
+    assert code == 2
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert sorted(folder.rglob("*")) == before
+
+
+def in_process(monkeypatch, folder, argv):
+    """The exit code and standard error of `python -m ysnake.train argv` run in `folder`."""
+    import io
+
+    from ysnake import cli
+
+    errors = io.StringIO()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["train", *argv])
+    monkeypatch.setattr(sys, "stderr", errors)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(SystemExit) as ended:
+        cli.run(train.main)
+    return ended.value.code, errors.getvalue()
+
+
+def test_without_the_shipped_corpus_it_asks_for_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SHIPPED", tmp_path / "training_data")
+    settings = train.Settings(data=(tmp_path / "training_data",), run=tmp_path / "run", max_steps=1)
+    with pytest.raises(ValueError, match="--data: the shipped corpus is not installed here"):
+        train.start(settings, Console(quiet=True))
+
+
+def test_help_explains_every_setting(tmp_path):
+    text = python("ysnake.train", "--help", cwd=tmp_path).stdout
+    words = " ".join(text.replace("│", " ").split())
+    for name in vars(train.Settings()):
+        assert train._option(name) in words
+    assert "Embedding size" in words
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_presets_learn_at_any_batch_size(tmp_path, preset, batch_size):
+    options = ["--preset", preset, "--batch-size", batch_size, "--lr", "1e-2", "--seq-len", "32"]
+    command = ["ysnake.train", *options, "--max-steps", "300", "--run", "run"]
+    done = python(*command, "--eval-every", "1000", cwd=tmp_path, timeout=7200)
+    assert done.returncode == 0, done.stderr
+    losses = [m["train_loss"] for m in metrics(tmp_path / "run")]
+    assert metrics(tmp_path / "run")[-1]["skipped"] == 0
+    assert sum(losses[-50:]) < sum(losses[:50])
+
+
+@pytest.mark.slow
+def test_the_quick_preset_learns_its_documents_by_heart(tmp_path):
+    assert python("ysnake.train", "--run", "run", cwd=tmp_path, timeout=900).returncode == 0
+    losses = [m["train_loss"] for m in metrics(tmp_path / "run")]
+    assert sum(losses[-50:]) / 50 < 0.5
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert settings["max_documents"] >= 60
+    assert str(ROOT / "training_data") in settings["data"]
