@@ -3,11 +3,14 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
 from ysnake.config import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 RUNS = Path("runs")
@@ -41,6 +44,13 @@ def run(command: Callable[[list[str]], int]) -> None:
         sys.stderr.close()
         code = FAILED
     sys.exit(code)
+
+
+def console() -> "Console":
+    """Where a command prints: plain text, wrapped by the terminal alone."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
 
 
 def newest_run() -> Path:

@@ -100,7 +100,6 @@ def main(argv: list[str]) -> int:
     files = data.find_files(options.data)
 
     import torch
-    from rich.console import Console
     from rich.progress import Progress
 
     from ysnake import checkpoint
@@ -111,8 +110,8 @@ def main(argv: list[str]) -> int:
     tokenizer = checkpoint.load_tokenizer(folder)
     model = checkpoint.load(folder, cli.pick_device(options.device)).eval()
     size = None if options.max_documents else sum(path.stat().st_size for path in files)
-    console = Console(highlight=False)
-    with Progress(console=console, transient=True) as bar:
+    console = cli.console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=size)
         pieces = data.read_documents(files, options.max_documents)
         total = score(model, tokenizer, pieces, lambda n: bar.advance(task, n))

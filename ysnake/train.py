@@ -308,7 +308,9 @@ def start(settings: Settings, console: "Console") -> Run:
         write_settings(settings, new)
         new.rename(settings.run)
     except BaseException:
-        shutil.rmtree(new.parent if first_run else new)
+        shutil.rmtree(new)
+        if first_run:
+            new.parent.rmdir()
         raise
     console.print(
         f"[bold]{settings.run}[/]: {counts.train_documents} documents to learn "
@@ -358,7 +360,7 @@ def _tokenise(
 
     limited = settings.max_documents is not None
     total = None if limited else sum(path.stat().st_size for path in files)
-    with Bar(console=console, transient=True) as bar:
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("writing tokens", total=total)
         return data.write_tokens(
             data.read_documents(files, settings.max_documents),
@@ -732,9 +734,8 @@ def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
     settings = parse(argv)
     import torch
-    from rich.console import Console
 
-    console = Console(highlight=False)
+    console = cli.console()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     stop = Stop()
