@@ -190,7 +190,7 @@ PRESETS = {
     "quick": Preset(
         "about 3M parameters; learns a part of the shipped corpus by heart in minutes on a CPU",
         max_vocab=4096,
-        max_steps=2000,
+        max_steps=600,
         settings={
             "d_model": 256,
             "n_layers": 4,
@@ -201,7 +201,7 @@ PRESETS = {
             "lr": 3e-3,
             "warmup_steps": 50,
             "eval_every": 50,
-            "stop_at_loss": 0.4,
+            "stop_at_loss": 0.15,
         },
     ),
     "ys-24m": Preset(

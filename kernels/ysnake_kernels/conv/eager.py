@@ -127,7 +127,7 @@ class _Conv(torch.autograd.Function):
             dtokens[:, :size].zero_()
             dtokens[:, size:].copy_(carried)
             for k in range(blocks.back + 1):
-                dtaps[k] += torch.einsum("blc,blc->c", blocks.tap(block, k, span), grad)
+                dtaps[k] += (blocks.tap(block, k, span) * grad).sum((0, 1))
                 part = grad
                 if blocks.same is not None and k < blocks.back:
                     part = grad * blocks.same[blocks.back - k][:, span, None]

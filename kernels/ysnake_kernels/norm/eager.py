@@ -90,7 +90,7 @@ class _Norm(torch.autograd.Function):
                 affine = unit * w if bias is None else (unit * w).add_(bias.to(acc))
                 dzb.copy_(affine.mul_(grad).mul_(slope))
                 grad = grad * gate
-            dw += torch.einsum("rf,rf->f", grad, unit)
+            dw += (grad * unit).sum(0)
             if bias is not None:
                 db += grad.sum(0)
             # through v / rms(v): remove the part of the gradient along v
