@@ -91,7 +91,7 @@ def score(
 
 def main(argv: list[str]) -> int:
     """Evaluate as the command line says; returns the exit code."""
-    options = cli.parse(Options, argv)
+    options = cli.parse(Options, argv, "evaluate")
     from ysnake import data
     from ysnake.config import InputError
 
