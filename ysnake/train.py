@@ -288,8 +288,6 @@ def batch_loss(run: Run, batch: "Batch", state: "State | None" = None) -> "torch
     """Summed loss of a batch, in nats."""
     import torch
 
-    from ysnake.model import loss_sum
-
     ids, targets, seq_idx = (
         torch.from_numpy(array).to(run.device)
         for array in (batch.ids, batch.targets, batch.seq_idx)
@@ -300,7 +298,7 @@ def batch_loss(run: Run, batch: "Batch", state: "State | None" = None) -> "torch
     lower = precision == "bfloat16" or (precision == "auto" and run.device.type == "cuda")
     autocast = torch.autocast(run.device.type, torch.bfloat16) if lower else nullcontext()
     with autocast:
-        return loss_sum(run.model(ids, seq_idx, state), targets)
+        return run.model.loss(ids, targets, seq_idx, state)
 
 
 class Stop:
