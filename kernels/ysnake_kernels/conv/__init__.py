@@ -56,7 +56,7 @@ def causal_conv1d(
         check_seq_idx(seq_idx)
     if initial_states is not None:
         check("initial_states", initial_states, (batch, channels, width - 1), x)
-    conv = _IMPLEMENTATIONS[choose()]
+    conv = _IMPLEMENTATIONS[choose(x)]
     with torch.autocast(x.device.type, enabled=False):
         y = conv(x, weight, bias, seq_idx, initial_states, activation)
         if not return_final_states:

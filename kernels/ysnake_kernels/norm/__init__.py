@@ -57,6 +57,6 @@ def rms_norm_gated(
     group_size = features if group_size is None else group_size
     if group_size < 1 or features % group_size:
         raise ValueError(f"group_size: expected a divisor of {features} features, got {group_size}")
-    norm = _IMPLEMENTATIONS[choose()]
+    norm = _IMPLEMENTATIONS[choose(x)]
     with torch.autocast(x.device.type, enabled=False):
         return norm(x, weight, bias, z, eps, group_size, norm_before_gate)

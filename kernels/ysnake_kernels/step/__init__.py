@@ -67,6 +67,6 @@ def ssd_step(
         check("z", z, tuple(x.shape), x)
     if dt_bias is not None:
         check("dt_bias", dt_bias, (heads,), x)
-    step = _IMPLEMENTATIONS[choose()]
+    step = _IMPLEMENTATIONS[choose(x)]
     with torch.autocast(x.device.type, enabled=False):
         return step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
