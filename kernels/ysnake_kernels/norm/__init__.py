@@ -1,5 +1,7 @@
 """Gated RMSNorm: arguments, checks, and the choice of implementation."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,13 @@ from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import FLOATS, check
 from ysnake_kernels.norm import eager, reference
 
-_IMPLEMENTATIONS = {"reference": reference.norm, "eager": eager.norm}
+
+def _implementation(name: str) -> Callable[..., Tensor]:
+    if name == "fused":
+        from ysnake_kernels.norm import fused  # here, since it needs triton
+
+        return fused.norm
+    return {"reference": reference.norm, "eager": eager.norm}[name]
 
 
 def rms_norm_gated(
@@ -21,9 +29,9 @@ def rms_norm_gated(
 ) -> Tensor:
     """RMSNorm over groups of the last dimension, gated by silu(z) before or after.
 
-    With `norm_before_gate`: y = (unit(x) * weight + bias) * silu(z). Without: y = unit(x * silu(z)) *
-    weight + bias, as in Mamba-2. Here unit(v) = v / sqrt(mean(v^2) + eps), the mean taken over each
-    group. Names follow mamba_ssm's `rmsnorm_fn`. Computed in float32 (float64 if an input is).
+    With `norm_before_gate`: y = (unit(x) * weight + bias) * silu(z). Without, as in Mamba-2:
+    y = unit(x * silu(z)) * weight + bias. Here unit(v) = v / sqrt(mean(v^2) + eps), the mean taken
+    over each group. Names follow mamba_ssm's `rmsnorm_fn`. Computed in float32 (float64 if an input is).
     Differentiable once in x, weight, bias and z.
 
     Args:
@@ -57,6 +65,6 @@ def rms_norm_gated(
     group_size = features if group_size is None else group_size
     if group_size < 1 or features % group_size:
         raise ValueError(f"group_size: expected a divisor of {features} features, got {group_size}")
-    norm = _IMPLEMENTATIONS[choose(x)]
+    norm = _implementation(choose(x))
     with torch.autocast(x.device.type, enabled=False):
         return norm(x, weight, bias, z, eps, group_size, norm_before_gate)
