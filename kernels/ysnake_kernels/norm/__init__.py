@@ -31,8 +31,8 @@ def rms_norm_gated(
 
     With `norm_before_gate`: y = (unit(x) * weight + bias) * silu(z). Without, as in Mamba-2:
     y = unit(x * silu(z)) * weight + bias. Here unit(v) = v / sqrt(mean(v^2) + eps), the mean taken
-    over each group. Names follow mamba_ssm's `rmsnorm_fn`. Computed in float32 (float64 if an input is).
-    Differentiable once in x, weight, bias and z.
+    over each group. Names follow mamba_ssm's `rmsnorm_fn`. Computed in float32 (float64 if an
+    input is). Differentiable once in x, weight, bias and z.
 
     Args:
         x: (..., features).
