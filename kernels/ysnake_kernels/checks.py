@@ -37,7 +37,7 @@ def check_rank(name: str, tensor: Tensor, axes: str) -> None:
     """Raise unless `tensor` is a floating-point tensor with as many dimensions as `axes` names."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.ndim != len(axes.split(", ")):
+    if tensor.ndim != len(axes.rstrip(",").split(", ")):
         raise ValueError(f"{name}: expected shape ({axes}), got {tuple(tensor.shape)}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
