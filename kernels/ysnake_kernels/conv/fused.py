@@ -437,10 +437,11 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, dfinal):
-    x, _, bias, _, initial_states = ctx.saved_tensors
+    tensors = ctx.saved_tensors
+    x, _, bias, _, initial_states = tensors
     if dy is None:
         dy = x.new_zeros(1).expand(x.shape)
-    dx, dweight, dbias, dhistory = _backward(dy, dfinal, *ctx.saved_tensors, ctx.activation)
+    dx, dweight, dbias, dhistory = _backward(dy, dfinal, *tensors, ctx.activation)
     dbias = None if bias is None else dbias
     dhistory = None if initial_states is None else dhistory
     return dx, dweight, dbias, None, dhistory, None
