@@ -241,4 +241,4 @@ def main(shape: Shape, card: Card) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))
