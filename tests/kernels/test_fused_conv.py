@@ -44,7 +44,7 @@ def test_several_blocks(monkeypatch, width, states, seq_idx):
     """Blocks and runs that the length does not divide, and more channels than a program has."""
     monkeypatch.setattr(fused, "FORWARD", {"LANES": 4, "RUN": 2, "CHANNELS": 4, "num_warps": 1})
     monkeypatch.setattr(fused, "BACKWARD", {"LANES": 4, "RUN": 3, "CHANNELS": 4, "num_warps": 1})
-    tensors = inputs(width=width, initial_states=states, seq_idx=seq_idx)
+    tensors = inputs(1, 6, 17, width, initial_states=states, seq_idx=seq_idx)
     assert_equals_reference(causal_conv1d, tensors, OPTIONS, name="fused")
 
 
