@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator
+from ysnake_kernels.numerics import accumulator, common_unit
 
 MAX_WIDTH = 4
 # on any architecture
@@ -94,7 +94,7 @@ def _document(seq, t, length):
     return tl.load(seq + t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _forward_kernel(
     x,
     weight,
@@ -105,12 +105,12 @@ def _forward_kernel(
     final,
     channels,
     length,
-    x_batch,
-    x_channel,
-    x_token,
     history_batch,
     history_channel,
     history_token,
+    x_batch,
+    x_channel,
+    x_token,
     y_batch,
     y_channel,
     y_token,
@@ -119,6 +119,7 @@ def _forward_kernel(
     LANES: tl.constexpr,
     RUN: tl.constexpr,
     CHANNELS: tl.constexpr,
+    UNIT: tl.constexpr,  # of the strides of x and y over batch and tokens
     ACC: tl.constexpr,
 ):
     blocks = tl.cdiv(length, LANES * RUN)
@@ -128,10 +129,10 @@ def _forward_kernel(
     inside = (c < channels)[None, :]
     run = tl.arange(0, LANES) * RUN
     lane = start + run  # [I] its first token
-    x0 = x + batch * x_batch + c[None, :] * x_channel  # [1 C] the first token
-    x = x0 + start.to(tl.int64) * x_token + run[:, None] * x_token  # [I C]
-    y += batch * y_batch + c[None, :] * y_channel
-    y += start.to(tl.int64) * y_token + run[:, None] * y_token
+    x0 = x + batch * x_batch * UNIT + c[None, :] * x_channel  # [1 C] the first token
+    x = x0 + start.to(tl.int64) * x_token * UNIT + run[:, None] * x_token * UNIT  # [I C]
+    y += batch * y_batch * UNIT + c[None, :] * y_channel
+    y += start.to(tl.int64) * y_token * UNIT + run[:, None] * y_token * UNIT
     if history is not None:
         history += batch * history_batch + c[None, :] * history_channel
     if seq is not None:
@@ -142,7 +143,7 @@ def _forward_kernel(
 
     xs, docs = (), ()  # of the tokens from lane - (W - 1) on
     for s in tl.static_range(1 - W, RUN):
-        at, before = x + s * x_token, history if s < 0 else None
+        at, before = x + s * x_token * UNIT, history if s < 0 else None
         xs += (_token(at, before, history_token, lane + s, length, inside, W, ACC),)
         if seq is not None:
             docs += (_document(seq, lane + s, length),)
@@ -151,12 +152,12 @@ def _forward_kernel(
         if SILU:
             v *= tl.sigmoid(v)
         here = inside & (lane + s < length)[:, None]
-        tl.store(y + s * y_token, v.to(y.dtype.element_ty), here)
+        tl.store(y + s * y_token * UNIT, v.to(y.dtype.element_ty), here)
 
     if start == 0:  # the last W - 1 tokens, of the last token's document
         j = tl.arange(0, 4)  # [J]
         t = length - (W - 1) + j
-        tail = x0 + t.to(tl.int64)[:, None] * x_token
+        tail = x0 + t.to(tl.int64)[:, None] * x_token * UNIT
         last = _token(tail, history, history_token, t, length, inside, W, ACC)
         if seq is not None:
             same = _document(seq, t, length) == tl.load(seq + length - 1)
@@ -165,7 +166,7 @@ def _forward_kernel(
         tl.store(state, last.to(final.dtype.element_ty), inside & (j < W - 1)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def _backward_kernel(
     x,
     weight,
@@ -179,12 +180,12 @@ def _backward_kernel(
     partial,  # [batch blocks, W + 1, channels] of the weights, then the bias
     channels,
     length,
-    x_batch,
-    x_channel,
-    x_token,
     history_batch,
     history_channel,
     history_token,
+    x_batch,
+    x_channel,
+    x_token,
     dy_batch,
     dy_channel,
     dy_token,
@@ -196,6 +197,7 @@ def _backward_kernel(
     LANES: tl.constexpr,
     RUN: tl.constexpr,
     CHANNELS: tl.constexpr,
+    UNIT: tl.constexpr,  # of the strides of x, dy and dx over batch and tokens
     ACC: tl.constexpr,
 ):
     first = 0 if history is None else 1 - W  # the history's tokens are tokens like the others
@@ -206,12 +208,12 @@ def _backward_kernel(
     inside = (c < channels)[None, :]
     run = tl.arange(0, LANES) * RUN
     lane = start + run  # [I] its first token
-    x += batch * x_batch + start.to(tl.int64) * x_token
-    x += c[None, :] * x_channel + run[:, None] * x_token  # [I C]
-    dy += batch * dy_batch + start.to(tl.int64) * dy_token
-    dy += c[None, :] * dy_channel + run[:, None] * dy_token
-    dx += batch * dx_batch + start.to(tl.int64) * dx_token
-    dx += c[None, :] * dx_channel + run[:, None] * dx_token
+    x += batch * x_batch * UNIT + start.to(tl.int64) * x_token * UNIT
+    x += c[None, :] * x_channel + run[:, None] * x_token * UNIT  # [I C]
+    dy += batch * dy_batch * UNIT + start.to(tl.int64) * dy_token * UNIT
+    dy += c[None, :] * dy_channel + run[:, None] * dy_token * UNIT
+    dx += batch * dx_batch * UNIT + start.to(tl.int64) * dx_token * UNIT
+    dx += c[None, :] * dx_channel + run[:, None] * dx_token * UNIT
     state = (batch * channels + c[None, :]) * (W - 1)
     if history is not None:
         history += batch * history_batch + c[None, :] * history_channel
@@ -225,12 +227,12 @@ def _backward_kernel(
 
     xs, docs, gs = (), (), ()  # of the tokens from lane - (W - 1), and from lane on
     for s in tl.static_range(1 - W, RUN + W - 1):
-        at, before = x + s * x_token, history if s < W - 1 else None
+        at, before = x + s * x_token * UNIT, history if s < W - 1 else None
         xs += (_token(at, before, history_token, lane + s, length, inside, W, ACC),)
         if seq is not None:
             docs += (_document(seq, lane + s, length),)
         if s >= 0:
-            gs += (_token(dy + s * dy_token, None, 0, lane + s, length, inside, W, ACC),)
+            gs += (_token(dy + s * dy_token * UNIT, None, 0, lane + s, length, inside, W, ACC),)
 
     done = ()  # gradients before the activation
     for s in tl.static_range(RUN + W - 1):
@@ -264,7 +266,7 @@ def _backward_kernel(
                     last &= (docs[s] == tl.load(seq + length - 1))[:, None]
                 d += tl.load(dfinal + state + j, inside & last, other=0.0).to(ACC)
             here = inside & (t >= 0) & (t < length)
-            tl.store(dx + (s - W + 1) * dx_token, d.to(dx.dtype.element_ty), here)
+            tl.store(dx + (s - W + 1) * dx_token * UNIT, d.to(dx.dtype.element_ty), here)
             if history is not None and s < 2 * (W - 1):
                 j = t + W - 1
                 tl.store(dhistory + state + j, d.to(dhistory.dtype.element_ty), inside & (t < 0))
@@ -331,8 +333,18 @@ def _near(t: Tensor) -> Tensor:
     return t if t.stride(2) < 2**22 else t.contiguous()
 
 
-def _strides(t: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if t is None else t.stride()
+def _strides(*tensors: Tensor) -> tuple[list[int], int]:
+    """Strides over batch, channels and tokens, those of batch and tokens in a unit; and the unit.
+
+    A kernel that knows the unit reads several channels at once, though a projection's width is
+    often a multiple of 8 but not of the 16 that Triton looks for.
+    """
+    unit = common_unit(*(t.stride(dim) for t in tensors for dim in (0, 2)))
+    strides = []
+    for t in tensors:
+        batch, channel, token = t.stride()
+        strides += [batch // unit, channel, token // unit]
+    return strides, unit
 
 
 def _options(weight: Tensor, activation: bool, acc: torch.dtype) -> dict:
@@ -358,10 +370,13 @@ def _forward(
         return y, final
     blocks = triton.cdiv(length, FORWARD["LANES"] * FORWARD["RUN"])
     grid = (batch * blocks, triton.cdiv(channels, FORWARD["CHANNELS"]))
+    history = (0, 0, 0) if initial_states is None else initial_states.stride()
+    strides, unit = _strides(x, y)
     with torch.cuda.device_of(x):
         _forward_kernel[grid](
-            *(x, weight, bias, seq_idx, initial_states, y, final, channels, length),
-            *(*x.stride(), *_strides(initial_states), *y.stride()),
+            *(x, weight, bias, seq_idx, initial_states, y, final),
+            *(channels, length, *history, *strides),
+            UNIT=unit,
             **_options(weight, activation, acc),
             **FORWARD,
         )
@@ -396,11 +411,13 @@ def _backward(
     x, dy = _near(x), _near(dy)
     if x.numel() > 0:
         grid = (batch * blocks, triton.cdiv(channels, BACKWARD["CHANNELS"]))
+        history = (0, 0, 0) if initial_states is None else initial_states.stride()
+        strides, unit = _strides(x, dy, dx)
         with torch.cuda.device_of(x):
             _backward_kernel[grid](
                 *(x, taps, shift, seq_idx, initial_states, dy, dfinal, dx, dhistory, partial),
-                *(channels, length),
-                *(*x.stride(), *_strides(initial_states), *dy.stride(), *dx.stride()),
+                *(channels, length, *history, *strides),
+                UNIT=unit,
                 **_options(weight, activation, acc),
                 **BACKWARD,
             )

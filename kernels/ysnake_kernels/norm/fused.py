@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator
+from ysnake_kernels.numerics import accumulator, common_unit
 
 MAX_GROUP = 16384  # features that a program holds in registers
 TILE = 2048  # elements that a program works on at once, if a group is not larger
@@ -39,12 +39,12 @@ def norm(
 
 
 @triton.jit
-def _load(pointer, row, row_stride, feature, inside, ACC: tl.constexpr):
-    offsets = row[:, None] * row_stride + feature[None, :]  # [R F]
+def _load(pointer, row, row_stride, feature, inside, UNIT: tl.constexpr, ACC: tl.constexpr):
+    offsets = row[:, None] * row_stride * UNIT + feature[None, :]  # [R F]
     return tl.load(pointer + offsets, inside, other=0.0).to(ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x,
     weight,
@@ -60,15 +60,16 @@ def _forward_kernel(
     NORM_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    UNIT: tl.constexpr,  # of the row strides
     ACC: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     feature = tl.program_id(1) * GROUP + col
     inside = (row < rows)[:, None] & (col < GROUP)[None, :]
-    v = _load(x, row, x_row, feature, inside, ACC)  # [R F]
+    v = _load(x, row, x_row, feature, inside, UNIT, ACC)  # [R F]
     if z is not None:
-        zs = _load(z, row, z_row, feature, inside, ACC)
+        zs = _load(z, row, z_row, feature, inside, UNIT, ACC)
         gate = zs * tl.sigmoid(zs)
         if not NORM_FIRST:
             v *= gate
@@ -82,7 +83,7 @@ def _forward_kernel(
     tl.store(y + offsets, v.to(y.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward_kernel(
     x,
     weight,
@@ -103,6 +104,7 @@ def _backward_kernel(
     NORM_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    UNIT: tl.constexpr,  # of the row strides
     ACC: tl.constexpr,
 ):
     col = tl.arange(0, COLS)
@@ -114,11 +116,11 @@ def _backward_kernel(
         row = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < rows)[:, None] & (col < GROUP)[None, :]
         offsets = row[:, None] * features + feature[None, :]
-        xs = _load(x, row, x_row, feature, inside, ACC)  # [R F]
-        grad = _load(dy, row, dy_row, feature, inside, ACC)
+        xs = _load(x, row, x_row, feature, inside, UNIT, ACC)  # [R F]
+        grad = _load(dy, row, dy_row, feature, inside, UNIT, ACC)
         v = xs
         if z is not None:
-            zs = _load(z, row, z_row, feature, inside, ACC)
+            zs = _load(z, row, z_row, feature, inside, UNIT, ACC)
             sigmoid = tl.sigmoid(zs)
             gate = zs * sigmoid
             slope = sigmoid * (1 + zs * (1 - sigmoid))  # of silu
@@ -164,8 +166,15 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _row_stride(t: Tensor | None) -> int:
-    return 0 if t is None else t.stride(0)
+def _strides(*tensors: Tensor | None) -> tuple[list[int], int]:
+    """The row strides of [rows features] in a unit that divides them, and the unit.
+
+    A kernel that knows the unit reads several features at once, though a projection's width is
+    often a multiple of 8 but not of the 16 that Triton looks for.
+    """
+    strides = [0 if t is None else t.stride(0) for t in tensors]
+    unit = common_unit(*strides)
+    return [stride // unit for stride in strides], unit
 
 
 def _options(
@@ -197,11 +206,13 @@ def _forward(
     acc = accumulator(x, weight, bias, z)
     options = _options(FORWARD_PER_THREAD, eps, group_size, norm_before_gate, acc)
     bias = None if bias is None else bias.contiguous()
+    strides, unit = _strides(xs, zs)
     grid = (triton.cdiv(rows, options["ROWS"]), features // group_size)
     with torch.cuda.device_of(x):
         _forward_kernel[grid](
             *(xs, weight.contiguous(), bias, zs, y),
-            *(rows, features, _row_stride(xs), _row_stride(zs)),
+            *(rows, features, *strides),
+            UNIT=unit,
             **options,
         )
     return y
@@ -227,12 +238,14 @@ def _backward(
     programs = min(triton.cdiv(rows, options["ROWS"]), triton.cdiv(PROGRAMS, groups))
     dweight = torch.empty(programs, features, dtype=acc, device=x.device)
     dbias = torch.empty(0 if bias is None else programs, features, dtype=acc, device=x.device)
+    strides, unit = _strides(xs, zs, dys)
     if rows > 0:
         with torch.cuda.device_of(x):
             _backward_kernel[(programs, groups)](
                 *(xs, weight.contiguous(), None if bias is None else bias.contiguous(), zs, dys),
                 *(dx, dz, dweight, dbias),
-                *(rows, features, _row_stride(xs), _row_stride(zs), _row_stride(dys)),
+                *(rows, features, *strides),
+                UNIT=unit,
                 **options,
             )
     dbias = _empty_like(bias, x) if bias is None else dbias.sum(0).to(bias.dtype)
