@@ -2,14 +2,30 @@
 
 import pytest
 import torch
-from comparison import DTYPES, TOLERANCES, assert_equals_reference, distance
-from test_conv import CASES, inputs
+from comparison import (
+    DEVICE,
+    DTYPES,
+    TOLERANCES,
+    assert_equals_reference,
+    distance,
+    on_device,
+)
+from test_conv import CASES
+from test_conv import inputs as on_cpu
 from ysnake_kernels import backend, causal_conv1d, causal_conv1d_step
 from ysnake_kernels.conv import fused
 
 OPTIONS = {"activation": "silu", "return_final_states": True}
 FORWARD, BACKWARD = fused.FORWARD, fused.BACKWARD
 SUPPORTED = {k: case for k, case in CASES.items() if case.get("width", 4) <= fused.MAX_WIDTH}
+
+
+def inputs(*sizes, **options):
+    return on_device(on_cpu(*sizes, **options))
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, device=DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -57,14 +73,17 @@ def test_gradient_of_output_or_state_alone():
     def states(**kw):
         return causal_conv1d(**kw, **no_effect_on_the_state)[1]
 
-    short = tensors | {"x": tensors["x"][..., :2], "seq_idx": torch.zeros(2, 2, dtype=torch.int32)}
+    short = tensors | {
+        "x": tensors["x"][..., :2],
+        "seq_idx": torch.zeros(2, 2, dtype=torch.int32, device=DEVICE),
+    }
     assert_equals_reference(states, short, OPTIONS, name="fused")
     del tensors["initial_states"]
     assert_equals_reference(states, tensors, OPTIONS, name="fused")
 
 
 def test_a_slice_of_a_projection_and_gradients_of_any_stride():
-    projection = torch.randn(2, 23, 20, dtype=torch.float64)
+    projection = randn(2, 23, 20, dtype=torch.float64)
     tensors = inputs() | {"x": projection[:, :, 5:11].transpose(1, 2)}
     tensors["initial_states"] = tensors["initial_states"].transpose(1, 2).contiguous()
     tensors["initial_states"] = tensors["initial_states"].transpose(1, 2)
@@ -104,10 +123,10 @@ def test_step_equals_reference(name, width, dtype):
 @pytest.mark.parametrize("name", ["reference", "eager", "fused"])
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
 def test_step_on_rows_of_a_state(name, integer):
-    x, weight = torch.randn(2, 6), torch.randn(6, 4)
-    rows = torch.randn(5, 3, 6).transpose(1, 2)  # any strides
+    x, weight = randn(2, 6), randn(6, 4)
+    rows = randn(5, 3, 6).transpose(1, 2)  # any strides
     alone, all_rows = rows[[3, 1]].clone(), rows.clone()
-    indices = torch.tensor([3, 1], dtype=integer)
+    indices = torch.tensor([3, 1], dtype=integer, device=DEVICE)
     with backend(name):
         expected = causal_conv1d_step(x, alone, weight)
         y = causal_conv1d_step(x, all_rows, weight, conv_state_indices=indices)
@@ -119,23 +138,25 @@ def test_step_on_rows_of_a_state(name, integer):
 @pytest.mark.parametrize("name", ["reference", "eager", "fused"])
 def test_a_step_keeps_an_exact_state(name):
     """A float32 state under bfloat16 tokens is not rounded."""
-    state = torch.randn(2, 6, 3)
+    state = randn(2, 6, 3)
     later = state[:, :, 1:].clone()
     with backend(name):
-        causal_conv1d_step(torch.randn(2, 6, dtype=torch.bfloat16), state, torch.randn(6, 4))
+        causal_conv1d_step(randn(2, 6, dtype=torch.bfloat16), state, randn(6, 4))
     assert torch.equal(state[:, :, :2], later)
 
 
 def test_library_operators():
     t = inputs(length=10, channels=3, dtype=torch.float32)
     floats = {k: v.requires_grad_() for k, v in t.items()}
-    seq_idx = torch.tensor([0] * 4 + [1] * 6).repeat(2, 1)
+    seq_idx = torch.tensor([0] * 4 + [1] * 6, device=DEVICE).repeat(2, 1)
     x, weight, bias, states = (floats[k] for k in ("x", "weight", "bias", "initial_states"))
     torch.library.opcheck(fused._forward, (x, weight, bias, seq_idx, states, True))
     torch.library.opcheck(fused._forward, (x, weight, None, None, None, False))
     x, state = x.detach()[:, :, 0], states.detach().clone()
     weight, bias = weight.detach(), bias.detach()
-    torch.library.opcheck(fused._step, (x, state, weight, bias, torch.tensor([1, 0]), True))
+    torch.library.opcheck(
+        fused._step, (x, state, weight, bias, torch.tensor([1, 0], device=DEVICE), True)
+    )
     torch.library.opcheck(fused._step, (x, state, weight, None, None, False))
 
 
@@ -155,7 +176,7 @@ def test_compiles_whole():
 
 
 def test_step_compiles_whole():
-    x, state, weight = torch.randn(2, 6), torch.randn(2, 6, 3), torch.randn(6, 4)
+    x, state, weight = randn(2, 6), randn(2, 6, 3), randn(6, 4)
     with backend("fused"):
         expected_state = state.clone()
         expected = causal_conv1d_step(x, expected_state, weight)
@@ -182,7 +203,7 @@ def test_unsupported_width_is_an_error():
         with pytest.raises(ValueError, match="weight: expected a width of at most 4"):
             causal_conv1d(**inputs(width=5))
         with pytest.raises(ValueError, match="weight: expected a width of at most 4"):
-            causal_conv1d_step(torch.rand(2, 6), torch.rand(2, 6, 4), torch.rand(6, 5))
+            causal_conv1d_step(randn(2, 6), randn(2, 6, 4), randn(6, 5))
 
 
 BAD = {

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparison import DTYPES, TOLERANCES, distance
+from comparison import DEVICE, DTYPES, TOLERANCES, distance, on_device
 from ysnake_kernels import backend, ssd_step
 from ysnake_kernels.step import fused
 
@@ -35,7 +35,7 @@ def inputs(batch=2, heads=4, head_dim=8, groups=1, n=6, dtype=torch.float64, **e
         tensors["D"] = tensors.pop("D_channel")
     if "indices" in extra:
         tensors["state_batch_indices"] = torch.tensor(extra["indices"], dtype=extra["integer"])
-    return tensors
+    return on_device(tensors)
 
 
 def run(name, tensors, dt_softplus=True, **options):
@@ -105,11 +105,13 @@ def test_state_in_bfloat16(name):
 
 def test_slices_of_one_projection():
     sizes = [32, 6, 6, 4]
-    x, B, C, dt = torch.randn(2, sum(sizes), dtype=torch.float64).split(sizes, dim=-1)
+    x, B, C, dt = torch.randn(2, sum(sizes), dtype=torch.float64, device=DEVICE).split(
+        sizes, dim=-1
+    )
     tensors = inputs() | {"x": x.unflatten(-1, (4, 8)), "dt": dt, "B": B[:, None], "C": C[:, None]}
-    tensors["A"] = -torch.ones(1, dtype=torch.float64).expand(4)
+    tensors["A"] = -torch.ones(1, dtype=torch.float64, device=DEVICE).expand(4)
     assert_equals_reference("fused", tensors)
-    tensors["x"] = torch.randn(8, 4, 2, dtype=torch.float64).permute(2, 1, 0)
+    tensors["x"] = torch.randn(8, 4, 2, dtype=torch.float64, device=DEVICE).permute(2, 1, 0)
     assert_equals_reference("fused", tensors)
 
 
@@ -162,7 +164,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_arguments_are_named(message):
     with pytest.raises((ValueError, TypeError)) as error:
-        ssd_step(**inputs(dtype=torch.float32) | BAD[message])
+        ssd_step(**{k: t.cpu() for k, t in inputs(dtype=torch.float32).items()} | BAD[message])
     assert message in str(error.value)
 
 

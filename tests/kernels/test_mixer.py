@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import assert_equals_reference, distance, outputs_and_gradients
+from comparison import assert_equals_reference, distance, on_device, outputs_and_gradients
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -112,6 +112,8 @@ def test_equals_its_fused_parts(case, name):
 
 def check_parts(case, options, name):
     tensors = inputs(**case)
+    if name == "fused":
+        tensors = on_device(tensors)
     options = {"chunk_size": 8} | options
     with backend(name):
         extra = options | {"return_final_states": True}
@@ -129,7 +131,7 @@ def check_parts(case, options, name):
 @pytest.mark.parametrize("name", ["eager", FUSED])
 def test_equals_reference(name):
     options = {"chunk_size": 8, "return_final_states": True, "norm_before_gate": False}
-    tensors = inputs(dtype=torch.float32, initial_states=True)
+    tensors = on_device(inputs(dtype=torch.float32, initial_states=True))
     assert_equals_reference(mamba_split_conv1d_scan_combined, tensors, options, name)
 
 
@@ -217,7 +219,8 @@ def test_repeats_to_the_bit():
 
 @pytest.mark.parametrize("name", [FUSED])
 def test_compiles_whole(name):
-    tensors = {k: t.requires_grad_() for k, t in inputs(dtype=torch.float32).items()}
+    tensors = on_device(inputs(dtype=torch.float32))
+    tensors = {k: t.requires_grad_() for k, t in tensors.items()}
 
     def loss(tensors):
         y, states = mamba_split_conv1d_scan_combined(
