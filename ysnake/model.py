@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ysnake_kernels import (
     causal_conv1d,
     causal_conv1d_step,
+    mamba_split_conv1d_scan_combined,
     rms_norm_gated,
     ssd_scan,
     ssd_step,
@@ -64,46 +65,52 @@ class Mixer(nn.Module):
     def forward(self, u: Tensor, seq_idx: Tensor | None, state: LayerState | None) -> Tensor:
         """u: (batch, length, d_model). With a state, reads on from it and updates it in place."""
         c = self.config
-        one_token = state is not None and u.shape[1] == 1 and not torch.is_grad_enabled()
-        z, xBC, dt = self.in_proj(u).split([c.d_inner, c.d_conv, c.n_heads], dim=-1)
+        projected = self.in_proj(u)  # z, x, B, C and dt of each token
         A = -torch.exp(self.A_log.float())
         taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        heads = {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": c.dt_limit}
-        sizes = [c.d_inner, c.n_groups * c.d_state, c.n_groups * c.d_state]
-
-        if one_token:
-            xBC = causal_conv1d_step(xBC[:, 0], state.conv, taps, bias, "silu")
-            x, B, C = xBC.split(sizes, dim=-1)
-            x = x.unflatten(-1, (c.n_heads, c.head_dim))
-            B, C = (t.unflatten(-1, (c.n_groups, c.d_state)) for t in (B, C))
-            y = ssd_step(state.ssm, x, dt[:, 0], A, B, C, **heads)[:, None]
-        else:
-            xBC, conv_state = causal_conv1d(
-                xBC.transpose(1, 2),
+        if state is None:
+            return mamba_split_conv1d_scan_combined(
+                projected,
                 taps,
                 bias,
-                seq_idx,
-                initial_states=None if state is None else state.conv,
-                return_final_states=True,
-                activation="silu",
-            )
-            x, B, C = xBC.transpose(1, 2).split(sizes, dim=-1)
-            x = x.unflatten(-1, (c.n_heads, c.head_dim))
-            B, C = (t.unflatten(-1, (c.n_groups, c.d_state)) for t in (B, C))
-            y, ssm_state = ssd_scan(
-                x,
-                dt,
+                self.dt_bias,
                 A,
-                B,
-                C,
+                self.D,
                 c.chunk_size,
-                initial_states=None if state is None else state.ssm,
+                seq_idx=seq_idx,
+                dt_limit=c.dt_limit,
+                rmsnorm_weight=self.norm.weight,
+                rmsnorm_eps=c.norm_eps,
+                outproj_weight=self.out_proj.weight,
+                outproj_bias=self.out_proj.bias,
+                ngroups=c.n_groups,
+                norm_before_gate=False,
+            )
+
+        z, xBC, dt = projected.split([c.d_inner, c.d_conv, c.n_heads], dim=-1)
+        one_token = u.shape[1] == 1 and not torch.is_grad_enabled()
+        if one_token:
+            xBC = causal_conv1d_step(xBC[:, 0], state.conv, taps, bias, "silu")[:, None]
+        else:
+            xBC, conv = causal_conv1d(
+                xBC.transpose(1, 2), taps, bias, seq_idx, state.conv, True, "silu"
+            )
+            xBC, state.conv = xBC.transpose(1, 2), conv.detach()
+        x, B, C = xBC.split([c.d_inner, c.n_groups * c.d_state, c.n_groups * c.d_state], dim=-1)
+        x = x.unflatten(-1, (c.n_heads, c.head_dim))
+        B, C = (t.unflatten(-1, (c.n_groups, c.d_state)) for t in (B, C))
+        heads = {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": c.dt_limit}
+        if one_token:
+            y = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **heads)[:, None]
+        else:
+            y, ssm = ssd_scan(
+                *(x, dt, A, B, C, c.chunk_size),
+                initial_states=state.ssm,
                 seq_idx=seq_idx,
                 return_final_states=True,
                 **heads,
             )
-            if state is not None:
-                state.conv, state.ssm = conv_state.detach(), ssm_state.detach()
+            state.ssm = ssm.detach()
         return self.out_proj(self.norm(y.flatten(2), z))
 
 
