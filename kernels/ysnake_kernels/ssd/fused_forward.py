@@ -185,9 +185,8 @@ def states_kernel(
         )  # fmt: skip
         if tiles is None:
             store_state(S, ends, behind + index, head, heads, p, n, P, N)
-        elif dinitial is not None:
-            if seg == 0:
-                store_state(S, dinitial, seq, head, heads, p, n, P, N)
+        elif dinitial is not None and seg == 0:
+            store_state(S, dinitial, seq, head, heads, p, n, P, N)
 
 
 def forward(

@@ -64,9 +64,9 @@ def store_tile(v, row, t0, head, q, end, c, tile, WIDTH: tl.constexpr):
 def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """a b, operands rounded to DOT, summed in float32 (float64 for float64)."""
     a, b = a.to(DOT), b.to(DOT)
-    if INTERPRETED and DOT == tl.bfloat16:  # the interpreter multiplies the bits of a bfloat16
+    if INTERPRETED and tl.bfloat16 == DOT:  # the interpreter multiplies the bits of a bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
-    if DOT == tl.float64:
+    if tl.float64 == DOT:
         return tl.dot(a, b, out_dtype=tl.float64)
     return tl.dot(a, b, input_precision=PRECISION)
 
@@ -155,11 +155,7 @@ def segment(seg, start, end, SEGMENTS: tl.constexpr, Q: tl.constexpr):
 @triton.jit
 def slot_of(seq, start, length, cu_seqlens, Q: tl.constexpr):
     """Where the tiles of a sequence begin in an array of all tiles; packed sequences leave gaps."""
-    if cu_seqlens is None:
-        slot = seq * tl.cdiv(length, Q)
-    else:
-        slot = start // Q + seq
-    return slot
+    return seq * tl.cdiv(length, Q) if cu_seqlens is None else start // Q + seq
 
 
 @triton.jit
