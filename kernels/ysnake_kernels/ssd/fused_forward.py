@@ -10,6 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.ssd.fused_tiles import (
+    DECAY,
+    STEP,
     arithmetic,
     combine,
     constants,
@@ -25,6 +27,7 @@ from ysnake_kernels.ssd.fused_tiles import (
     sigmoid,
     slot_of,
     step_sizes,
+    store_plane,
     store_state,
     store_tile,
     view,
@@ -91,27 +94,36 @@ def forward_kernel(
 
 @triton.jit
 def sweep(
-    S, v, gate, B, dt, dt_bias, a, tiles, seq_idx, length,
+    S, v, gate, B, dt, dt_bias, a, tiles, scratch, seq_idx, length, batch,
     row, start, end, first_tile, end_tile, slot, head, group, heads, p, n,
     P: tl.constexpr, N: tl.constexpr, REVERSE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, Q: tl.constexpr,
+    SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    Q: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Carry a state over tiles: forward S with x and B; in reverse its gradient with dy and C.
 
-    Stores in `tiles` the state that enters each tile, or the gradient of the one that leaves it.
+    Stores in `tiles` the state that enters each chunk, or the gradient of the one that leaves it;
+    and forward the step sizes and the log decays from the chunk's start.
     """
+    TILES: tl.constexpr = CHUNK // Q
     q = tl.arange(0, Q)
     whole = tl.full([], 1.0, ACC)
+    before = tl.full([], 0.0, ACC)  # log decay from the chunk's start to the tile
     for k in range(first_tile, end_tile):
         tile = first_tile + end_tile - 1 - k if REVERSE else k
         t0 = start + tile * Q
         if tiles is not None:
-            store_state(S, tiles, slot + tile, head, heads, p, n, P, N)
+            edge = (tile + 1) % TILES == 0 or t0 + Q >= end if REVERSE else tile % TILES == 0
+            if edge:
+                store_state(S, tiles, slot + tile // TILES, head, heads, p, n, P, N)
+                before *= 0.0
         v_ = load_tile(v, row, t0, head, q, end, p, P).to(ACC)  # [Q, PS]
         B_ = load_tile(B, row, t0, group, q, end, n, N)  # [Q, N2]
         step, _ = step_sizes(dt, dt_bias, row, t0, head, q, end, ACC, SOFTPLUS, LOW, HIGH)
-        _, entry, exit, through, _ = decays(step * a, seq_idx, row, length, t0, q, start, end, Q)
+        decay, entry, exit, through, _ = decays(
+            step * a, seq_idx, row, length, t0, q, start, end, Q
+        )
         if REVERSE:
             v_ *= entry[:, None]
             if gate is not None:
@@ -119,6 +131,12 @@ def sweep(
                 v_ *= z_ * sigmoid(z_)
         else:
             v_ *= (step * exit)[:, None]
+            if tiles is not None:
+                t = t0 + q
+                store_plane(step, scratch, STEP, row, batch, head, heads, length, t, end)
+                decay += before
+                store_plane(decay, scratch, DECAY, row, batch, head, heads, length, t, end)
+                before = tl.sum(tl.where(q == Q - 1, decay, 0.0), 0)
         S = S * through + dot(tl.trans(v_), B_, DOT, PRECISION)
         whole *= through
     return S, whole
@@ -126,19 +144,20 @@ def sweep(
 
 @triton.jit(do_not_specialize=["length", "slots"])
 def states_kernel(
-    x, dt, A, B, C, z, dt_bias, dy, initial_states, dfinal, dinitial, ends, whole, tiles,
-    seq_idx, cu_seqlens, length, slots, heads, per_group, sequences,
+    x, dt, A, B, C, z, dt_bias, dy, initial_states, dfinal, dinitial, ends, whole, tiles, scratch,
+    seq_idx, cu_seqlens, length, slots, heads, per_group, sequences, batch,
     P: tl.constexpr, N: tl.constexpr, SEGMENTS: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    Q: tl.constexpr, PS: tl.constexpr, P2: tl.constexpr, N2: tl.constexpr,
+    Q: tl.constexpr, CHUNK: tl.constexpr, PS: tl.constexpr, P2: tl.constexpr, N2: tl.constexpr,
 ):  # fmt: skip
     """A program owns what a program of `forward_kernel` owns, in one of two directions.
 
     Without `tiles`: each segment's end from a zero state, and its whole decay. With `tiles`: the
-    states between all tiles, from `ends` where there is more than one segment.
+    states between all chunks, from `ends` where there is more than one segment.
     """
     SLICES: tl.constexpr = P2 // PS
+    TILES: tl.constexpr = CHUNK // Q
     pid = tl.program_id(0)
     head = pid // SLICES % heads
     seg = pid // (SLICES * heads) % SEGMENTS
@@ -148,9 +167,10 @@ def states_kernel(
     n = tl.arange(0, N2)
     p = pid % SLICES * PS + tl.arange(0, PS)
     row, start, end = sequence(seq, length, cu_seqlens)
-    first_tile, end_tile = segment(seg, start, end, SEGMENTS, Q)
+    first, stop = segment(seg, start, end, SEGMENTS, CHUNK)
+    first_tile, end_tile = first * TILES, tl.minimum(stop * TILES, tl.cdiv(end - start, Q))
     a = tl.load(A + head).to(ACC)
-    slot = slot_of(seq, start, length, cu_seqlens, Q)
+    slot = slot_of(seq, start, length, cu_seqlens, CHUNK)
     index = seq * SEGMENTS + seg
 
     S = tl.zeros([PS, N2], ACC)
@@ -161,9 +181,9 @@ def states_kernel(
             if SEGMENTS > 1:
                 S = combine(S, ends, whole, index - seg, 0, seg, 1, head, heads, p, n, P, N)
         S, decay = sweep(
-            S, x, None, B, dt, dt_bias, a, tiles, seq_idx, length,
+            S, x, None, B, dt, dt_bias, a, tiles, scratch, seq_idx, length, batch,
             row, start, end, first_tile, end_tile, slot, head, group, heads, p, n,
-            P, N, False, ACC, DOT, PRECISION, SOFTPLUS, LOW, HIGH, Q,
+            P, N, False, ACC, DOT, PRECISION, SOFTPLUS, LOW, HIGH, Q, CHUNK,
         )  # fmt: skip
         if tiles is None:
             store_state(S, ends, index, head, heads, p, n, P, N)
@@ -179,9 +199,9 @@ def states_kernel(
                 count = SEGMENTS - 1 - seg
                 S = combine(S, ends, whole, last, behind, count, -1, head, heads, p, n, P, N)
         S, _ = sweep(
-            S, dy, z, C, dt, dt_bias, a, tiles, seq_idx, length,
+            S, dy, z, C, dt, dt_bias, a, tiles, scratch, seq_idx, length, batch,
             row, start, end, first_tile, end_tile, slots + slot, head, group, heads, p, n,
-            P, N, True, ACC, DOT, PRECISION, SOFTPLUS, LOW, HIGH, Q,
+            P, N, True, ACC, DOT, PRECISION, SOFTPLUS, LOW, HIGH, Q, CHUNK,
         )  # fmt: skip
         if tiles is None:
             store_state(S, ends, behind + index, head, heads, p, n, P, N)
@@ -213,6 +233,7 @@ def forward(
     given = constants(x, B, numbers, softplus, low, high)
     family, multiprocessors = device(x)
     config = launch("forward", family, given)
+    chunk = {"CHUNK": config.pop("CHUNK")}
     slices = given["P2"] // config["PS"]
     count = segments(sequences, heads, slices, length, multiprocessors)
     given["SEGMENTS"] = count
@@ -229,8 +250,8 @@ def forward(
             # fmt: off
             states_kernel[(sequences * count * heads * slices,)](
                 view(x), view(dt), A, view(B), None, None, dt_bias, None, None, None, None,
-                ends, whole, None, seq_idx, cu_seqlens, length, 0, heads, per_group, sequences,
-                **given, **config,
+                ends, whole, None, None, seq_idx, cu_seqlens, length, 0, heads, per_group,
+                sequences, batch, **given, **config, **chunk,
             )
             # fmt: on
         forward_kernel[(sequences * count * heads * slices,)](

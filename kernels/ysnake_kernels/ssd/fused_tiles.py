@@ -61,14 +61,14 @@ def store_tile(v, row, t0, head, q, end, c, tile, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """a b, operands rounded to DOT, summed in float32 (float64 for float64)."""
+def dot(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr, acc=None):
+    """acc + a b, operands rounded to DOT, summed in float32 (float64 for float64)."""
     a, b = a.to(DOT), b.to(DOT)
     if INTERPRETED and tl.bfloat16 == DOT:  # the interpreter multiplies the bits of a bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     if tl.float64 == DOT:
-        return tl.dot(a, b, out_dtype=tl.float64)
-    return tl.dot(a, b, input_precision=PRECISION)
+        return tl.dot(a, b, acc, out_dtype=tl.float64)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -191,6 +191,33 @@ def combine(
     return S
 
 
+# What the kernels of a backward tell each other about each token: (plane, batch, head, length)
+
+STEP = tl.constexpr(0)  # dt after bias, softplus and limits
+DECAY = tl.constexpr(1)  # log decay from the chunk's start to the token
+INTO = tl.constexpr(2)  # flow into a token from all before it
+SENT = tl.constexpr(3)  # flow from a token to those after it in its chunk
+ONWARD = tl.constexpr(4)  # flow from a token to the leaving state
+DSTEP = tl.constexpr(5)  # gradient of step but for its part in the decay
+
+
+@triton.jit
+def plane(scratch, INDEX: tl.constexpr, row, batch, head, heads, length):
+    """Pointer to token 0 of a head."""
+    return scratch + ((row + batch * INDEX).to(tl.int64) * heads + head) * length
+
+
+@triton.jit
+def load_plane(scratch, INDEX: tl.constexpr, row, batch, head, heads, length, t, end):
+    at_token = plane(scratch, INDEX, row, batch, head, heads, length) + t
+    return tl.load(at_token, mask=t < end, other=0.0)
+
+
+@triton.jit
+def store_plane(v, scratch, INDEX: tl.constexpr, row, batch, head, heads, length, t, end):
+    tl.store(plane(scratch, INDEX, row, batch, head, heads, length) + t, v, mask=t < end)
+
+
 # Launch configurations
 
 
@@ -199,6 +226,7 @@ class Config(NamedTuple):
     p_slice: int  # most channels of a head that one program handles
     warps: int
     stages: int
+    chunk: int = 0
 
 
 class Device(NamedTuple):
@@ -246,7 +274,7 @@ def constants(x: Tensor, B: Tensor, numbers: dict, softplus: bool, low: float, h
 TABLE = {
     "forward": Config(tile=32, p_slice=64, warps=8, stages=2),
     "states": Config(tile=32, p_slice=64, warps=8, stages=2),
-    "gradients": Config(tile=32, p_slice=64, warps=8, stages=1),
+    "gradients": Config(tile=32, p_slice=64, warps=8, stages=1, chunk=128),
 }
 
 
@@ -255,6 +283,7 @@ def launch(kind: str, family: str, given: dict) -> dict:
     config = TABLE[kind]
     return {
         "Q": config.tile,
+        "CHUNK": config.chunk or config.tile,
         "PS": min(config.p_slice, given["P2"]),
         "num_warps": config.warps,
         "num_stages": config.stages,
