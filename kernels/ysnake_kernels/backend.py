@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 NAMES = ("reference", "eager", "fused")
@@ -47,20 +48,28 @@ def _has_triton() -> bool:
 def choose(tensor: Tensor) -> str:
     """The name of the implementation that runs for an operator on `tensor`'s device.
 
+    What torch.compile has compiled keeps the implementation that was chosen then.
+
     Raises:
         RuntimeError: `fused` is forced where it cannot run.
     """
+    return _choose(tensor.device)
+
+
+@torch.compiler.assume_constant_result  # which looks at the environment, which is not traced
+def _choose(device: torch.device) -> str:
+    on_gpu = device.type == "cuda"  # HIP devices too
     name = _override.get()
     if name is None and (forced := os.environ.get("YSNAKE_BACKEND")):
         name = _checked(forced, "YSNAKE_BACKEND")
     if name is None:
-        return "fused" if tensor.is_cuda and _has_triton() else "eager"
+        return "fused" if on_gpu and _has_triton() else "eager"
     if name == "fused":
         if not _has_triton():
             raise RuntimeError("backend 'fused': triton cannot be imported here")
-        if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
             raise RuntimeError(
-                f"backend 'fused': needs a CUDA or HIP device, got {tensor.device}; "
+                f"backend 'fused': needs a CUDA or HIP device, got {device}; "
                 "TRITON_INTERPRET=1 runs it on a CPU, slowly"
             )
     return name

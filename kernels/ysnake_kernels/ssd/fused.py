@@ -1,5 +1,5 @@
-"""The fused SSD scan as PyTorch sees it: two custom operators, which torch.compile leaves alone, and
-the autograd between them. What is saved for backward is the inputs.
+"""The fused SSD scan as PyTorch sees it: two custom operators, which torch.compile leaves alone,
+and the autograd between them. What is saved for backward is the inputs.
 """
 
 import torch

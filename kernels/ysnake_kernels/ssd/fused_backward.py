@@ -1,10 +1,10 @@
 """The fused backward, in three launches (four where the sequences are cut into segments).
 
-A light sweep in both directions stores, for every chunk of CHUNK tokens, the state that enters it
-and the gradient of the state that leaves it. Then all tiles are independent: a program owns one tile
-and some heads of a group, as rows i of the chunk's quadratic form (dC, dz) or as its columns j
-(dx, dB), and adds the heads' shares of dC or dB before it writes them. A last small kernel turns what
-passes through each token into the gradients of dt and A. No atomics: the result is deterministic.
+A light sweep in both directions stores, for every chunk of CHUNK tokens, the state that enters
+it and the gradient of the state that leaves it. Then all tiles are independent: a program owns one
+tile and some heads of a group, as rows i of the chunk's quadratic form (dC, dz) or as its columns
+j (dx, dB), and adds the heads' shares of dC or dB before it writes them. A last small kernel turns
+what passes through each token into the gradients of dt and A. No atomics: deterministic.
 
 With G = dy silu(z), u = step x, S the entering state, dS the leaving state's gradient and
 
@@ -81,8 +81,8 @@ def inner(
     return total
 
 
-# Of B and C a program needs one tile for every head. Loaded once, it would hold its registers through
-# the loop over heads and push others out to memory; the heads after the first find it in the cache.
+# Of B and C a program needs one tile for every head. Loaded once, it would hold its registers
+# through the loop over heads and push others out to memory; later heads find it in the cache.
 @triton.jit
 def products(
     own, other, row, t0, c0, group, q, k, end, n, N: tl.constexpr,
@@ -231,7 +231,7 @@ def columns(
 
 @triton.jit
 def chunk_of(slot, owner, length, cu_seqlens, CHUNK: tl.constexpr):
-    """Of the chunk in a slot: the row of the batch, its first token, its sequence's start and end."""
+    """Of the chunk in a slot: row of the batch, first token, its sequence's start and end."""
     seq = slot // tl.cdiv(length, CHUNK) if owner is None else tl.load(owner + slot).to(tl.int32)
     row, start, end = sequence(seq, length, cu_seqlens)
     return row, start + (slot - slot_of(seq, start, length, cu_seqlens, CHUNK)) * CHUNK, start, end

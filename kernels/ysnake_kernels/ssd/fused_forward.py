@@ -233,7 +233,7 @@ def forward(
     given = constants(x, B, numbers, softplus, low, high)
     family, multiprocessors = device(x)
     config = launch("forward", family, given)
-    chunk = {"CHUNK": config.pop("CHUNK")}
+    del config["CHUNK"]
     slices = given["P2"] // config["PS"]
     count = segments(sequences, heads, slices, length, multiprocessors)
     given["SEGMENTS"] = count
@@ -251,7 +251,7 @@ def forward(
             states_kernel[(sequences * count * heads * slices,)](
                 view(x), view(dt), A, view(B), None, None, dt_bias, None, None, None, None,
                 ends, whole, None, None, seq_idx, cu_seqlens, length, 0, heads, per_group,
-                sequences, batch, **given, **config, **chunk,
+                sequences, batch, CHUNK=config["Q"], **given, **config,
             )
             # fmt: on
         forward_kernel[(sequences * count * heads * slices,)](

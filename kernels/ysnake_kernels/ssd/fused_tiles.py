@@ -269,18 +269,42 @@ def constants(x: Tensor, B: Tensor, numbers: dict, softplus: bool, low: float, h
     return {"P": P, "N": N, **padded, **numbers, **options}
 
 
-# The light kernels carry a state of p_slice x N2 floats in registers; `gradients` holds the sums of
-# dB and dC, tile x N2 each.
+# (kernel, bytes of a factor of its products, whether the state size is above 128) -> configuration.
+#
+# `forward` and `states` carry a state of p_slice x N2 numbers in registers, `gradients` a sum of
+# tile x N2 and two of tile x chunk. Registers decide. On sm_80 and sm_90, head size 64 in bfloat16
+# spills nothing but 8 and 24 bytes a thread in `gradients` at state size 128: a chunk of 64 would
+# spare these, but write and read 512 bytes of states more per token and head.
 TABLE = {
-    "forward": Config(tile=32, p_slice=64, warps=8, stages=2),
-    "states": Config(tile=32, p_slice=64, warps=8, stages=2),
-    "gradients": Config(tile=32, p_slice=64, warps=8, stages=1, chunk=128),
+    ("forward", 2, False): Config(tile=32, p_slice=64, warps=4, stages=2),
+    ("states", 2, False): Config(tile=32, p_slice=64, warps=4, stages=2),
+    ("gradients", 2, False): Config(tile=32, p_slice=64, warps=8, stages=1, chunk=128),
+    ("forward", 2, True): Config(tile=32, p_slice=32, warps=8, stages=2),
+    ("states", 2, True): Config(tile=32, p_slice=32, warps=4, stages=2),
+    ("gradients", 2, True): Config(tile=16, p_slice=32, warps=8, stages=1, chunk=64),
+    ("forward", 4, False): Config(tile=16, p_slice=64, warps=8, stages=2),
+    ("states", 4, False): Config(tile=16, p_slice=64, warps=8, stages=2),
+    ("gradients", 4, False): Config(tile=16, p_slice=64, warps=8, stages=1, chunk=32),
+    ("forward", 4, True): Config(tile=16, p_slice=32, warps=8, stages=1),
+    ("states", 4, True): Config(tile=16, p_slice=32, warps=8, stages=1),
+    ("gradients", 4, True): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
+    ("forward", 8, False): Config(tile=16, p_slice=16, warps=4, stages=1),
+    ("states", 8, False): Config(tile=16, p_slice=16, warps=4, stages=1),
+    ("gradients", 8, False): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
+    ("forward", 8, True): Config(tile=16, p_slice=16, warps=8, stages=1),
+    ("states", 8, True): Config(tile=16, p_slice=16, warps=8, stages=1),
+    ("gradients", 8, True): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
 }
+
+
+# Where an architecture needs another: (family, *key of TABLE) -> configuration.
+EXCEPTIONS: dict[tuple, Config] = {}
 
 
 def launch(kind: str, family: str, given: dict) -> dict:
     """The configuration of a kernel, as arguments of its launch."""
-    config = TABLE[kind]
+    key = (kind, given["DOT"].primitive_bitwidth // 8, given["N2"] > 128)
+    config = EXCEPTIONS.get((family, *key), TABLE[key])
     return {
         "Q": config.tile,
         "CHUNK": config.chunk or config.tile,
