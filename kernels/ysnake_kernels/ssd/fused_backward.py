@@ -308,23 +308,9 @@ def splits_of_group(programs: int, per_group: int, multiprocessors: int) -> int:
 
 
 def backward(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_states: Tensor | None,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-) -> tuple[Tensor | None, ...]:
+    dy, dfinal, x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens,
+    softplus: bool, low: float, high: float,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, z, initial_states, dt_bias; None for what is absent."""
     batch, length, heads, P = x.shape
     groups, N = B.shape[2:]

@@ -210,21 +210,9 @@ def states_kernel(
 
 
 def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_states: Tensor | None,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor]:
+    x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens,
+    softplus: bool, low: float, high: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y and the final states. One launch, or two where the sequences are cut into segments."""
     batch, length, heads, P = x.shape
     N = B.shape[3]
@@ -247,13 +235,11 @@ def forward(
         if count > 1:
             ends = torch.empty(sequences, count, heads, P, N, dtype=exact, device=x.device)
             whole = torch.empty(sequences, count, heads, dtype=exact, device=x.device)
-            # fmt: off
             states_kernel[(sequences * count * heads * slices,)](
                 view(x), view(dt), A, view(B), None, None, dt_bias, None, None, None, None,
                 ends, whole, None, None, seq_idx, cu_seqlens, length, 0, heads, per_group,
                 sequences, batch, CHUNK=config["Q"], **given, **config,
-            )
-            # fmt: on
+            )  # fmt: skip
         forward_kernel[(sequences * count * heads * slices,)](
             view(x), view(dt), A, view(B), view(C), D, view(z), dt_bias, initial_states,
             view(y), final_states, ends, whole, seq_idx, cu_seqlens, length, heads, per_group,

@@ -79,18 +79,9 @@ def sigmoid(v):
 
 @triton.jit
 def step_sizes(
-    dt,
-    dt_bias,
-    row,
-    t0,
-    head,
-    q,
-    end,
-    ACC: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-):
+    dt, dt_bias, row, t0, head, q, end,
+    ACC: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
     """clamp(softplus(dt + dt_bias)) and its derivative, [Q] each, zero outside the sequence."""
     inside = t0 + q < end
     step = tl.load(at(dt, row, t0, head) + q * dt.token, mask=inside, other=0.0).to(ACC)
