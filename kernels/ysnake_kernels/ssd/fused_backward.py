@@ -71,7 +71,7 @@ def inner(
 ):  # fmt: skip
     """<S, dS>, read in narrow strips: it shares its registers with sums that are wide."""
     total = tl.zeros([], ACC)
-    for p0 in tl.static_range(0, P2, PS):
+    for p0 in range(0, P2, PS):
         p = p0 + tl.arange(0, PS)
         for n0 in range(0, N2, 16):
             n = n0 + tl.arange(0, 16)
@@ -125,7 +125,7 @@ def rows(
         if seq_idx is not None:
             entry = tl.where(entering, entry, 0.0)
         into = tl.zeros([Q], ACC)
-        for first in tl.static_range(0, P2, PS):
+        for first in range(0, P2, PS):
             p = first + tl.arange(0, PS)
             S = load_state(tiles, slot, head, heads, p, n, P, N)  # [PS, N2]
             x_ = load_tile(x, row, c0, head, k, end, p, P)  # [CHUNK, PS]
@@ -189,7 +189,7 @@ def columns(
         if seq_idx is not None:
             exit = tl.where(doc == leaving, exit, 0.0)
         sent, onward, dstep = tl.zeros([Q], ACC), tl.zeros([Q], ACC), tl.zeros([Q], ACC)
-        for first in tl.static_range(0, P2, PS):
+        for first in range(0, P2, PS):
             p = first + tl.arange(0, PS)
             x_ = load_tile(x, row, t0, head, q, end, p, P)  # [Q, PS]
             G = load_gated(dy, z, row, c0, head, k, end, p, P, ACC)  # [CHUNK, PS]
