@@ -74,18 +74,17 @@ def test_equals_reference(case):
     check(inputs(**case))
 
 
-@pytest.mark.parametrize("decay", ["usual", "near 0", "near 1"])
+@pytest.mark.parametrize("decay", ["near 0", "near 1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_equals_reference_in(dtype, decay):
     """With many heads: the sum that is one head's dA may cancel to less than its rounding."""
-    shape = {"batch": 1, "heads": 8, "groups": 2}
+    shape = {"batch": 1, "heads": 8, "groups": 2, "length": 20}
     check(inputs(**EVERYTHING, **shape, decay=decay, dtype=dtype))
 
 
 @pytest.mark.table
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_table_s_own_tiles(dtype):
-    check(inputs(**EVERYTHING | SMALL | {"length": 140, "heads": 4}, dtype=dtype))
+def test_the_table_s_own_tiles():
+    check(inputs(**EVERYTHING | SMALL | {"length": 140, "heads": 4}, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("count", [1, 3])
