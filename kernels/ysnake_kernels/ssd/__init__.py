@@ -1,15 +1,21 @@
 """The SSD scan over a sequence: arguments, checks, and the choice of implementation."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ysnake_kernels.backend import choose
-from ysnake_kernels.checks import INTEGERS, check, check_decay, check_rank, check_seq_idx
+from ysnake_kernels.checks import (
+    INTEGERS,
+    check,
+    check_decay,
+    check_rank,
+    check_seq_idx,
+    values_can_be_checked,
+)
 from ysnake_kernels.ssd import eager, reference
-
-_IMPLEMENTATIONS = {"reference": reference.scan, "eager": eager.scan}
 
 
 def ssd_scan(
@@ -101,29 +107,33 @@ def ssd_scan(
         check("seq_idx", seq_idx, (batch, length), x, dtypes=INTEGERS)
         check_seq_idx(seq_idx)
 
-    scan = _IMPLEMENTATIONS[choose(x)]
+    arguments = (x, dt, A, B, C, chunk_size, D, z, initial_states, seq_idx)
     options = (dt_bias, dt_softplus, dt_limit)
+    name = choose(x)
     with torch.autocast(x.device.type, enabled=False):
-        if cu_seqlens is None:
-            y, states = scan(x, dt, A, B, C, chunk_size, D, z, initial_states, seq_idx, *options)
+        if name == "fused":
+            from ysnake_kernels.ssd import fused  # only where it runs: it needs triton
+
+            y, states = fused.scan(*arguments, *options, cu_seqlens=cu_seqlens)
         else:
-            bounds = cu_seqlens.tolist()
-            pieces = [
-                scan(
-                    *(t[:, start:end] for t in (x, dt)),
-                    A,
-                    *(t[:, start:end] for t in (B, C)),
-                    chunk_size,
-                    D,
-                    None if z is None else z[:, start:end],
-                    None if initial_states is None else initial_states[k : k + 1],
-                    None,
-                    *options,
-                )
-                for k, (start, end) in enumerate(pairwise(bounds))
-            ]
-            y, states = torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces])
+            scan = reference.scan if name == "reference" else eager.scan
+            if cu_seqlens is None:
+                y, states = scan(*arguments, *options)
+            else:
+                y, states = _scan_each(scan, cu_seqlens, *arguments, *options)
     return (y, states) if return_final_states else y
+
+
+def _scan_each(
+    scan: Callable, cu_seqlens: Tensor, x, dt, A, B, C, chunk_size, D, z, initial_states, *options
+) -> tuple[Tensor, Tensor]:
+    """Scan packed sequences one by one."""
+    pieces = []
+    for k, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        piece = [None if t is None else t[:, start:end] for t in (x, dt, B, C, z)]
+        state = None if initial_states is None else initial_states[k : k + 1]
+        pieces.append(scan(*piece[:2], A, *piece[2:4], chunk_size, D, piece[4], state, *options))
+    return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces])
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, seq_idx: Tensor | None) -> int:
@@ -136,10 +146,12 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, seq_idx: Tensor | None) -> 
         shape = tuple(cu_seqlens.shape)
         raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {shape}")
     check("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), x, dtypes=INTEGERS)
-    bounds = cu_seqlens.tolist()
-    rising = all(a < b for a, b in pairwise(bounds))
-    if not rising or bounds[0] != 0 or bounds[-1] != x.shape[1]:
-        raise ValueError(
-            f"cu_seqlens: expected increasing values from 0 to length {x.shape[1]}, got {bounds}"
-        )
-    return len(bounds) - 1
+    if values_can_be_checked(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        rising = all(a < b for a, b in pairwise(bounds))
+        if not rising or bounds[0] != 0 or bounds[-1] != x.shape[1]:
+            length = x.shape[1]
+            raise ValueError(
+                f"cu_seqlens: expected increasing values from 0 to length {length}, got {bounds}"
+            )
+    return len(cu_seqlens) - 1

@@ -1,0 +1,125 @@
+"""The fused SSD scan as PyTorch sees it: two custom operators, which torch.compile leaves alone,
+and the autograd between them. What is saved for backward is the inputs.
+"""
+
+import torch
+from torch import Tensor
+
+from ysnake_kernels.numerics import accumulator
+from ysnake_kernels.ssd.fused_backward import backward
+from ysnake_kernels.ssd.fused_forward import forward
+from ysnake_kernels.ssd.fused_tiles import LARGEST
+
+
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int | None,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Arguments as `ssd_scan` has checked them; the tile is the kernel's own, not `chunk_size`.
+
+    Raises:
+        ValueError: a head or state is larger than the kernels hold.
+    """
+    for name, what, size in (("x", "head", x.shape[3]), ("B", "state", B.shape[3])):
+        if size > LARGEST:
+            raise ValueError(f"{name}: expected a {what} size of at most {LARGEST}, got {size}")
+    small = (A, D, initial_states, dt_bias, seq_idx, cu_seqlens)
+    A, D, initial_states, dt_bias, seq_idx, cu_seqlens = (
+        None if t is None else t.contiguous() for t in small
+    )
+    options = (bool(dt_softplus), *map(float, dt_limit))
+    return _scan(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, *options)
+
+
+@torch.library.custom_op("ysnake::ssd_scan", mutates_args=())
+def _scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_states: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    softplus: bool,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:
+    return forward(
+        x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, softplus, low, high
+    )
+
+
+@_scan.register_fake
+def _(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, softplus, low, high):
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    exact = accumulator(x, dt, A, B, C, D, z, initial_states, dt_bias)
+    states = x.new_empty(sequences, *x.shape[2:], B.shape[3], dtype=exact)
+    return x.new_empty(x.shape), states
+
+
+# An operator cannot return None: an empty tensor stands for the gradient of an absent argument.
+@torch.library.custom_op("ysnake::ssd_scan_backward", mutates_args=())
+def _scan_backward(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    initial_states: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    softplus: bool,
+    low: float,
+    high: float,
+) -> list[Tensor]:
+    inputs = (x, dt, A, B, C, D, z, initial_states, dt_bias)
+    grads = backward(dy, dfinal, *inputs, seq_idx, cu_seqlens, softplus, low, high)
+    return [x.new_empty(0) if g is None else g for g in grads]
+
+
+@_scan_backward.register_fake
+def _(dy, dfinal, x, dt, A, B, C, D, z, initial_states, dt_bias, *rest):
+    inputs = (x, dt, A, B, C, D, z, initial_states, dt_bias)
+    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+
+
+def _save(ctx, inputs, output):
+    *tensors, softplus, low, high = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.options = (softplus, low, high)
+
+
+def _differentiate(ctx, dy, dfinal):
+    tensors = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(tensors[0])
+    if dfinal is not None:
+        dfinal = dfinal.contiguous()
+    grads = _scan_backward(dy, dfinal, *tensors, *ctx.options)
+    present = [None if t is None else g for t, g in zip(tensors[:9], grads, strict=True)]
+    return *present, None, None, None, None, None
+
+
+_scan.register_autograd(_differentiate, setup_context=_save)
