@@ -214,8 +214,10 @@ def _shown(value: Any) -> str:
 def refuse_others(body: Body, neutral: dict[str, tuple]) -> None:
     """Refuse what would change the text and is not built, unless its value changes nothing."""
     for name, values in neutral.items():
-        if body.get(name) is not None and body[name] not in values:
-            raise Refused(f"{name}: this model does not support it, got {_shown(body[name])}")
+        value = body.get(name)
+        same = any(value == v and isinstance(value, bool) == isinstance(v, bool) for v in values)
+        if value is not None and not same:
+            raise Refused(f"{name}: this model does not support it, got {_shown(value)}")
 
 
 def sampling_of(body: Body, penalty: str) -> Sampling:
