@@ -607,6 +607,7 @@ def main(argv: list[str]) -> int:
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     try:
         listener = socket.create_server((options.host, options.port), family=family, backlog=1024)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a token leaves at once
     except (OSError, OverflowError) as error:
         raise InputError(f"--host, --port: {options.host}:{options.port}: {error}") from error
 
