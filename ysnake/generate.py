@@ -119,21 +119,32 @@ def draw(
         return likeliest
     logits = logits / column(s.temperature or 1.0 for s in samplings)
     limits = [s.top_k if 0 < s.top_k < n_tokens else n_tokens for s in samplings]
-    top_k, top_p = column(limits), column(0.0 if s.temperature == 0 else s.top_p for s in samplings)
-    # Ordering the likeliest few is much cheaper than ordering all, and nearly always enough.
-    few = min(n_tokens, max(FEW, *(k for k in limits if k < n_tokens), 1))
-    for n in (few, n_tokens):
-        ordered, order = logits.topk(n)
-        ordered = ordered.masked_fill(torch.arange(n, device=logits.device) >= top_k, -torch.inf)
-        every = logits.logsumexp(-1, keepdim=True)
-        every = torch.where(top_k < n_tokens, ordered.logsumexp(-1, keepdim=True), every)
-        probabilities = (ordered - every).exp()
-        reached = probabilities.cumsum(-1)
-        if ((reached[:, -1:] >= top_p) | (top_k <= n)).all():
-            break
+    top_p = column(0.0 if s.temperature == 0 else s.top_p for s in samplings)
+    chance = column(torch.rand((), generator=generator).item() for generator in generators)
+    rows = [logits, column(limits), top_p, chance]
+    # Ordering the likeliest few is much cheaper than ordering all, and for most rows enough.
+    few = max([FEW, *(k for k in limits if k < n_tokens)])
+    drawn, enough = _pick(*rows, min(few, n_tokens))
+    if not enough.all():
+        drawn[~enough] = _pick(*(each[~enough] for each in rows), n_tokens)[0]
+    return [a if g else b for a, b, g in zip(likeliest, drawn.tolist(), greedy, strict=True)]
+
+
+def _pick(
+    logits: Tensor, top_k: Tensor, top_p: Tensor, chance: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
+    """The token that `chance` falls on, and whether the n likeliest hold all that can be drawn.
+
+    Logits are (rows, tokens), the rest columns; top_k is either at most n or all tokens.
+    """
+    ordered, order = logits.topk(n)
+    ordered = ordered.masked_fill(torch.arange(n, device=logits.device) >= top_k, -torch.inf)
+    every = logits.logsumexp(-1, keepdim=True)
+    every = torch.where(top_k < logits.shape[1], ordered.logsumexp(-1, keepdim=True), every)
+    probabilities = (ordered - every).exp()
+    reached = probabilities.cumsum(-1)
     kept = (reached - probabilities < top_p) & (probabilities > 0)
     last = kept.sum(-1, keepdim=True).clamp(min=1) - 1  # the first one always stays
-    chance = column(torch.rand((), generator=generator).item() for generator in generators)
     place = (reached <= chance * reached.gather(-1, last)).sum(-1, keepdim=True).minimum(last)
-    drawn = order.gather(-1, place)[:, 0].tolist()
-    return [a if g else b for a, b, g in zip(likeliest, drawn, greedy, strict=True)]
+    enough = (reached[:, -1:] >= top_p) | (top_k <= n)
+    return order.gather(-1, place)[:, 0], enough[:, 0]

@@ -263,11 +263,16 @@ def max_tokens_of(body: Body, name: str, default: int, most: int) -> int:
 
 async def body_of(request: "Request", most: int) -> Body:
     """The JSON object that a request carries."""
+    from starlette.requests import ClientDisconnect
+
     read = bytearray()
-    async for piece in request.stream():
-        read += piece
-        if len(read) > most:
-            raise Refused(f"body: expected at most {most} bytes", 413)
+    try:
+        async for piece in request.stream():
+            read += piece
+            if len(read) > most:
+                raise Refused(f"body: expected at most {most} bytes", 413)
+    except ClientDisconnect as error:
+        raise Refused("body: broken off") from error
     try:
         body = json.loads(read, parse_constant=_not_json, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -615,7 +620,8 @@ def main(argv: list[str]) -> int:
 
     class Server(uvicorn.Server):
         def handle_exit(self, *args: Any) -> None:
-            service.batch.close()  # so that streams end and the server need not wait for them
+            if service.batch is not None:
+                service.batch.close()  # streams end, so that the server need not wait for them
             super().handle_exit(*args)
 
     config = uvicorn.Config(

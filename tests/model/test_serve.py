@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,11 +18,12 @@ from pathlib import Path
 import httpx
 import ollama
 import pytest
+import torch
 from small import environment, python, saved
 
 from ysnake import checkpoint
 from ysnake.batch import Batch, Job
-from ysnake.generate import Context
+from ysnake.generate import Context, choose, draw, luck
 from ysnake.sampling import Sampling
 from ysnake.tokenizer import decode
 
@@ -301,6 +303,11 @@ def test_limits_places_and_the_end(tmp_path):
                 http.post("/api/generate", json=long | {"stream": False}, timeout=0.3)
             assert post(short).json()["eval_count"] == 2
 
+            # one that goes away while it asks
+            with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as half:
+                half.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\n")
+                half.sendall(b"Content-Length: 100\r\n\r\n{")
+
             with http.stream("POST", "/api/generate", json=long) as stream:
                 lines = stream.iter_lines()
                 next(lines)
@@ -343,6 +350,21 @@ def test_memory_is_flat_over_many_requests(server, requests):
 
 
 # ------------------------------------------------------------------ the batch itself
+
+
+def test_each_row_is_drawn_in_its_own_way():
+    """Flat rows, of which all tokens must be ordered, beside peaked ones, of which few must."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (
+        torch.randn(6, 1000, generator=generator) * torch.tensor([0.1, 9, 0.1, 0.1, 3, 0])[:, None]
+    )
+    seen = torch.rand(6, 1000, generator=generator) < 0.3
+    ways = [{}, {}, {"top_k": 400}, {"temperature": 0}, {"repetition_penalty": 1.5}, {"top_p": 1}]
+    samplings = [Sampling(**way) for way in ways]
+    for seed in range(20):
+        together = draw(logits, seen, samplings, [luck(seed + i) for i in range(6)])
+        for i, (token, sampling) in enumerate(zip(together, samplings, strict=True)):
+            assert token == choose(logits[i], seen[i], sampling, luck(seed + i))
 
 
 def finished(tokenizer, m, jobs, **settings):
@@ -454,7 +476,9 @@ def test_wrong_options(folder, address):
 
 # ------------------------------------------------------------------ the page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 @contextmanager
