@@ -18,7 +18,7 @@ setup(
     packages=[
         "ysnake",
         "ysnake_kernels",
-        *(f"ysnake_kernels.{operator}" for operator in ("ssd", "step", "conv", "norm")),
+        *(f"ysnake_kernels.{operator}" for operator in ("ssd", "step", "conv", "norm", "mixer")),
     ],
     package_dir={"ysnake_kernels": "kernels/ysnake_kernels"},
     package_data={"ysnake": ["py.typed", "page.html"], "ysnake_kernels": ["py.typed"]},

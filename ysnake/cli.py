@@ -18,12 +18,13 @@ RUNS = Path("runs")
 Options = TypeVar("Options")
 
 
-def parse(options: type[Options], argv: list[str], default: Options | None = None) -> Options:
-    """The options given on a command line; `--help` and what cannot be read end the program."""
-    program = f"python -m {options.__module__}"
+def parse(
+    options: type[Options], argv: list[str], program: str, default: Options | None = None
+) -> Options:
+    """The options given to `program`; `--help` and what cannot be read end the process."""
     return tyro.cli(
         options,
-        prog=program,
+        prog=f"python -m ysnake.{program}",
         args=argv,
         default=default,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),

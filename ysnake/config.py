@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+IGNORED = -100  # a target that does not count
 VOCAB_MULTIPLE = 64  # vocabulary rows are padded to a multiple of this
 
 

@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from ysnake.config import InputError
+from ysnake.config import IGNORED, InputError
 from ysnake.tokenizer import EOT, encode
 
 PIECE = 1 << 20  # characters; a longer document is handled in pieces of about this size
 HELD_OUT_EVERY = 20  # one document in so many is held out
-IGNORED = -100  # target that does not count
 SUFFIXES = (".txt", ".md", ".jsonl")
 
 Piece = tuple[str, bool]  # a text, and whether it ends its document

@@ -66,32 +66,32 @@ def score(
     """
     import torch
 
-    from ysnake.model import loss_sum
     from ysnake.tokenizer import encode
 
     device = model.backbone.embeddings.weight.device
     total = Score()
-    state, before = None, model.config.bos_id  # the last token that has not been read
+    state, before = model.empty_state(1), model.config.bos_id  # read so far, and not yet read
     for text, ends in pieces:
         ids = encode(tokenizer, text) + ([model.config.eos_id] if ends else [])
         for i in range(0, len(ids), READ):
             targets = torch.tensor(ids[i : i + READ], device=device)
             inputs = torch.cat([targets.new_tensor([before]), targets[:-1]])
-            logits, state = model.step(inputs[None], state)
-            total.nats += loss_sum(logits[0], targets).item()
+            with torch.no_grad():
+                loss = model.loss(inputs[None], targets[None], state=state)
+            total.nats += loss.item()
             before = ids[i : i + READ][-1]
         total.tokens += len(ids)
         total.bytes += len(text.encode("utf-8", "replace"))
         if ends:
             total.documents += 1
-            state, before = None, model.config.bos_id
+            state, before = model.empty_state(1), model.config.bos_id
         progress(len(text))
     return total
 
 
 def main(argv: list[str]) -> int:
     """Evaluate as the command line says; returns the exit code."""
-    options = cli.parse(Options, argv)
+    options = cli.parse(Options, argv, "evaluate")
     from ysnake import data
     from ysnake.config import InputError
 

@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from ysnake_kernels import (
     causal_conv1d,
@@ -19,6 +18,7 @@ from ysnake_kernels import (
 )
 
 from ysnake.config import ModelConfig
+from ysnake.loss import summed_loss
 
 
 @dataclass
@@ -177,6 +177,23 @@ class Model(nn.Module):
         """
         return self.lm_head(self.backbone(ids, seq_idx, state))
 
+    def loss(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        seq_idx: Tensor | None = None,
+        state: State | None = None,
+    ) -> Tensor:
+        """The loss of `forward`'s logits at targets (batch, length), summed, in nats.
+
+        Targets of -100 do not count. The logits never exist at once.
+        """
+        h = self.backbone(ids, seq_idx, state).flatten(0, 1)
+        head = self.lm_head
+        if isinstance(head, FactorisedHead):
+            h, head = head.down(h), head.up
+        return summed_loss(h, head.weight, targets.flatten())
+
     @torch.no_grad()
     def step(
         self, ids: Tensor, state: State | None = None, last_only: bool = False
@@ -247,8 +264,3 @@ def initialise(model: Model, init: str) -> None:
         dt = torch.empty_like(mixer.dt_bias).uniform_(low, high).exp_().clamp_(min=c.dt_floor)
         mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
         mixer.out_proj.weight /= math.sqrt(c.n_layers)
-
-
-def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of logits (..., vocab) and targets (...), summed, in nats; -100 is left out."""
-    return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="sum")

@@ -119,7 +119,7 @@ def converse(new_context, tokenizer: "Tokenizer", options: Options) -> None:
 
 def main(argv: list[str]) -> int:
     """Complete as the command line says; returns the exit code."""
-    options = cli.parse(Options, argv)
+    options = cli.parse(Options, argv, "run")
     if options.max_tokens < 1:
         raise InputError(f"--max-tokens: expected at least 1, got {options.max_tokens}")
     if "" in options.stop:

@@ -4,7 +4,6 @@ Every batch is a function of the settings and the step, so a run that was stoppe
 never had been. The functions here can be called one by one; `main` only strings them together.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -13,14 +12,14 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from tyro.conf import arg
+from typing import TYPE_CHECKING, Any
 
 from ysnake import cli
+from ysnake import settings as settings_of
 from ysnake.config import PRESETS, InputError, ModelConfig, model_config
+from ysnake.settings import SHIPPED, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -30,196 +29,12 @@ if TYPE_CHECKING:
     from ysnake.data import Batch, Tokens
     from ysnake.model import Model, State
 
-SHIPPED = Path(__file__).parent.parent / "training_data"
 MEAN_OVER = 50  # steps that the training loss is averaged over where it decides or is shown
 GIVE_UP_AFTER = 10  # steps in a row without a finite loss
 VAL_TOKENS = 1 << 15  # held-out tokens looked at while training
 CLIP = 1.0  # largest norm of a step's gradient
 DECAY_TO = 0.1  # the learning rate ends at this part of its peak
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
-
-
-@dataclass
-class Settings:
-    """Train a Mamba-2 language model. Without arguments: the quick preset on the shipped corpus."""
-
-    data: Annotated[tuple[Path, ...], arg(metavar="PATH...")] = (SHIPPED,)
-    """Files and folders of .txt and .md (documents separated by a line <|endoftext|>) and .jsonl (a
-    field `text`)."""
-    run: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Folder of this run; by default a new one in runs/. With --resume: the run to go on with, by
-    default the newest."""
-    from_: Annotated[Path | None, arg(name="from", metavar="CHECKPOINT")] = None
-    """Start a new run from this checkpoint's weights and tokenizer."""
-    resume: bool = False
-    """Go on with a run that was stopped, with its own settings."""
-    preset: Annotated[str, arg(metavar="NAME")] = "quick"
-    """Sizes and training settings to start from: quick, ys-24m, ys-60m or ys-71m."""
-
-    tokenizer: Literal["bpe", "word"] = "bpe"
-    """bpe works on bytes and loses nothing; word knows whole words, else characters."""
-    vocab_size: int | None = None
-    """Entries of the tokenizer; by default the preset's number or as many as the corpus gives."""
-    max_documents: int | None = None
-    """Take so many documents only, in turn from each file."""
-
-    seq_len: int = 256
-    """Tokens trained on at a time. Running has no such limit."""
-    batch_size: int = 16
-    """Sequences per forward pass."""
-    accumulate: int = 1
-    """Forward passes per step of the optimiser."""
-    carry_state: bool = False
-    """Train on consecutive windows and hand the state on from one to the next, so that short
-    sequences teach long text."""
-
-    d_model: int = 512
-    """Embedding size."""
-    n_layers: int = 10
-    """Layers."""
-    d_state: int = 128
-    """State size of each head."""
-    head_dim: int = 64
-    """Channels per head."""
-    expand: int = 2
-    """Inner size of a layer over its embedding size."""
-    n_groups: int = 1
-    """Groups of heads that share B and C."""
-    chunk_size: int | None = None
-    """Tokens per chunk ("attention block") of the scan; by default the device's best. Changes time
-    and memory, not the result."""
-    output_size: int | None = None
-    """Size of a layer between the embedding and the logits; by default there is none and the head
-    is tied to the embedding."""
-    init: Literal["hippo", "uniform"] = "hippo"
-    """How the decay rates start: A_n = -(n + 1) over the heads, or -A uniform in [1, 16]."""
-
-    lr: float = 1e-3
-    """Peak learning rate of AdamW."""
-    weight_decay: float = 0.1
-    """Of matrices; never of A_log, D, dt_bias, norms and biases."""
-    warmup_steps: int = 100
-    """Steps until the learning rate is at its peak; from there a cosine takes it to a tenth."""
-    max_steps: int | None = None
-    """Stop after so many steps; by default the preset's number, or none with --max-minutes."""
-    max_minutes: float | None = None
-    """Stop after so many minutes. Without --max-steps the learning rate follows the clock."""
-    stop_at_loss: float | None = None
-    """Stop when the training loss, averaged over 50 steps, is this low (nats per token)."""
-    patience: int | None = None
-    """Stop after so many evaluations without a better held-out loss."""
-    eval_every: int = 250
-    """Steps between evaluations, each with a sample of text and a new picture."""
-    checkpoint_every: int = 250
-    """Steps between writes of last/."""
-
-    seed: int = 0
-    """Decides the first weights and the order of the windows."""
-    device: str = "auto"
-    """auto (CUDA, else CPU), cpu, cuda or mps."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on CUDA, float32 elsewhere. State and decay are float32 always."""
-    threads: int | None = None
-    """Threads on the CPU; by default one for each core."""
-
-
-# What may differ when a run is resumed; the rest decides its weights.
-FREE_ON_RESUME = (
-    *("run", "resume", "max_steps", "max_minutes", "stop_at_loss", "patience"),
-    *("eval_every", "checkpoint_every", "device", "threads"),
-)
-MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
-
-
-def parse(argv: list[str]) -> Settings:
-    """The settings of a command line, checked.
-
-    Its defaults come from the run it resumes, else the checkpoint it starts from, else the preset.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="quick")
-    first.add_argument("--resume", action="store_true")
-    first.add_argument("--run", type=Path)
-    first.add_argument("--from", type=Path, dest="from_")
-    known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    if known.preset not in PRESETS:
-        raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {known.preset}")
-    if known.resume:
-        if known.from_:
-            raise InputError("--from: starts a new run, so it does not go with --resume")
-        stored = read_settings(known.run or cli.newest_run())
-        settings = cli.parse(Settings, argv, default=stored)
-        for name in {f.name for f in fields(Settings)} - set(FREE_ON_RESUME):
-            if getattr(settings, name) != getattr(stored, name):
-                raise InputError(
-                    f"{_option(name)}: a run is resumed with its own, {getattr(stored, name)}; "
-                    f"got {getattr(settings, name)}"
-                )
-        settings.run = stored.run
-    else:
-        preset = PRESETS[known.preset]
-        sizes = {}
-        if known.from_:
-            from ysnake import checkpoint
-
-            config = checkpoint.load_config(checkpoint.resolve(known.from_))
-            sizes = {name: getattr(config, name) for name in MODEL_SIZES}
-        default = Settings(preset=known.preset, **preset.settings | sizes)
-        settings = cli.parse(Settings, argv, default=default)
-        for name, size in sizes.items():
-            if getattr(settings, name) != size:
-                raise InputError(
-                    f"{_option(name)}: the checkpoint {known.from_} has {size}, "
-                    f"got {getattr(settings, name)}"
-                )
-        if settings.max_steps is None and settings.max_minutes is None:
-            settings.max_steps = preset.max_steps
-    check(settings)
-    return settings
-
-
-def check(settings: Settings) -> None:
-    """Raise InputError for a value out of range, naming the option."""
-    least: dict[str, float] = {
-        **dict.fromkeys(("seq_len", "batch_size", "accumulate", "max_steps", "patience"), 1),
-        **dict.fromkeys(("eval_every", "checkpoint_every", "threads", "max_documents"), 1),
-        **dict.fromkeys(("vocab_size", *MODEL_SIZES, "chunk_size", "output_size"), 1),
-        **dict.fromkeys(("lr", "weight_decay", "warmup_steps", "stop_at_loss", "seed"), 0),
-        "max_minutes": 0,
-    }
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        if value is not None and not value >= bound:
-            raise InputError(f"{_option(name)}: expected at least {bound}, got {value}")
-    if settings.from_ and (settings.vocab_size or settings.output_size):
-        name = "vocab_size" if settings.vocab_size else "output_size"
-        raise InputError(f"{_option(name)}: fixed by the checkpoint that --from names")
-
-
-def _option(name: str) -> str:
-    return "--" + name.rstrip("_").replace("_", "-")
-
-
-def write_settings(settings: Settings, folder: Path) -> None:
-    values = {
-        k: [str(p.resolve()) for p in v] if k == "data" else str(v) if isinstance(v, Path) else v
-        for k, v in asdict(settings).items()
-    }
-    (folder / "settings.json").write_text(json.dumps(values, indent=2) + "\n")
-
-
-def read_settings(folder: Path) -> Settings:
-    """The settings of the run in this folder."""
-    path = folder / "settings.json"
-    try:
-        values = json.loads(path.read_text())
-        values["data"] = tuple(map(Path, values["data"]))
-        values["from_"] = values["from_"] and Path(values["from_"])
-        return Settings(**values | {"run": folder, "resume": False})
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file, so there is no run to resume") from error
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not the settings of a run ({error})") from error
 
 
 @dataclass
@@ -305,7 +120,7 @@ def start(settings: Settings, console: "Console") -> Run:
                 f"--seq-len: all documents together have {counts.train_tokens} tokens to train on, "
                 f"fewer than a window of {settings.seq_len} and the token after it"
             )
-        write_settings(settings, new)
+        settings_of.write(settings, new)
         new.rename(settings.run)
     except BaseException:
         shutil.rmtree(new)
@@ -473,8 +288,6 @@ def batch_loss(run: Run, batch: "Batch", state: "State | None" = None) -> "torch
     """Summed loss of a batch, in nats."""
     import torch
 
-    from ysnake.model import loss_sum
-
     ids, targets, seq_idx = (
         torch.from_numpy(array).to(run.device)
         for array in (batch.ids, batch.targets, batch.seq_idx)
@@ -485,7 +298,7 @@ def batch_loss(run: Run, batch: "Batch", state: "State | None" = None) -> "torch
     lower = precision == "bfloat16" or (precision == "auto" and run.device.type == "cuda")
     autocast = torch.autocast(run.device.type, torch.bfloat16) if lower else nullcontext()
     with autocast:
-        return loss_sum(run.model(ids, seq_idx, state), targets)
+        return run.model.loss(ids, targets, seq_idx, state)
 
 
 class Stop:
@@ -732,7 +545,7 @@ ENDINGS = {
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
-    settings = parse(argv)
+    settings = settings_of.parse(argv)
     import torch
 
     console = cli.console()

@@ -1,4 +1,6 @@
-"""What every implementation computes alike before its own work starts: dtypes and step sizes."""
+"""What implementations compute alike before their own work starts: dtypes, step sizes, strides."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -25,3 +27,8 @@ def step_sizes(
     if dt_softplus:
         dt = F.softplus(dt)
     return dt.clamp(*dt_limit)
+
+
+def common_unit(*strides: int) -> int:
+    """The largest power of two up to 16 that divides all strides."""
+    return math.gcd(16, *strides)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from ysnake_kernels import backend
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where `fused` is tested
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -21,9 +22,14 @@ TOLERANCES = {
 }
 
 
+def on_device(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors where `fused` is tested."""
+    return {name: t.to(DEVICE) for name, t in tensors.items()}
+
+
 def distance(out: Tensor, expected: Tensor) -> float:
     """||out - expected|| / ||expected||, infinite where out has a NaN."""
-    out, expected = out.double(), expected.double()
+    out, expected = out.double(), expected.to(out.device).double()
     if not out.isfinite().all():
         return float("inf")
     scale = expected.norm().item()
@@ -38,9 +44,9 @@ def outputs_and_gradients(
     outputs = operator(**leaves, **options)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     if weights is None:
-        weights = [torch.randn(o.shape, dtype=torch.float64).to(o.dtype) for o in outputs]
+        weights = [torch.randn(o.shape, dtype=torch.float64).to(o) for o in outputs]
     total = sum(
-        (o * w.to(o.dtype)).sum(dtype=torch.float64) for o, w in zip(outputs, weights, strict=True)
+        (o * w.to(o)).sum(dtype=torch.float64) for o, w in zip(outputs, weights, strict=True)
     )
     floating = {name: t for name, t in leaves.items() if t.is_floating_point()}
     gradients = torch.autograd.grad(total, list(floating.values()))

@@ -178,7 +178,6 @@ def test_wrong_input(folder):
 
 def test_evaluate_equals_the_loss_of_whole_documents(folder, tmp_path):
     from ysnake import evaluate
-    from ysnake.model import loss_sum
     from ysnake.tokenizer import encode
 
     m, tokenizer = checkpoint.load(folder).eval(), checkpoint.load_tokenizer(folder)
@@ -195,7 +194,10 @@ def test_evaluate_equals_the_loss_of_whole_documents(folder, tmp_path):
     for parts in ([documents[0][:100], documents[0][100:]], *([d] for d in documents[1:])):
         ids = [0, *chain(*(encode(tokenizer, part) for part in parts)), 0]
         with torch.no_grad():
-            nats += loss_sum(m(torch.tensor([ids[:-1]]))[0], torch.tensor(ids[1:])).item()
+            logits = m(torch.tensor([ids[:-1]]))[0]
+            nats += torch.nn.functional.cross_entropy(
+                logits, torch.tensor(ids[1:]), reduction="sum"
+            ).item()
         tokens += len(ids) - 1
     assert total.tokens == tokens
     assert total.documents == 3

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from small import ROOT, TINY, corpus, environment, python
 
-from ysnake import checkpoint, train
+from ysnake import checkpoint, settings, train
 from ysnake.config import PRESETS
 
 COMMAND = ["ysnake.train", *TINY, "--vocab-size", "300", "--threads", "1", "--data", "snakes.txt"]
@@ -110,8 +110,8 @@ def test_it_stops_on_time_and_the_rate_follows_the_clock(tmp_path):
 
 
 def test_learning_rate():
-    settings = train.Settings(lr=1.0, warmup_steps=10, max_steps=100)
-    rate = [train.learning_rate(settings, train.Progress(step=s)) for s in range(101)]
+    options = settings.Settings(lr=1.0, warmup_steps=10, max_steps=100)
+    rate = [train.learning_rate(options, train.Progress(step=s)) for s in range(101)]
     assert rate[0] == pytest.approx(0.1)
     assert max(rate) == pytest.approx(rate[9], rel=0.02)
     assert rate[100] == pytest.approx(0.1)
@@ -236,8 +236,8 @@ def test_other_number_of_threads_warns(tmp_path, capsys):
 def test_carried_state_is_the_state_of_the_text_before(tmp_path):
     """With a learning rate of 0, losses of carried windows are those of the whole text."""
     argv = [*COMMAND[1:-1], str(corpus(tmp_path)), "--run", str(tmp_path / "run"), "--carry-state"]
-    settings = train.parse([*argv, "--seq-len", "7", "--batch-size", "3", "--lr", "0"])
-    run = train.start(settings, Console(quiet=True))
+    options = settings.parse([*argv, "--seq-len", "7", "--batch-size", "3", "--lr", "0"])
+    run = train.start(options, Console(quiet=True))
     from ysnake.data import IGNORED, consecutive_windows
 
     steps = 20
@@ -379,16 +379,16 @@ def in_process(monkeypatch, folder, argv):
 
 def test_without_the_shipped_corpus_it_asks_for_data(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SHIPPED", tmp_path / "training_data")
-    settings = train.Settings(data=(tmp_path / "training_data",), run=tmp_path / "run", max_steps=1)
+    options = settings.Settings(data=(train.SHIPPED,), run=tmp_path / "run", max_steps=1)
     with pytest.raises(ValueError, match="--data: the shipped corpus is not installed here"):
-        train.start(settings, Console(quiet=True))
+        train.start(options, Console(quiet=True))
 
 
 def test_help_explains_every_setting(tmp_path):
     text = python("ysnake.train", "--help", cwd=tmp_path).stdout
     words = " ".join(text.replace("│", " ").split())
-    for name in vars(train.Settings()):
-        assert train._option(name) in words
+    for name in vars(settings.Settings()):
+        assert settings.option(name) in words
     assert "Embedding size" in words
 
 
@@ -396,7 +396,7 @@ def test_help_explains_every_setting(tmp_path):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_presets_learn_at_any_batch_size(tmp_path, preset, batch_size):
-    options = ["--preset", preset, "--batch-size", batch_size, "--lr", "1e-2", "--seq-len", "32"]
+    options = ["--preset", preset, "--batch-size", batch_size, "--lr", "1e-2", "--seq-len", "8"]
     command = ["ysnake.train", *options, "--max-steps", "300", "--run", "run"]
     done = python(*command, "--eval-every", "1000", cwd=tmp_path, timeout=7200)
     assert done.returncode == 0, done.stderr
@@ -410,6 +410,6 @@ def test_the_quick_preset_learns_its_documents_by_heart(tmp_path):
     assert python("ysnake.train", "--run", "run", cwd=tmp_path, timeout=900).returncode == 0
     losses = [m["train_loss"] for m in metrics(tmp_path / "run")]
     assert sum(losses[-50:]) / 50 < 0.5
-    settings = json.loads((tmp_path / "run/settings.json").read_text())
-    assert settings["max_documents"] >= 60
-    assert str(ROOT / "training_data") in settings["data"]
+    options = json.loads((tmp_path / "run/settings.json").read_text())
+    assert options["max_documents"] >= 60
+    assert str(ROOT / "training_data") in options["data"]
