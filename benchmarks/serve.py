@@ -1,6 +1,6 @@
 """Tokens a second of `ysnake.serve`, for one client and for many that stream at once.
 
-    python benchmarks/serve.py runs/NAME
+    python -m benchmarks.serve runs/NAME
 
 Starts the server in a process of its own and prints one line each, and how the two compare. Both
 sides share this machine's cores.
@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tyro.conf import Positional
+import tyro
 
 from ysnake import cli
 
@@ -25,7 +25,7 @@ PROMPT = "In the year {} a snake"
 class Options:
     """Measure the server with a trained model."""
 
-    path: Positional[Path]
+    path: tyro.conf.Positional[Path]
     """A run or a checkpoint folder."""
     clients: int = 32
     """Clients that stream at once."""
@@ -63,7 +63,7 @@ async def measure(port: int, name: str, clients: int, tokens: int) -> float:
 
 def main(argv: list[str]) -> int:
     """Measure as the command line says."""
-    options = cli.parse(Options, argv)
+    options = tyro.cli(Options, prog="python -m benchmarks.serve", args=argv)
     command = [sys.executable, "-m", "ysnake.serve", str(options.path), "--port", "0"]
     command += ["--name", "snake", "--parallel", str(options.clients)]
     if options.threads is not None:

@@ -594,7 +594,7 @@ def application(service: Service) -> "Starlette":
 
 def main(argv: list[str]) -> int:
     """Serve as the command line says until Ctrl-C; returns the exit code."""
-    options = cli.parse(Options, argv)
+    options = cli.parse(Options, argv, "serve")
     for name in ("parallel", "max_tokens", "max_prompt", "max_body"):
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")
