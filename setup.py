@@ -4,6 +4,8 @@ from pathlib import Path
 
 from setuptools import setup
 
+SERVE = ["starlette>=1.7", "uvicorn>=0.54"]
+
 setup(
     name="ysnake",
     version="0.1.0",
@@ -19,7 +21,7 @@ setup(
         *(f"ysnake_kernels.{operator}" for operator in ("ssd", "step", "conv", "norm", "mixer")),
     ],
     package_dir={"ysnake_kernels": "kernels/ysnake_kernels"},
-    package_data={"ysnake": ["py.typed"], "ysnake_kernels": ["py.typed"]},
+    package_data={"ysnake": ["py.typed", "page.html"], "ysnake_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',
@@ -33,7 +35,8 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=5", "transformers>=5", "ruff>=0.12"],
+        "serve": SERVE,
+        "test": ["pytest>=8", "pytest-benchmark>=5", "transformers>=5", "ruff>=0.12", *SERVE],
         "bench": ["pytest-benchmark>=5", "transformers>=5"],
     },
 )

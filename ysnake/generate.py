@@ -1,6 +1,6 @@
 """Completing token ids: a context of constant size that reads and writes. Knows nothing of text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from ysnake.model import LayerState, Model
 from ysnake.sampling import Sampling
 
 PIECE = 512  # tokens of a prompt read at once
+FEW = 256  # of the likeliest tokens are ordered at first when one is drawn
 
 
 class Context:
@@ -38,17 +39,22 @@ class Context:
         """Write up to `max_tokens` tokens; ends before an eos, which is not read."""
         if self.logits is None:
             raise ValueError("logits: expected a context that has read at least one token")
-        generator = torch.Generator()
-        if sampling.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(sampling.seed)
+        generator = luck(sampling.seed)
         for _ in range(max_tokens):
             token = choose(self.logits[: self.n_tokens], self.seen, sampling, generator)
             if token == self.model.config.eos_id:
                 return
             self.feed([token])
             yield token
+
+    def copy(self) -> "Context":
+        """Another context that has read the same."""
+        copy = Context.__new__(Context)
+        copy.__dict__ = self.__dict__ | {
+            "state": [LayerState(layer.conv.clone(), layer.ssm.clone()) for layer in self.state],
+            "seen": self.seen.clone(),
+        }
+        return copy
 
     def save(self, path: Path) -> None:
         """Write the context to a file, to read on from it another day."""
@@ -78,22 +84,67 @@ class Context:
         return " ".join([str(self.model.config.vocab_size), *norms])
 
 
+def luck(seed: int | None) -> torch.Generator:
+    """What decides the draws of one completion; None is different every time."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
 def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Draw a token from logits (tokens,), of which `seen` (at least tokens,) have appeared."""
-    if sampling.repetition_penalty != 1:
-        penalised = torch.where(
-            logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty
-        )
-        logits = torch.where(seen[: len(logits)], penalised, logits)
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < len(logits):
-        least = logits.topk(sampling.top_k).values[-1]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    probabilities = logits.softmax(-1)
-    if sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the first one always stays
-        probabilities[order[beyond]] = 0
-    return int(torch.multinomial(probabilities.cpu(), 1, generator=generator))
+    return draw(logits[None], seen[None], [sampling], [generator])[0]
+
+
+def draw(
+    logits: Tensor, seen: Tensor, samplings: list[Sampling], generators: list[torch.Generator]
+) -> list[int]:
+    """A token for each row of logits (rows, tokens), each drawn in its own way by its own luck."""
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), device=logits.device)[:, None]
+
+    n_tokens = logits.shape[1]
+    seen = seen[:, :n_tokens]
+    if any(s.repetition_penalty != 1 for s in samplings):
+        penalty = column(s.repetition_penalty for s in samplings)
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(seen, penalised, logits)
+    likeliest = logits.argmax(-1).tolist()
+    greedy = [s.temperature == 0 for s in samplings]
+    if all(greedy):
+        return likeliest
+    logits = logits / column(s.temperature or 1.0 for s in samplings)
+    limits = [s.top_k if 0 < s.top_k < n_tokens else n_tokens for s in samplings]
+    top_p = column(0.0 if s.temperature == 0 else s.top_p for s in samplings)
+    chance = column(torch.rand((), generator=generator).item() for generator in generators)
+    rows = [logits, column(limits), top_p, chance]
+    # Ordering the likeliest few is much cheaper than ordering all, and for most rows enough.
+    few = max([FEW, *(k for k in limits if k < n_tokens)])
+    drawn, enough = _pick(*rows, min(few, n_tokens))
+    if not enough.all():
+        drawn[~enough] = _pick(*(each[~enough] for each in rows), n_tokens)[0]
+    return [a if g else b for a, b, g in zip(likeliest, drawn.tolist(), greedy, strict=True)]
+
+
+def _pick(
+    logits: Tensor, top_k: Tensor, top_p: Tensor, chance: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
+    """The token that `chance` falls on, and whether the n likeliest hold all that can be drawn.
+
+    Logits are (rows, tokens), the rest columns; top_k is either at most n or all tokens.
+    """
+    ordered, order = logits.topk(n)
+    ordered = ordered.masked_fill(torch.arange(n, device=logits.device) >= top_k, -torch.inf)
+    every = logits.logsumexp(-1, keepdim=True)
+    every = torch.where(top_k < logits.shape[1], ordered.logsumexp(-1, keepdim=True), every)
+    probabilities = (ordered - every).exp()
+    reached = probabilities.cumsum(-1)
+    kept = (reached - probabilities < top_p) & (probabilities > 0)
+    last = kept.sum(-1, keepdim=True).clamp(min=1) - 1  # the first one always stays
+    place = (reached <= chance * reached.gather(-1, last)).sum(-1, keepdim=True).minimum(last)
+    enough = (reached[:, -1:] >= top_p) | (top_k <= n)
+    return order.gather(-1, place)[:, 0], enough[:, 0]

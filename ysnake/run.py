@@ -59,18 +59,23 @@ def until(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
     """The pieces up to where one of `stops` appears; what may be the start of one waits."""
     waiting = ""
     for piece in pieces:
-        waiting += piece
-        found = [at for at in (waiting.find(stop) for stop in stops) if at >= 0]
+        text, waiting, found = cut(waiting + piece, stops)
+        yield text
         if found:
-            yield waiting[: min(found)]
             return
-        keep = max(
-            (n for stop in stops for n in range(1, len(stop)) if waiting.endswith(stop[:n])),
-            default=0,
-        )
-        yield waiting[: len(waiting) - keep]
-        waiting = waiting[len(waiting) - keep :]
     yield waiting
+
+
+def cut(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:
+    """What of a text may be shown, what waits as it may begin a stop text, and if one was found."""
+    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+    if found:
+        return text[: min(found)], "", True
+    keep = max(
+        (n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
+        default=0,
+    )
+    return text[: len(text) - keep], text[len(text) - keep :], False
 
 
 def read(context: "Context", tokenizer: "Tokenizer", prompt: str) -> None:

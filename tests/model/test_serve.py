@@ -1,0 +1,577 @@
+"""The server as its clients meet it: real processes, real sockets, the real `ollama` client."""
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import ollama
+import pytest
+import torch
+from small import environment, python, saved
+
+from ysnake import checkpoint
+from ysnake.batch import Batch, Job
+from ysnake.generate import Context, choose, draw, luck
+from ysnake.sampling import Sampling
+from ysnake.tokenizer import decode
+
+NAME = "snake"
+
+
+@contextmanager
+def serving(folder, *options):
+    """A server in a process of its own; gives its address and the process."""
+    command = [sys.executable, "-m", "ysnake.serve", str(folder), "--port", "0", "--name", NAME]
+    process = subprocess.Popen(
+        [*command, "--threads", "1", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=folder.parent,
+    )
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+", line)
+        assert found, line + process.stderr.read()
+        yield found[0], process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("serve"))
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    with serving(folder) as (address, process):
+        yield address, process
+        assert process.poll() is None, "the server died"
+
+
+@pytest.fixture(scope="module")
+def address(server):
+    return server[0]
+
+
+@pytest.fixture
+def client(address):
+    with ollama.Client(address) as client:
+        yield client
+
+
+def options(**more):
+    return {"seed": 3, "num_predict": 12, **more}
+
+
+def test_the_ollama_client_generates(client, folder):
+    whole = client.generate(NAME, "The adder", options=options())
+    assert whole.done
+    assert whole.done_reason == "length"
+    assert whole.eval_count == 12
+    parts = list(client.generate(NAME, "The adder", stream=True, options=options()))
+    assert "".join(part.response for part in parts) == whole.response
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    settings = ("--seed", "3", "--max-tokens", "12")
+    done = python("ysnake.run", folder, "--prompt", "The adder", *settings, cwd=folder.parent)
+    assert done.stdout == whole.response + "\n"
+
+
+def test_the_ollama_client_chats(client):
+    """A chat is one text: what the assistant said stands where it was written."""
+    messages = [{"role": "user", "content": "The boa"}]
+    reply = client.chat(NAME, messages, options=options())
+    assert reply.message.role == "assistant"
+    assert reply.message.content == client.generate(NAME, "The boa", options=options()).response
+    messages += [dict(reply.message), {"role": "user", "content": "And the krait"}]
+    text = f"The boa{reply.message.content}\n\nAnd the krait"
+    parts = list(client.chat(NAME, messages, stream=True, options=options()))
+    written = client.generate(NAME, text, options=options()).response
+    assert "".join(part.message.content for part in parts) == written
+
+
+def test_the_ollama_client_looks_around(client, address):
+    (listed,) = client.list().models
+    assert listed.model == f"{NAME}:latest"
+    assert listed.details.family == "mamba2"
+    assert client.ps().models[0].digest == listed.digest
+    shown = client.show(NAME)
+    assert shown.capabilities == ["completion"]
+    assert shown.modelinfo["mamba2.block_count"] == 2
+    assert client.generate(f"{NAME}:latest", "").done_reason == "load"
+    with pytest.raises(ollama.ResponseError, match="model 'bear' not found") as caught:
+        client.generate("bear", "x")
+    assert caught.value.status_code == 404
+    assert httpx.get(f"{address}/api/version").json()["version"]
+
+
+def complete(address, **body):
+    return httpx.post(f"{address}/v1/completions", json={"model": NAME, "prompt": "The", **body})
+
+
+def test_openai_completions(address, client):
+    whole = complete(address, prompt="The python", seed=3, max_tokens=12).json()
+    (choice,) = whole["choices"]
+    assert choice["text"] == client.generate(NAME, "The python", options=options()).response
+    assert choice["finish_reason"] == "length"
+    assert whole["usage"]["completion_tokens"] == 12
+    more = {"stream": True, "stream_options": {"include_usage": True}}
+    lines = complete(address, prompt=["The python"], seed=3, max_tokens=12, **more).text.split(
+        "\n\n"
+    )
+    assert lines[-2:] == ["data: [DONE]", ""]
+    *parts, usage = (json.loads(line.removeprefix("data: ")) for line in lines[:-2])
+    assert "".join(part["choices"][0]["text"] for part in parts) == choice["text"]
+    assert (
+        usage["usage"]["prompt_tokens_details"]["cached_tokens"] == usage["usage"]["prompt_tokens"]
+    )
+    models = httpx.get(f"{address}/v1/models").json()
+    assert [m["id"] for m in models["data"]] == [NAME]
+    assert httpx.get(f"{address}/v1/models/{NAME}").json()["object"] == "model"
+
+
+def test_stop_texts_end_a_completion(address, client):
+    full = client.generate(NAME, "The", options=options(num_predict=60)).response
+    stop = full[20:23]
+    cut = client.generate(NAME, "The", options=options(num_predict=60, stop=["nowhere", stop]))
+    assert cut.response == full[: full.index(stop)]
+    assert cut.done_reason == "stop"
+    whole = complete(address, seed=3, max_tokens=60, stop=stop).json()["choices"][0]
+    assert (whole["text"], whole["finish_reason"]) == (cut.response, "stop")
+
+
+def test_32_clients_stream_at_once(address):
+    async def ask(number):
+        async with ollama.AsyncClient(address) as client:
+            how = {"seed": number, "num_predict": 10 + number, "temperature": 0.1 * (number % 9)}
+            parts = await client.generate(NAME, "The" * number + " x", stream=True, options=how)
+            return "".join([part.response async for part in parts])
+
+    async def together():
+        return await asyncio.gather(*(ask(number) for number in range(32)))
+
+    async def alone():
+        return [await ask(number) for number in range(0, 32, 5)]
+
+    assert asyncio.run(together())[::5] == asyncio.run(alone())
+
+
+# ------------------------------------------------------------------ wrong requests
+
+WRONG = {  # values that are not of a kind
+    str: [0, 1.5, True, [], {}, ["x"]],
+    bool: [0, 1, "yes", [], {}],
+    int: ["1", 1.5, True, [], {}],
+    float: ["1", False, [0.5], {}],
+    dict: [1, "x", [], True],
+    list: [1, "x", {}, True],
+}
+COMMON = {
+    "temperature": (float, [-1, -1e-9]),
+    "top_p": (float, [0, -1, 1.01]),
+    "seed": (int, [-2, 2**63, 10**30]),
+    "stop": (list, [[""], ["x"] * 17, [1], [None], ["x" * 2000]]),
+}
+COMMON["stop"][1].append("")
+OPTIONS = COMMON | {
+    "top_k": (int, [-1]),
+    "repeat_penalty": (float, [0, -1]),
+    "num_predict": (int, [0, -3, 10**9, 10**40]),
+    "mirostat": (int, [1]),
+}
+BODY = {"model": (str, ["", "bear", "snake:7b", "\ud800"]), "stream": (bool, [])}
+OLLAMA = BODY | {"options": (dict, []), "format": (str, ["json", {"type": "object"}])}
+SCHEMA = {
+    "/api/generate": OLLAMA | {"prompt": (str, []), "system": (str, []), "suffix": (str, ["x"])},
+    "/api/chat": OLLAMA | {"messages": (list, [[1], [{}], [{"role": "king"}], [{"role": 1}]])},
+    "/api/show": {"model": BODY["model"]},
+    "/v1/completions": BODY
+    | COMMON
+    | {"prompt": (str, [["a", "b"], None]), "max_tokens": (int, [0, 10**9]), "n": (int, [2])},
+}
+VALID = {
+    "/api/generate": {"model": NAME, "prompt": "x", "options": {"num_predict": 1}},
+    "/api/chat": {"model": NAME, "messages": [{"role": "user", "content": "x"}]},
+    "/api/show": {"model": NAME},
+    "/v1/completions": {"model": NAME, "prompt": "x", "max_tokens": 1},
+}
+
+
+def malformed(draw):
+    """The method, path and content of a request that is wrong in one way."""
+    path = draw.choice(list(SCHEMA))
+    body = json.loads(json.dumps(VALID[path]))
+    way = draw.randrange(10)
+    if way == 0:  # broken JSON
+        content = json.dumps(body).encode()
+        return "POST", path, content[: draw.randrange(len(content))]
+    if way == 1:  # not an object, or not text
+        odd = [b"", b"[]", b"null", b"1e999", b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}']
+        odd += [b'{"a":' * 5000, b'{"model": "snake", "prompt": "x", "options": {"seed": 1e400}}']
+        odd += [b'{"seed": ' + b"9" * 5000 + b"}"]
+        return "POST", path, draw.choice(odd)
+    if way == 2:  # wrong method or path
+        wrong = [("GET", path), ("DELETE", path), ("POST", path + "/x"), ("POST", "/api/tags")]
+        return *draw.choice([*wrong, ("GET", "/v1/models/bear"), ("PUT", "/")]), json.dumps(body)
+    schema, target = SCHEMA[path], body
+    if "options" in schema and draw.random() < 0.5:
+        schema, target = OPTIONS, body.setdefault("options", {})
+    name = draw.choice(list(schema))
+    kind, out_of_range = schema[name]
+    bad = [value for value in WRONG[kind] if value not in ([], "x", ["x"]) or name != "stop"]
+    if name in ("format", "suffix"):
+        bad = [1, True, ["x"]]
+    if name == "prompt" and path == "/v1/completions":
+        bad = [0, 1.5, True, [], {}, [1]]
+    target[name] = draw.choice([*bad, *out_of_range])
+    return "POST", path, json.dumps(body)
+
+
+def test_malformed_requests_are_refused_and_the_server_lives(address):
+    draw = random.Random(0)
+    with httpx.Client(base_url=address) as http:
+        for _ in range(200):
+            method, path, content = malformed(draw)
+            response = http.request(method, path, content=content)
+            told = f"{method} {path} {content[:200]!r}: {response.status_code} {response.text}"
+            assert 400 <= response.status_code < 500, told
+            error = response.json()["error"]
+            if path.startswith("/v1"):
+                assert isinstance(error.pop("message"), str), told
+                assert set(error) == {"type", "param", "code"}, told
+            else:
+                assert isinstance(error, str), told
+        assert http.post("/api/generate", json=VALID["/api/generate"]).status_code == 200
+
+
+def test_a_page_from_elsewhere_cannot_reach_a_local_server(address):
+    assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.get(address, headers={"Host": "localhost:1"}).status_code == 200
+
+
+# ------------------------------------------------------------------ limits, places, memory
+
+
+def test_limits_places_and_the_end(tmp_path):
+    folder = saved(tmp_path, eos_id=-1)  # a model that never ends by itself
+    limits = ("--parallel", "1", "--waiting", "1", "--max-tokens", "1000000")
+    with serving(folder, *limits, "--max-prompt", "20", "--max-body", "2000") as (address, process):
+        long = {"model": NAME, "prompt": "x", "options": {"num_predict": 1_000_000}}
+        short = long | {"options": {"num_predict": 2}, "stream": False}
+
+        def post(body, path="/api/generate"):
+            return httpx.post(address + path, json=body, timeout=60)
+
+        refused = post(short | {"prompt": "word " * 100})
+        assert refused.status_code == 400
+        assert re.search("prompt: expected at most 20 tokens, got [0-9]+", refused.json()["error"])
+        refused = post(short | {"prompt": "x" * 3000})
+        assert (refused.status_code, "2000 bytes" in refused.json()["error"]) == (413, True)
+
+        with httpx.Client(base_url=address, timeout=60) as http:
+            with http.stream("POST", "/api/generate", json=long) as first:
+                lines = first.iter_lines()
+                next(lines)
+                with http.stream("POST", "/api/generate", json=long):
+                    refused = post(short)
+                    assert (refused.status_code, "busy" in refused.json()["error"]) == (429, True)
+                    refused = post(short | {"options": None}, "/v1/completions")
+                    assert refused.json()["error"]["type"] == "rate_limit_error"
+            # both went away: their places are free as soon as the server has seen it
+            end = time.monotonic() + 60
+            while (answer := post(short)).status_code == 429:
+                assert time.monotonic() < end
+            assert answer.json()["eval_count"] == 2
+
+            # one that waits for the whole and goes away
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/api/generate", json=long | {"stream": False}, timeout=0.3)
+            assert post(short).json()["eval_count"] == 2
+
+            # one that goes away while it asks
+            with socket.create_connection(("127.0.0.1", int(address.rsplit(":", 1)[1]))) as half:
+                half.sendall(b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\n")
+                half.sendall(b"Content-Length: 100\r\n\r\n{")
+
+            with http.stream("POST", "/api/generate", json=long) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGINT)
+                assert json.loads(list(lines)[-1]) == {"error": "the server is stopping"}
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+
+
+def resident(pid):
+    """Kilobytes of memory that a process has."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("requests", [150, pytest.param(2000, marks=pytest.mark.slow)])
+def test_memory_is_flat_over_many_requests(server, requests):
+    """After a warm-up of 100 requests, no more than 10 MB are added by all the others."""
+    address, process = server
+
+    async def ask(http, number):
+        prompt = f"The number {number} " * (number % 7)
+        body = {"model": NAME, "prompt": prompt + "x", "options": {"num_predict": 5 + number % 11}}
+        async with http.stream("POST", "/api/generate", json=body) as stream:
+            assert stream.status_code == 200
+            async for _ in stream.aiter_lines():
+                if number % 5 == 0:
+                    return  # this one goes away
+
+    async def all_of_them(numbers):
+        async with httpx.AsyncClient(base_url=address, timeout=60) as http:
+            for start in range(numbers.start, numbers.stop, 10):
+                await asyncio.gather(*(ask(http, start + i) for i in range(10)))
+
+    asyncio.run(all_of_them(range(100)))
+    before = resident(process.pid)
+    asyncio.run(all_of_them(range(100, 100 + requests)))
+    assert resident(process.pid) - before < 10_000
+
+
+# ------------------------------------------------------------------ the batch itself
+
+
+def test_each_row_is_drawn_in_its_own_way():
+    """Flat rows, of which all tokens must be ordered, beside peaked ones, of which few must."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (
+        torch.randn(6, 1000, generator=generator) * torch.tensor([0.1, 9, 0.1, 0.1, 3, 0])[:, None]
+    )
+    seen = torch.rand(6, 1000, generator=generator) < 0.3
+    ways = [{}, {}, {"top_k": 400}, {"temperature": 0}, {"repetition_penalty": 1.5}, {"top_p": 1}]
+    samplings = [Sampling(**way) for way in ways]
+    for seed in range(20):
+        together = draw(logits, seen, samplings, [luck(seed + i) for i in range(6)])
+        for i, (token, sampling) in enumerate(zip(together, samplings, strict=True)):
+            assert token == choose(logits[i], seen[i], sampling, luck(seed + i))
+
+
+def finished(tokenizer, m, jobs, **settings):
+    """Run jobs, each handed in when the one before has written two pieces; gives their texts."""
+    texts = {job: "" for job in jobs}
+    late, ended = list(jobs[1:]), []
+
+    def deliver(news):
+        for job, text, end in news:
+            texts[job] += text
+            if end:
+                ended.append(job)
+            if late and job.n_written >= 2:
+                batch.submit(late.pop(0))
+        if len(ended) == len(jobs):
+            batch.close()
+
+    batch = Batch(m, tokenizer, deliver, **settings)
+    batch.submit(jobs[0])
+    batch.thread.join(60)
+    assert len(ended) == len(jobs)
+    return [texts[job] for job in jobs]
+
+
+def test_rows_that_come_and_go_do_not_touch_each_other(folder, monkeypatch):
+    from ysnake import batch, generate
+
+    monkeypatch.setattr(batch, "PIECE", 7)  # prompts are read in turns
+    monkeypatch.setattr(generate, "PIECE", 7)
+    tokenizer, m = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
+    asked = [
+        ((0, *range(5, 5 + 3 * i)), Sampling(seed=i, repetition_penalty=1 + i % 2), 4 + 5 * i % 17)
+        for i in range(9)
+    ]
+    texts = finished(tokenizer, m, [Job(*a) for a in asked], rows=3)
+    for text, (ids, sampling, n) in zip(texts, asked, strict=True):
+        context = Context(m, tokenizer.get_vocab_size())
+        context.feed(list(ids))
+        assert decode(tokenizer, list(context.generate(sampling, n))).startswith(text.rstrip("�"))
+        assert text
+
+
+def test_what_begins_like_an_earlier_prompt_is_read_from_there(folder):
+    tokenizer, m = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
+    prompts = [(0, 5, 6), (0, 5, 6, 7, 8), (0, 5, 6, 7, 8), (0, 9), (0, 5, 6, 7)]
+
+    def jobs():
+        return [Job(ids, Sampling(seed=1), 6) for ids in prompts]
+
+    remembering = jobs()
+    texts = finished(tokenizer, m, remembering, remembered=2)
+    assert [job.n_remembered for job in remembering] == [0, 3, 5, 0, 0]  # the fourth pushed it out
+    assert texts == finished(tokenizer, m, jobs(), remembered=0)
+
+
+def test_an_error_in_the_model_ends_requests_not_the_batch(folder, capfd):
+    tokenizer, m = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
+    bad, good = Job((0, 100_000), Sampling(), 4), Job((0, 5), Sampling(), 4)
+    ended = []
+
+    def deliver(news):
+        ended.extend(job for job, _, end in news if end)
+
+    batch = Batch(m, tokenizer, deliver, rows=2)
+    for job in (bad, good):
+        batch.submit(job)
+        end = time.monotonic() + 60
+        while job not in ended:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    batch.close()
+    batch.thread.join(60)
+    assert (bad.reason, good.reason) == ("error", "length")
+    assert "IndexError" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------ the command
+
+
+def test_the_command_is_quick_to_import_and_says_what_is_missing(folder):
+    script = "import sys, ysnake.serve; print({'torch', 'starlette', 'uvicorn'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout == "set()\n", done.stderr
+    done = python("ysnake.serve", "--help", cwd=folder)
+    assert done.returncode == 0
+    assert "127.0.0.1" in done.stdout
+    script = "import sys; sys.modules['uvicorn'] = None; from ysnake import cli, serve\n"
+    script += f"sys.argv = ['serve', {str(folder)!r}]; cli.run(serve.main)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, "pip install" in done.stderr) == (2, True)
+
+
+def test_wrong_options(folder, address):
+    taken = address.rsplit(":", 1)[1]
+    for option, value, message in (
+        ("--port", taken, "Address already in use"),
+        ("--port", "70000", "port must be"),
+        ("--parallel", "0", "--parallel: expected at least 1, got 0"),
+        ("--waiting", "-1", "--waiting: expected at least 0, got -1"),
+    ):
+        done = python("ysnake.serve", folder, option, value, cwd=folder.parent)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+
+
+# ------------------------------------------------------------------ the page
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+
+
+@contextmanager
+def browser(profile):
+    """Headless Chromium with an empty page; gives what sends a command and waits for its result."""
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    flags += " --disable-background-networking --disable-component-update --disable-sync"
+    flags += f" --remote-debugging-pipe --user-data-dir={profile} --window-size=900,900"
+    ours, theirs = os.pipe(), os.pipe()
+    # the DevTools protocol over a pipe: it reads descriptor 3 and writes descriptor 4
+    shell = f'exec "$0" {flags} 3<&{ours[0]} 4>&{theirs[1]}'
+    process = subprocess.Popen(
+        ["bash", "-c", shell, CHROMIUM],
+        pass_fds=(ours[0], theirs[1]),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(ours[0])
+    os.close(theirs[1])
+    numbers, session = itertools.count(1), {}
+
+    def send(method, **parameters):
+        message = {"id": next(numbers), "method": method, "params": parameters, **session}
+        writer.write(json.dumps(message).encode() + b"\0")
+        writer.flush()
+        while True:
+            answer = bytearray()
+            while (byte := reader.read(1)) != b"\0":
+                assert byte, "Chromium ended"
+                answer += byte
+            answer = json.loads(answer)
+            if answer.get("id") == message["id"]:
+                assert "result" in answer, answer
+                return answer["result"]
+
+    with os.fdopen(ours[1], "wb") as writer, os.fdopen(theirs[0], "rb") as reader:
+        try:
+            target = send("Target.createTarget", url="about:blank")["targetId"]
+            attached = send("Target.attachToTarget", targetId=target, flatten=True)
+            session["sessionId"] = attached["sessionId"]
+            yield send
+        finally:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_page_completes_a_prompt(address, client, tmp_path):
+    with browser(tmp_path) as send:
+
+        def value(expression):
+            told = send("Runtime.evaluate", expression=expression, awaitPromise=True)
+            assert "exceptionDetails" not in told, told
+            return told["result"].get("value")
+
+        def wait_for(expression):
+            end = time.monotonic() + 60
+            while not value(expression):
+                assert time.monotonic() < end, value("document.body.innerText")
+                time.sleep(0.05)
+
+        def press(key, **more):
+            send("Input.dispatchKeyEvent", type="keyDown", key=key, **more)
+            send("Input.dispatchKeyEvent", type="keyUp", key=key, **more)
+
+        text, ended = (
+            "document.getElementById('text').textContent",
+            "!document.querySelector('.writing')",
+        )
+        send("Page.navigate", url=address)
+        wait_for("document.readyState == 'complete' && model")
+        value("document.querySelector('[name=num_predict]').value = 12")
+        value("document.querySelector('[name=seed]').value = 3")
+        value("document.getElementById('prompt').focus()")
+        send("Input.insertText", text="The <b>adder")
+        press("Enter", modifiers=2)  # with Ctrl
+        wait_for(f"{ended} && document.getElementById('status').textContent != ''")
+        first = client.generate(NAME, "The <b>adder", options=options()).response
+        assert value(text) == "The <b>adder" + first
+
+        value("document.querySelector('[name=num_predict]').value = 4000")
+        value("document.getElementById('more').click()")
+        wait_for(f"{text}.length > {len(first) + 40} || {ended}")
+        press("Escape")
+        wait_for(ended)
+        assert value(text).startswith("The <b>adder" + first)
+
+        value("document.querySelector('[name=num_predict]').value = 1000000")
+        value("document.getElementById('write').click()")
+        wait_for(f"{ended} && !!document.querySelector('.alarm')")
+        assert "num_predict: expected 1 to 4096" in value("document.body.innerText")
+        wide = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        for width in (320, 1280):
+            size = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": width < 500}
+            send("Emulation.setDeviceMetricsOverride", **size)
+            assert value(wide), f"the page is wider than {width} pixels"
