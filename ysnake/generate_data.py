@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import sys
 import zlib
 from collections import Counter
@@ -224,7 +225,10 @@ def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]
     *whole, torn = ledger.read().split(b"\n")
     if torn:
         ledger.truncate(sum(len(line) + 1 for line in whole))
-    records = [json.loads(line) for line in whole]
+    try:
+        records = [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise InputError(f"{path}: what was asked, in {ledger.name}, is damaged") from error
     kept = [record for record in records if record["verdict"] == KEPT]
     start, end = (kept[-1]["at"], kept[-1]["at"] + kept[-1]["bytes"]) if kept else (0, 0)
     size = file.seek(0, os.SEEK_END)
@@ -362,11 +366,7 @@ async def ask(client: "AsyncClient", task: Task, prompt: str, options: Options) 
         prompt.format(task.entry),
         system=SYSTEM,
         stream=True,
-        options={
-            "temperature": options.temperature,
-            "seed": chance,
-            "num_predict": MAX_TOKENS,
-        },
+        options={"temperature": options.temperature, "seed": chance, "num_predict": MAX_TOKENS},
     )
     async for part in stream:
         parts.append(part.response or "")
@@ -416,22 +416,25 @@ async def fill(shelves: list[Shelf], options: Options, console: "Console") -> No
 
     Raises:
         ServerError, InputError: as `patiently` and `Shelf.put`.
+        asyncio.CancelledError: Ctrl-C was pressed.
     """
     import httpx
     from ollama import AsyncClient
+
+    tell = partial(console.print, markup=False)
 
     async def work(client: AsyncClient) -> None:
         while found := next_task(shelves):
             shelf, task = found
             shelf.asked += 1
             request = partial(ask, client, task, shelf.prompts[task.prompt], options)
-            answer, cut = await patiently(request, options, console.print)
+            answer, cut = await patiently(request, options, tell)
             shelf.asked -= 1
             shelf.put(task, answer, cut, options.min_words)
             show()
 
     timeout = httpx.Timeout(SILENCE, connect=CONNECT)
-    with progress(shelves, console) as show:
+    with progress(shelves, console) as show, cancelled_by_ctrl_c():
         async with AsyncClient(timeout=timeout) as client:
             workers = [asyncio.create_task(work(client)) for _ in range(options.parallel)]
             try:
@@ -440,6 +443,17 @@ async def fill(shelves: list[Shelf], options: Options, console: "Console") -> No
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
+
+
+@contextmanager
+def cancelled_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C cancels the running task where it waits, never in the middle of a write."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    before = signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(task.cancel))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -456,6 +470,7 @@ def progress(shelves: list[Shelf], console: "Console") -> Iterator[Callable[[], 
         TimeLeft(),
         console=console,
         transient=True,
+        speed_estimate_period=600,  # seconds; a document may take many
         disable=not console.is_terminal,
     )
     shown = bar.add_task("", total=sum(s.count for s in shelves), words=0, dropped=0)
@@ -511,9 +526,12 @@ def main(argv: list[str]) -> int:
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         code = cli.FAILED
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         print("interrupted", file=sys.stderr)
         code = cli.INTERRUPTED
+    finally:
+        for shelf in shelves:
+            shelf.close()
     if shelves:
         report(shelves, console)
         if code != cli.DONE:

@@ -15,6 +15,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from small import environment, python
@@ -61,6 +62,9 @@ class Server(ThreadingHTTPServer):
     def host(self):
         return f"127.0.0.1:{self.server_port}"
 
+    def handle_error(self, request, client_address):
+        """A client that goes away is no error of ours."""
+
     def prompts(self):
         return [body["prompt"] for body in self.asked]
 
@@ -105,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             server.together.wait(20)
         fault = server.faults.pop(0) if server.faults else None
         if isinstance(fault, int):
-            self.whole(fault, {"error": "something is wrong here"})
+            self.whole(fault, {"error": "[/b] is wrong"})
             return
         if fault == "leave":
             server.shutdown()
@@ -304,28 +308,31 @@ def shelf(folder):
     return generator.Shelf(folder, "words", 10, 0)
 
 
-def test_torn_anywhere(tmp_path):
-    """Cut after every fifth byte of what the third document writes: the first two stay, and the
+def test_torn_anywhere(tmp_path, monkeypatch):
+    """Killed after every 20th byte that the third document writes: the first two stay, and the
     third is either whole or asked for again."""
-    opened = shelf(tmp_path / "a")
-    sizes = []
-    for _ in range(3):
-        paths = (tmp_path / "a/.words.jsonl", tmp_path / "a/words.txt")
-        sizes.append([path.stat().st_size for path in paths])
-        task = next(opened.tasks)
-        opened.put(task, document(task.entry), False, 40)
-    lines, text = (path.read_bytes() for path in paths)
     asked = list(islice(generator.tasks("words", 0), 4))
     texts = [document(task.entry) for task in asked[:3]]
+    opened = shelf(tmp_path / "corpus")
+    for task, text in zip(asked[:2], texts, strict=False):
+        opened.put(task, text, False, 40)
+    before = {path: path.read_bytes() for path in (tmp_path / "corpus").iterdir()}
+    writes = []
+    monkeypatch.setattr(generator, "append", lambda file, data, _: writes.append((file, data)))
+    opened.put(asked[2], texts[2], False, 40)
+    monkeypatch.undo()
     opened.close()
-    states = [(lines[:n], text[: sizes[2][1]]) for n in range(sizes[2][0], len(lines), 5)]
-    states += [(lines, text[:n]) for n in range(len(text), sizes[2][1] - 1, -5)]
-    (tmp_path / "corpus").mkdir()
-    for written, documented in states:
-        ledger(tmp_path).write_bytes(written)
-        (tmp_path / "corpus/words.txt").write_bytes(documented)
+    assert len(before) == len(writes) == 2
+    states = [before]
+    for file, written in writes:
+        path = Path(file.name)
+        cuts = [*range(1, len(written), 20), len(written) - 1, len(written)]
+        states += [states[-1] | {path: before[path] + written[:n]} for n in cuts]
+    for state in states:
+        for path, content in state.items():
+            path.write_bytes(content)
         reopened = shelf(tmp_path / "corpus")
-        whole = documented == text
+        whole = state == states[-1]
         assert documents(tmp_path) == texts[: 3 if whole else 2]
         assert next(reopened.tasks) == asked[3 if whole else 2]
         reopened.close()
@@ -336,6 +343,12 @@ def test_a_file_of_another_hand_is_left_alone(tmp_path):
     with pytest.raises(InputError, match=r"words\.txt: expected 0 bytes.*got 13"):
         shelf(tmp_path)
     assert (tmp_path / "words.txt").read_text() == "my own words\n"
+
+
+def test_a_damaged_ledger_is_named(tmp_path):
+    (tmp_path / ".words.jsonl").write_text("{}}\n")
+    with pytest.raises(InputError, match=r"words\.txt: .*\.words\.jsonl, is damaged"):
+        shelf(tmp_path)
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -374,6 +387,17 @@ def test_what_is_dropped(server, tmp_path):
     assert len(server.asked) == len(set(server.prompts())) == 9
 
 
+def test_nothing_left_to_ask(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(generator, "LISTS", tmp_path)
+    (tmp_path / "dates.txt").write_text("1 January\n2 January\n")
+    (tmp_path / "dates_prompts.txt").write_text("What happened on {}?\nWho was born on {}?\n")
+    done = generate(server, tmp_path, "--kinds", "dates", "--count", "9")
+    assert done.returncode == 0, done.stderr
+    assert "dates.txt: 4 of 9 documents" in done.stdout
+    assert "there is no more to ask" in done.stdout
+    assert len(set(server.prompts())) == len(server.asked) == 4
+
+
 def test_an_answer_at_the_limit_ends_with_its_last_sentence(server, tmp_path):
     server.reason = "length"
     server.answer = lambda prompt: document(prompt) + " And then the"
@@ -386,7 +410,7 @@ def test_a_server_that_recovers(server, tmp_path):
     server.faults = [500, 503]
     done = generate(server, tmp_path, "--kinds", "words", "--count", "2", "--parallel", "1")
     assert done.returncode == 0, done.stderr
-    said = f"{server.host}: answered 500: something is wrong here; trying again in 0.5 s"
+    said = f"{server.host}: answered 500: [/b] is wrong; trying again in 0.5 s"
     assert said in done.stdout
     assert "answered 503" in done.stdout
     assert "trying again in 1 s" in done.stdout
