@@ -35,7 +35,6 @@ KEPT = "kept"
 DROPPED = ("refusal", "stub", "duplicate", "near duplicate")
 FIRST_WAIT = 0.5  # seconds before a request is tried again; doubled each time
 CONNECT, SILENCE = 10.0, 600.0  # seconds to wait for a connection, and for a word of an answer
-MAX_TOKENS = 2048  # of an answer; what is asked for takes a fifth of that, the rest is thought
 SYSTEM = (
     "You write short documents of plain English prose. Answer with the document alone: no title, "
     "no headings, no lists, no markdown, no remark before or after it, and do not speak of "
@@ -68,6 +67,8 @@ class Options:
     """Decides what is asked, in which order and from which angle."""
     temperature: float = 0.8
     """How freely the model writes."""
+    max_tokens: int = 2048
+    """Where an answer is cut, back to its last sentence. A model that thinks first needs many."""
     min_words: int = 40
     """A shorter document is a stub, and dropped."""
     retries: int = 6
@@ -366,7 +367,11 @@ async def ask(client: "AsyncClient", task: Task, prompt: str, options: Options) 
         prompt.format(task.entry),
         system=SYSTEM,
         stream=True,
-        options={"temperature": options.temperature, "seed": chance, "num_predict": MAX_TOKENS},
+        options={
+            "temperature": options.temperature,
+            "seed": chance,
+            "num_predict": options.max_tokens,
+        },
     )
     async for part in stream:
         parts.append(part.response or "")
@@ -504,7 +509,8 @@ def check(options: Options) -> None:
     Raises:
         InputError: one cannot, named.
     """
-    least = {"count": 1, "parallel": 1, "min_words": 1, "retries": 0, "temperature": 0}
+    least = {"count": 1, "parallel": 1, "max_tokens": 1, "min_words": 1}
+    least |= {"retries": 0, "temperature": 0}
     for name, limit in least.items():
         value = getattr(options, name)
         if value is not None and not value >= limit:

@@ -401,8 +401,9 @@ def test_nothing_left_to_ask(server, tmp_path, monkeypatch):
 def test_an_answer_at_the_limit_ends_with_its_last_sentence(server, tmp_path):
     server.reason = "length"
     server.answer = lambda prompt: document(prompt) + " And then the"
-    done = generate(server, tmp_path, "--kinds", "dates", "--count", "1")
+    done = generate(server, tmp_path, "--kinds", "dates", "--count", "1", "--max-tokens", "90")
     assert done.returncode == 0, done.stderr
+    assert server.asked[0]["options"]["num_predict"] == 90
     assert documents(tmp_path, "dates") == [document(server.prompts()[0])]
 
 
@@ -523,7 +524,7 @@ def test_interrupted(server, tmp_path):
 
 
 def test_wrong_options():
-    for option in ("--count", "--parallel", "--min-words"):
+    for option in ("--count", "--parallel", "--max-tokens", "--min-words"):
         with pytest.raises(InputError, match=f"{option}: expected at least 1, got 0"):
             generator.main([option, "0"])
     for option in ("--retries", "--temperature"):
