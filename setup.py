@@ -21,12 +21,17 @@ setup(
         *(f"ysnake_kernels.{operator}" for operator in ("ssd", "step", "conv", "norm", "mixer")),
     ],
     package_dir={"ysnake_kernels": "kernels/ysnake_kernels"},
-    package_data={"ysnake": ["py.typed", "page.html"], "ysnake_kernels": ["py.typed"]},
+    package_data={
+        "ysnake": ["py.typed", "page.html", "lists/*.txt"],
+        "ysnake_kernels": ["py.typed"],
+    },
     install_requires=[
         "torch>=2.11",
         'triton>=3.6; platform_system == "Linux"',
         "einops>=0.8",
         "ollama>=0.5",
+        "httpx>=0.27",
+        "markdown-it-py>=3",
         "tokenizers>=0.21",
         "safetensors>=0.5",
         "numpy>=1.26",

@@ -1,0 +1,647 @@
+"""A corpus by Ollama: a real server on a real socket that speaks Ollama's API, as well or as badly
+as a test tells it to; the real client; real processes, some of them killed."""
+
+import io
+import json
+import os
+import pty
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from small import environment, python
+
+from ysnake import cli, data, prose
+from ysnake import generate_data as generator
+from ysnake.config import InputError
+
+MODEL = "llama3.1"
+VOCABULARY = generator.lines("words")
+
+
+def document(prompt, words=60):
+    """A document of its own for each prompt, in two paragraphs."""
+    chosen = random.Random(prompt).choices(VOCABULARY, k=words)
+    text = [" ".join(half).capitalize() + "." for half in (chosen[: words // 2], chosen[30:])]
+    return "\n\n".join(text)
+
+
+class Server(ThreadingHTTPServer):
+    """An Ollama that has one model and answers `answer(prompt)`, unless `faults` says otherwise.
+
+    `faults` are used up, one a request: a status, `reset` (the connection breaks in mid-stream),
+    `end` (the stream ends in its middle), `error` (the stream says that it failed) or `leave` (this
+    answer is the last).
+    """
+
+    daemon_threads = True
+    request_queue_size = 50
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer = document
+        self.reason = "stop"
+        self.faults = []
+        self.models = {MODEL}
+        self.pulls = True
+        self.tags = None  # what /api/tags says instead of the models
+        self.asked = []  # bodies of /api/generate
+        self.together = None  # a barrier that requests meet at
+        self.pace = 0.0  # seconds between the pieces of an answer
+
+    @property
+    def host(self):
+        return f"127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request, client_address):
+        """A client that goes away is no error of ours."""
+
+    def prompts(self):
+        return [body["prompt"] for body in self.asked]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        assert self.path == "/api/tags"
+        models = [{"model": f"{model}:latest"} for model in sorted(self.server.models)]
+        self.whole(200, {"models": models} if self.server.tags is None else self.server.tags)
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        if body["model"] not in server.models and self.path != "/api/pull":
+            self.whole(404, {"error": f"model '{body['model']}' not found"})
+        elif self.path == "/api/show":
+            self.whole(200, {"details": {}, "model_info": {}})
+        elif self.path == "/api/pull":
+            self.pull(body)
+        else:
+            self.generate(body)
+
+    def pull(self, body):
+        self.begin()
+        if self.server.pulls:
+            self.piece({"status": "pulling", "digest": "x", "total": 100, "completed": 50})
+            self.server.models.add(body["model"])
+            self.piece({"status": "success"})
+        else:
+            self.piece({"error": "pull model manifest: file does not exist"})
+        self.wfile.write(b"0\r\n\r\n")
+
+    def generate(self, body):
+        server = self.server
+        server.asked.append(body)
+        if server.together:
+            server.together.wait(20)
+        fault = server.faults.pop(0) if server.faults else None
+        if isinstance(fault, int):
+            self.whole(fault, {"error": "[/b] is wrong"})
+            return
+        if fault == "leave":
+            server.shutdown()
+            server.server_close()
+            self.close_connection, fault = True, None
+        self.begin()
+        words = re.split(r"(?<=\s)", server.answer(body["prompt"]))
+        size = max(1, len(words) // 4)
+        pieces = ["".join(words[i : i + size]) for i in range(0, len(words), size)]
+        for piece in pieces[: len(pieces) // 2 if fault else None]:
+            self.piece({"model": MODEL, "response": piece, "done": False})
+            time.sleep(server.pace)
+        if fault == "reset":
+            self.close_connection = True
+            return
+        if fault == "error":
+            self.piece({"error": "an error was encountered while running the model"})
+        elif fault is None:
+            self.piece({"response": "", "done": True, "done_reason": server.reason})
+        self.wfile.write(b"0\r\n\r\n")
+
+    def whole(self, status, body):
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def begin(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "application/x-ndjson")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+
+    def piece(self, part):
+        line = json.dumps(part).encode() + b"\n"
+        self.wfile.write(f"{len(line):x}\r\n".encode() + line + b"\r\n")
+        self.wfile.flush()
+
+
+@pytest.fixture
+def server():
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def settings(server):
+    host = server if isinstance(server, str) else server.host
+    return environment() | {"OLLAMA_HOST": host, "NO_PROXY": "*"}
+
+
+def apart(server, folder, *options):
+    """Run the command in a process of its own, in `folder`."""
+    return python("ysnake.generate_data", *options, cwd=folder, env=settings(server))
+
+
+def generate(server, folder, *options):
+    """Run the command in this process, which is quicker."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        for name, value in settings(server).items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["generate_data", *options])
+        patch.setattr(sys, "stdin", io.StringIO())
+        with pytest.raises(SystemExit) as ended:
+            cli.run(generator.main)
+    return subprocess.CompletedProcess(options, ended.value.code, out.getvalue(), err.getvalue())
+
+
+def start(server, folder, *options, **streams):
+    command = [sys.executable, "-m", "ysnake.generate_data", *options]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | streams
+    return subprocess.Popen(command, cwd=folder, env=settings(server), text=True, **streams)
+
+
+def documents(folder, kind="words"):
+    """The documents of a kind, as training reads them."""
+    path = folder / "corpus" / f"{kind}.txt"
+    return [text for text, _ in data.read_documents([path])] if path.exists() else []
+
+
+def wait_until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_the_lists_are_clean():
+    sizes = {"words": 1500, "topics": 1200, "dates": 366}
+    for kind, least in sizes.items():
+        text = (generator.LISTS / f"{kind}.txt").read_text(encoding="utf-8")
+        entries = text.splitlines()
+        assert text.endswith("\n")
+        assert len(entries) >= least
+        assert len({entry.casefold() for entry in entries}) == len(entries)
+        assert all(entry and entry == " ".join(entry.split()) for entry in entries)
+        assert not any(set("{}") & set(entry) for entry in entries)
+        prompts = generator.lines(f"{kind}_prompts")
+        assert len(set(prompts)) == len(prompts) >= 5
+        assert all(prompt.count("{}") == 1 and prompt.format("x") for prompt in prompts)
+    assert len(generator.lines("dates")) == 366
+    assert generator.lines("dates")[0] == "1 January"
+    assert generator.lines("dates")[59:61] == ["29 February", "1 March"]
+    assert generator.lines("dates")[-1] == "31 December"
+    words = generator.lines("words")
+    assert words == sorted(words)
+    assert all(re.fullmatch("[a-z]+", word) for word in words)
+    topics = generator.lines("topics")
+    assert topics == sorted(topics, key=lambda topic: (topic.casefold(), topic))
+
+
+@pytest.mark.parametrize("kind", generator.KINDS)
+def test_what_is_asked_is_a_function_of_the_seed(kind):
+    asked = list(generator.tasks(kind, 3))
+    entries, prompts = generator.lines(kind), generator.lines(f"{kind}_prompts")
+    assert asked == list(generator.tasks(kind, 3)) != list(generator.tasks(kind, 4))
+    assert len(set(asked)) == len(asked) == len(entries) * len(prompts)
+    for turn in range(0, len(asked), len(entries)):  # a turn asks about everything once
+        assert {task.entry for task in asked[turn : turn + len(entries)]} == set(entries)
+    assert len({task.prompt for task in asked[:100]}) == len(prompts)
+
+
+def test_a_corpus(server, tmp_path):
+    server.together = threading.Barrier(3)  # nobody is answered until three are asking
+    done = apart(server, tmp_path, "--count", "4", "--parallel", "3")
+    server.together = None
+    assert done.returncode == 0, done.stderr
+    assert "words.txt: 4 of 4 documents, 240 words" in done.stdout
+    assert done.stdout.endswith("next: python -m ysnake.train --data corpus\n")
+    files = data.find_files([tmp_path / "corpus"])
+    assert [path.name for path in files] == ["dates.txt", "topics.txt", "words.txt"]
+    prompts = server.prompts()
+    read = [text for text, ends in data.read_documents(files)]
+    assert sorted(read) == sorted(document(prompt) for prompt in prompts)
+    for kind in generator.KINDS:
+        some = [t.format("x")[:9] for t in generator.lines(f"{kind}_prompts")]
+        assert sum(prompt[:9] in some for prompt in prompts) >= 4
+    assert all(body["options"]["temperature"] == 0.8 for body in server.asked)
+    assert len({body["options"]["seed"] for body in server.asked}) == 12
+
+    # what is there is left alone; a larger count goes on behind it, and asks nothing twice
+    before = {path: path.read_bytes() for path in files}
+    assert generate(server, tmp_path, "--count", "4").returncode == 0
+    assert len(server.asked) == 12
+    assert before == {path: path.read_bytes() for path in files}
+    assert generate(server, tmp_path, "--count", "6", "--seed", "1").returncode == 0
+    assert len(set(server.prompts())) == len(server.asked) == 18
+    for path, content in before.items():
+        assert path.read_bytes().startswith(content + b"<|endoftext|>\n")
+        assert len(documents(tmp_path, path.stem)) == 6
+
+    # another folder is asked the same for
+    asked = [(body["prompt"], body["options"]["seed"]) for body in server.asked[:12]]
+    server.asked.clear()
+    done = generate(server, tmp_path, "--count", "4", "--parallel", "1", "--out", "other")
+    assert sorted(asked) == sorted((b["prompt"], b["options"]["seed"]) for b in server.asked)
+
+
+def test_killed_and_started_again(server, tmp_path):
+    server.pace = 0.01
+    command = ("--kinds", "words", "--count", "40", "--parallel", "3")
+    seen = []
+    for kept in (3, 9, 20):
+        process = start(server, tmp_path, *command)
+        wait_until(lambda n=kept: len(documents(tmp_path)) >= n)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(20) == -signal.SIGKILL
+        process.stdout.close()
+        now = documents(tmp_path)
+        assert now[: len(seen)] == seen
+        seen = now
+    done = generate(server, tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    final = documents(tmp_path)
+    assert final[: len(seen)] == seen
+    assert len(set(final)) == len(final) == 40
+    answers = {document(prompt) for prompt in server.prompts()}
+    assert answers >= set(final)
+    entries = [json.loads(line)["entry"] for line in ledger(tmp_path).read_text().splitlines()]
+    assert len(set(entries)) == len(entries) == 40
+    # what was asked twice is what was on its way when a process was killed
+    assert len(server.asked) - len(set(server.prompts())) <= 3 * 3
+
+
+def ledger(folder, kind="words"):
+    return folder / "corpus" / f".{kind}.jsonl"
+
+
+def shelf(folder):
+    folder.mkdir(exist_ok=True)
+    return generator.Shelf(folder, "words", 10, 0)
+
+
+def test_torn_anywhere(tmp_path, monkeypatch):
+    """Killed after every 20th byte that the third document writes: the first two stay, and the
+    third is either whole or asked for again."""
+    asked = list(islice(generator.tasks("words", 0), 4))
+    texts = [document(task.entry) for task in asked[:3]]
+    opened = shelf(tmp_path / "corpus")
+    for task, text in zip(asked[:2], texts, strict=False):
+        opened.put(task, text, False, 40)
+    before = {path: path.read_bytes() for path in (tmp_path / "corpus").iterdir()}
+    writes = []
+    monkeypatch.setattr(generator, "append", lambda file, data, _: writes.append((file, data)))
+    opened.put(asked[2], texts[2], False, 40)
+    monkeypatch.undo()
+    opened.close()
+    assert len(before) == len(writes) == 2
+    states = [before]
+    for file, written in writes:
+        path = Path(file.name)
+        cuts = [*range(1, len(written), 20), len(written) - 1, len(written)]
+        states += [states[-1] | {path: before[path] + written[:n]} for n in cuts]
+    for state in states:
+        for path, content in state.items():
+            path.write_bytes(content)
+        reopened = shelf(tmp_path / "corpus")
+        whole = state == states[-1]
+        assert documents(tmp_path) == texts[: 3 if whole else 2]
+        assert next(reopened.tasks) == asked[3 if whole else 2]
+        reopened.close()
+
+
+def test_a_file_of_another_hand_is_left_alone(tmp_path):
+    (tmp_path / "words.txt").write_text("my own words\n")
+    with pytest.raises(InputError, match=r"words\.txt: expected 0 bytes.*got 13"):
+        shelf(tmp_path)
+    assert (tmp_path / "words.txt").read_text() == "my own words\n"
+
+
+def test_a_damaged_ledger_is_named(tmp_path):
+    (tmp_path / ".words.jsonl").write_text("{}}\n")
+    with pytest.raises(InputError, match=r"words\.txt: .*\.words\.jsonl, is damaged"):
+        shelf(tmp_path)
+
+
+def test_one_process_at_a_time(tmp_path):
+    opened = shelf(tmp_path)
+    with pytest.raises(InputError, match=r"words\.txt: another process is writing it"):
+        shelf(tmp_path)
+    opened.close()
+    shelf(tmp_path).close()
+
+
+def test_what_is_dropped(server, tmp_path):
+    good = document("good")
+    words = document("near").split()
+    near = " ".join(w if i % 15 else "changed" for i, w in enumerate(words, 1))
+    answers = [
+        good,
+        "I'm sorry, but I can't write about that. " + document("x"),
+        "A short answer.",
+        good.upper(),
+        " ".join(words),
+        near,
+        "As an AI language model, I have no birthday. " + document("y"),
+        document("last"),
+    ]
+    server.answer = lambda prompt: answers[len(server.asked) - 1]
+    done = generate(
+        server, tmp_path, "--kinds", "topics", "--count", "3", "--parallel", "1", "--seed", "9"
+    )
+    assert done.returncode == 0, done.stderr
+    dropped = "dropped: 2 as refusal, 1 as stub, 1 as duplicate, 1 as near duplicate"
+    assert dropped in done.stdout
+    assert documents(tmp_path, "topics") == [good, " ".join(words), document("last")]
+    # dropped answers are not asked for again
+    server.answer = document
+    assert generate(server, tmp_path, "--kinds", "topics", "--count", "4").returncode == 0
+    assert len(server.asked) == len(set(server.prompts())) == 9
+
+
+def test_nothing_left_to_ask(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(generator, "LISTS", tmp_path)
+    (tmp_path / "dates.txt").write_text("1 January\n2 January\n")
+    (tmp_path / "dates_prompts.txt").write_text("What happened on {}?\nWho was born on {}?\n")
+    done = generate(server, tmp_path, "--kinds", "dates", "--count", "9")
+    assert done.returncode == 0, done.stderr
+    assert "dates.txt: 4 of 9 documents" in done.stdout
+    assert "there is no more to ask" in done.stdout
+    assert len(set(server.prompts())) == len(server.asked) == 4
+
+
+def test_an_answer_at_the_limit_ends_with_its_last_sentence(server, tmp_path):
+    server.reason = "length"
+    server.answer = lambda prompt: document(prompt) + " And then the"
+    done = generate(server, tmp_path, "--kinds", "dates", "--count", "1", "--max-tokens", "90")
+    assert done.returncode == 0, done.stderr
+    assert server.asked[0]["options"]["num_predict"] == 90
+    assert documents(tmp_path, "dates") == [document(server.prompts()[0])]
+
+
+def test_a_server_that_recovers(server, tmp_path):
+    server.faults = [500, 503]
+    done = generate(server, tmp_path, "--kinds", "words", "--count", "2", "--parallel", "1")
+    assert done.returncode == 0, done.stderr
+    said = f"{server.host}: answered 500: [/b] is wrong; trying again in 0.5 s"
+    assert said in done.stdout
+    assert "answered 503" in done.stdout
+    assert "trying again in 1 s" in done.stdout
+    assert len(documents(tmp_path)) == 2
+    assert server.prompts()[0] == server.prompts()[1] == server.prompts()[2]
+
+
+@pytest.mark.parametrize("fault", ["reset", "end", "error"])
+def test_a_server_that_breaks_off(server, tmp_path, fault):
+    server.faults = [None, None, fault, fault]
+    command = ("--kinds", "words", "--count", "5", "--parallel", "1", "--retries", "1")
+    done = apart(server, tmp_path, *command)
+    assert done.returncode == 1
+    assert f"error: {server.host}: broke off in the middle of an answer" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "2 of 5 documents" in done.stdout
+    assert "The same command goes on from here." in done.stdout
+    assert documents(tmp_path) == [document(prompt) for prompt in server.prompts()[:2]]
+    assert (tmp_path / "corpus/words.txt").read_text().endswith(".\n")
+    done = generate(server, tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    assert len(set(documents(tmp_path))) == 5
+
+
+def test_a_dead_port(tmp_path):
+    with Server() as dead:
+        host = dead.host
+    done = apart(host, tmp_path)
+    assert done.returncode == 1
+    assert f"error: no Ollama server answers at {host}; start it with `ollama serve`" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_goes_away(server, tmp_path):
+    server.faults = [None, "leave"]
+    command = ("--kinds", "words", "--count", "4", "--parallel", "1", "--retries", "1")
+    done = generate(server, tmp_path, *command)
+    assert done.returncode == 1
+    assert "trying again in 0.5 s" in done.stdout
+    assert f"error: no Ollama server answers at {server.host}; start it" in done.stderr
+    assert documents(tmp_path) == [document(prompt) for prompt in server.prompts()]
+    assert len(server.asked) == 2
+
+
+@pytest.mark.parametrize("reply", [{"version": 1}, []])
+def test_something_else_at_the_port(server, tmp_path, reply):
+    server.tags = reply
+    done = generate(server, tmp_path)
+    assert done.returncode == 1
+    assert f"error: {server.host}: does not answer as Ollama does" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_missing_model(server, tmp_path):
+    command = ("--model", "tiny", "--kinds", "words", "--count", "1")
+    done = apart(server, tmp_path, *command)
+    assert done.returncode == 2
+    assert f"--model: tiny is not pulled at {server.host} (there: {MODEL}:latest)" in done.stderr
+    assert "`ollama pull tiny` or --pull" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    server.pulls = False
+    done = generate(server, tmp_path, *command, "--pull")
+    assert done.returncode == 2
+    assert "cannot pull tiny: pull model manifest: file does not exist" in done.stderr
+    server.pulls = True
+    done = generate(server, tmp_path, *command, "--pull")
+    assert done.returncode == 0, done.stderr
+    assert "tiny" in server.models
+    assert len(documents(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(("reply", "code"), [("y\n", 0), ("\x04", 2)])
+def test_on_a_terminal_it_asks(server, tmp_path, reply, code):
+    leader, follower = pty.openpty()
+    process = start(
+        server,
+        tmp_path,
+        *("--model", "tiny", "--kinds", "words", "--count", "1"),
+        **dict.fromkeys(("stdin", "stdout", "stderr"), follower),
+    )
+    os.close(follower)
+    said = ""
+    while "Pull it now?" not in said:
+        said += os.read(leader, 4096).decode()
+    os.write(leader, reply.encode())
+    try:
+        while piece := os.read(leader, 4096):
+            said += piece.decode()
+    except OSError:  # the other end is closed
+        pass
+    os.close(leader)
+    assert process.wait(20) == code
+    assert ("tiny" in server.models) == (code == 0)
+    assert len(documents(tmp_path)) == (code == 0)
+
+
+def test_interrupted(server, tmp_path):
+    server.pace = 0.02
+    process = start(server, tmp_path, "--count", "300", "--parallel", "2")
+    wait_until(lambda: len(documents(tmp_path)) >= 3)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert "The same command goes on from here." in said
+    assert "Traceback" not in said
+    answers = {document(prompt) for prompt in server.prompts()}
+    assert all(text in answers for kind in generator.KINDS for text in documents(tmp_path, kind))
+
+
+def test_wrong_options():
+    for option in ("--count", "--parallel", "--max-tokens", "--min-words"):
+        with pytest.raises(InputError, match=f"{option}: expected at least 1, got 0"):
+            generator.main([option, "0"])
+    for option in ("--retries", "--temperature"):
+        with pytest.raises(InputError, match=f"{option}: expected at least 0, got -1"):
+            generator.main([option, "-1"])
+
+
+def test_a_bad_host(tmp_path):
+    for run, host in ((apart, "here:there"), (generate, "here:there"), (generate, "ftp://here")):
+        done = run(host, tmp_path)
+        assert done.returncode == 2
+        assert done.stderr == f"error: OLLAMA_HOST: expected HOST:PORT, got '{host}'\n"
+
+
+ORE = "Copper is a red metal that people learnt to melt long ago."
+PLAIN = {
+    "prose": (f"{ORE}\n\n{ORE}", f"{ORE}\n\n{ORE}"),
+    "wrapped": (
+        "Copper is a red\nmetal  that\npeople like.",
+        "Copper is a red metal that people like.",
+    ),
+    "headings": (
+        f"# Copper\n\n{ORE}\n\n## Its uses\n{ORE}\n\n**Summary**\n\n{ORE}",
+        "\n\n".join([ORE] * 3),
+    ),
+    "title": (f"The Red Metal\n\n{ORE}", ORE),
+    "underlined": (f"{ORE}\n---\n{ORE}", f"{ORE}\n\n{ORE}"),
+    "emphasis": (
+        "A **bold** and *soft* `word`, __so__ [linked](http://x.y) it_is_not.",
+        "A bold and soft word, so linked it_is_not.",
+    ),
+    "short items": (
+        "There are three:\n\n* copper\n* tin;\n* lead",
+        "There are three: copper, tin, lead.",
+    ),
+    "items": (
+        f"{ORE}\n1. **Use:** Wires are made of it\n2. It conducts.\n\n{ORE}",
+        f"{ORE}\n\nUse: Wires are made of it. It conducts.\n\n{ORE}",
+    ),
+    "nested": (
+        "The metals are:\n* red\n  * copper\n* grey\n  * tin",
+        "The metals are: red, copper, grey, tin.",
+    ),
+    "years": (
+        "1804. That was the year of the new state of Haiti.",
+        "1804. That was the year of the new state of Haiti.",
+    ),
+    "table": (f"{ORE}\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n{ORE}", f"{ORE}\n\n{ORE}"),
+    "code": (f"{ORE}\n```\nx = 1\n```", ORE),
+    "quote": (f"> {ORE}", ORE),
+    "indented": (f"    {ORE}", ORE),
+    "chatter": (f"Sure! Here is a short text about copper:\n\n{ORE}", ORE),
+    "more chatter": (f"Certainly, here's the usage note you asked for: {ORE}", ORE),
+    "happy": (f"Of course! I'd be happy to help. Here you have it, a bit on copper:\n\n{ORE}", ORE),
+    "farewell": (f"{ORE}\n\nLet me know if you\u2019d like more!\n\n(Word count: 120 words)", ORE),
+    "no chatter": (f"Of course the sea is salt. {ORE}", f"Of course the sea is salt. {ORE}"),
+    "here": (
+        "Here is the harbour where they landed: a beach.",
+        "Here is the harbour where they landed: a beach.",
+    ),
+    "thoughts": (f"<think>\nWhat is copper?\n</think>\n\n{ORE}", ORE),
+    "unfinished thoughts": ("<think>\nWhat is copper?", ""),
+    "end of text": (f"{ORE}<|endoftext|>{ORE}", f"{ORE}\n\n{ORE}"),
+    "entities": (
+        "Salt &amp; <b>pepper</b> at 5 < 6, *that is all.",
+        "Salt & <b>pepper</b> at 5 < 6, *that is all.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_markdown_and_small_talk_become_prose(case):
+    answer, expected = PLAIN[case]
+    assert prose.plain(answer) == expected
+
+
+def test_refusals():
+    for text in (
+        "I can't help with that.",
+        "I\u2019m sorry, but I don't have enough information.",
+        "Sorry, I cannot do this.",
+        "Unfortunately, I was unable to find an event on this day.",
+        "As an AI, I have no opinion.",
+        "The word is nice. As a large language model, I cannot feel it.",
+        "I could not find anything.",
+    ):
+        assert prose.is_refusal(text), text
+    for text in (
+        '"I can\'t find the oar," said Ada.',
+        "Sorry is the hardest word.",
+        "Unfortunately the bridge fell.",
+        "An AI model learns from examples.",
+        "As an aide, I was told nothing.",
+        "I Ching is an old book.",
+    ):
+        assert not prose.is_refusal(text), text
+
+
+def test_whole_sentences():
+    assert prose.whole_sentences('He said "No." And then 3.5 m') == 'He said "No."'
+    assert prose.whole_sentences("no end") == ""
+    assert prose.whole_sentences("One! Two?") == "One! Two?"
+
+
+def test_near_duplicates_are_known_by_their_words_in_a_row():
+    seen = prose.Seen()
+    texts = [document(str(i), 200) for i in range(20)]
+    for text in texts:
+        assert seen.verdict(text) is None
+        seen.add(text)
+    words = texts[7].split()
+    assert seen.verdict("  ".join(words).lower().replace(".", ",")) == "duplicate"
+    for every, verdict in {8: "near duplicate", 2: None}.items():
+        changed = [w if i % every else "new" for i, w in enumerate(words)]
+        assert seen.verdict(" ".join(changed)) == verdict
+    assert seen.verdict(" ".join(words[50:100])) == "near duplicate"
+    assert seen.verdict(texts[3] + document("more", 300)) == "near duplicate"
+    random.Random(0).shuffle(words)
+    assert seen.verdict(" ".join(words)) is None
+    assert seen.verdict("") is None

@@ -1,0 +1,553 @@
+"""`python -m ysnake.generate_data`: let a language model in Ollama write a corpus.
+
+It is asked about English words, encyclopedia topics and days of the year, by prompts of our own.
+Each document is written the moment it is finished, whole or not at all, and a ledger beside the
+file remembers what was asked, so that a process stopped or killed is taken up where it was.
+"""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
+
+from tyro.conf import arg
+
+from ysnake import cli
+from ysnake.config import InputError
+
+if TYPE_CHECKING:
+    from ollama import AsyncClient, Client
+    from rich.console import Console
+
+LISTS = Path(__file__).parent / "lists"
+KINDS = ("words", "topics", "dates")
+KEPT = "kept"
+DROPPED = ("refusal", "stub", "duplicate", "near duplicate")
+FIRST_WAIT = 0.5  # seconds before a request is tried again; doubled each time
+CONNECT, SILENCE = 10.0, 600.0  # seconds to wait for a connection, and for a word of an answer
+SYSTEM = (
+    "You write short documents of plain English prose. Answer with the document alone: no title, "
+    "no headings, no lists, no markdown, no remark before or after it, and do not speak of "
+    "yourself or to the reader. Divide it into one to three paragraphs with an empty line between "
+    "them. State as fact only what you are sure of, and rather leave a name or a year out than "
+    "guess it. Do not begin as such texts usually begin."
+)
+
+
+@dataclass
+class Options:
+    """Let a language model in Ollama write a corpus: on words, encyclopedia topics and days of the
+    year. Stopped or killed, the same command goes on where it was. The server is the one that the
+    environment variable OLLAMA_HOST names, by default 127.0.0.1:11434."""
+
+    out: Annotated[Path, arg(metavar="DIR")] = Path("corpus")
+    """Folder of the corpus: words.txt, topics.txt and dates.txt."""
+    kinds: tuple[Literal["words", "topics", "dates"], ...] = KINDS
+    """What the documents are about."""
+    count: int | None = None
+    """Documents of each kind; by default one on each word, topic and day. More than that ask again
+    from another angle."""
+    model: Annotated[str, arg(metavar="NAME")] = "llama3.1"
+    """Who writes: the name of a model in Ollama."""
+    pull: bool = False
+    """Have Ollama download the model if it is not there. On a terminal you are asked."""
+    parallel: int = 4
+    """Requests at a time."""
+    seed: int = 0
+    """Decides what is asked, in which order and from which angle."""
+    temperature: float = 0.8
+    """How freely the model writes."""
+    max_tokens: int = 2048
+    """Where an answer is cut, back to its last sentence. A model that thinks first needs many."""
+    min_words: int = 40
+    """A shorter document is a stub, and dropped."""
+    retries: int = 6
+    """How often a request that failed is tried again: after 0.5 seconds, 1, 2, 4, ..."""
+
+
+class ServerError(Exception):
+    """The server does not do what it should; the message is one line and names it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One document to ask for: the number `prompt` of the kind's prompts, about `entry`."""
+
+    entry: str
+    prompt: int
+
+
+def lines(name: str) -> list[str]:
+    """The lines of a file of the package's lists."""
+    return (LISTS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+
+
+def tasks(kind: str, seed: int) -> Iterator[Task]:
+    """All that can be asked of a kind: each entry once, then each again by its next prompt."""
+    entries, prompts = lines(kind), len(lines(f"{kind}_prompts"))
+    chance = random.Random(f"{seed} {kind}")
+    chance.shuffle(entries)
+    first = [chance.randrange(prompts) for _ in entries]
+    for turn in range(prompts):
+        for entry, start in zip(entries, first, strict=True):
+            yield Task(entry, (start + turn) % prompts)
+
+
+Answer = tuple[str, bool]  # a text, and whether it was cut at the limit
+
+
+class Shelf:
+    """The documents of one kind on disk, and what is still to be asked.
+
+    The ledger holds a line for each answer: what was asked, what became of it and, if it was kept,
+    where its document lies in the file. That line is written before the document; so a document
+    that a kill has torn is known by the last line, and both are cut off.
+
+    Raises:
+        InputError: the file is not as its ledger says, or another process is writing it.
+    """
+
+    def __init__(self, folder: Path, kind: str, count: int | None, seed: int) -> None:
+        from ysnake.data import read_file
+        from ysnake.prose import Seen
+
+        self.kind, self.path = kind, folder / f"{kind}.txt"
+        # hidden, so that training does not take it for data
+        self.ledger = (folder / f".{kind}.jsonl").open("ab+", buffering=0)
+        lock(self.ledger, self.path)
+        self.file = self.path.open("ab", buffering=0)
+        records = recover(self.file, self.ledger, self.path)
+        self.counts = Counter(record["verdict"] for record in records)
+        self.words = 0
+        self.seen = Seen()
+        for text, _ in read_file(self.path):
+            self.seen.add(text)
+            self.words += len(text.split())
+        done = {Task(record["entry"], record["prompt"]) for record in records}
+        self.count = count or len(lines(kind))
+        self.tasks = (task for task in tasks(kind, seed) if task not in done)
+        self.prompts = lines(f"{kind}_prompts")
+        self.asked = 0  # answers that are being waited for
+
+    @property
+    def wants(self) -> bool:
+        """Whether more must be asked for, if all that is asked for now is kept."""
+        return self.counts[KEPT] + self.asked < self.count
+
+    @property
+    def filled(self) -> float:
+        """How far it is, counting what is asked for."""
+        return (self.counts[KEPT] + self.asked) / self.count
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self.file.close()
+        self.ledger.close()
+
+    def put(self, task: Task, answer: str, cut: bool, min_words: int) -> None:
+        """Keep or drop the answer to a task; `cut` says that it is longer than the limit."""
+        from ysnake import prose
+        from ysnake.tokenizer import EOT
+
+        text = prose.plain(answer)
+        text = prose.whole_sentences(text) if cut else text
+        if prose.is_refusal(text):
+            verdict = "refusal"
+        elif len(text.split()) < min_words:
+            verdict = "stub"
+        else:
+            verdict = self.seen.verdict(text) or KEPT
+        record: dict[str, Any] = asdict(task) | {"verdict": verdict}
+        document = b""
+        if verdict == KEPT:
+            at = self.file.seek(0, os.SEEK_END)
+            document = ((f"{EOT}\n" if at else "") + text + "\n").encode()
+            record |= {"at": at, "bytes": len(document)}
+        append(self.ledger, (json.dumps(record, ensure_ascii=False) + "\n").encode(), self.path)
+        if document:
+            append(self.file, document, self.path)
+        self.counts[verdict] += 1
+        if verdict == KEPT:
+            self.seen.add(text)
+            self.words += len(text.split())
+
+
+def open_shelves(options: Options) -> list[Shelf]:
+    """The shelves of a corpus folder, which is made if it is not there."""
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        kinds = dict.fromkeys(options.kinds)
+        return [Shelf(options.out, kind, options.count, options.seed) for kind in kinds]
+    except OSError as error:
+        raise InputError(f"--out: {error.filename}: {error.strerror}") from error
+
+
+def append(file: BinaryIO, data: bytes, path: Path) -> None:
+    """Add bytes to the end of an unbuffered file and wait for the disk; all of them or none.
+
+    Raises:
+        InputError: the disk is full or fails.
+    """
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+    except OSError as error:
+        file.truncate(end)
+        raise InputError(f"{path}: {error.strerror}") from error
+
+
+def lock(file: BinaryIO, path: Path) -> None:
+    """Hold a file for this process alone, until the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{path}: another process is writing it") from None
+
+
+def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]]:
+    """Cut off what a killed process left half-written; returns the lines of the ledger."""
+    ledger.seek(0)
+    *whole, torn = ledger.read().split(b"\n")
+    if torn:
+        ledger.truncate(sum(len(line) + 1 for line in whole))
+    try:
+        records = [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise InputError(f"{path}: what was asked, in {ledger.name}, is damaged") from error
+    kept = [record for record in records if record["verdict"] == KEPT]
+    start, end = (kept[-1]["at"], kept[-1]["at"] + kept[-1]["bytes"]) if kept else (0, 0)
+    size = file.seek(0, os.SEEK_END)
+    if records and records[-1]["verdict"] == KEPT and start <= size < end:
+        file.truncate(start)
+        ledger.truncate(sum(len(line) + 1 for line in whole[:-1]))
+        return records[:-1]
+    if size != end:
+        raise InputError(
+            f"{path}: expected {end} bytes, as last written by this command, got {size}; "
+            "to leave it as it is, give another --out"
+        )
+    return records
+
+
+def host() -> str:
+    """The server, as the user knows it."""
+    return os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
+
+
+def explain(error: Exception) -> str:
+    """What went wrong with a request, in one line."""
+    import httpx
+    from ollama import ResponseError
+
+    if isinstance(error, ConnectionError | httpx.ConnectError | httpx.ConnectTimeout):
+        return (
+            f"no Ollama server answers at {host()}; start it with `ollama serve`, "
+            "or name another in OLLAMA_HOST"
+        )
+    if isinstance(error, httpx.TimeoutException):
+        return f"{host()}: not a word for {SILENCE:.0f} seconds"
+    said = str(error.error if isinstance(error, ResponseError) else error)
+    said = " ".join(said.split())[:200]
+    if isinstance(error, ResponseError) and error.status_code > 0:
+        return f"{host()}: answered {error.status_code}: {said}"
+    return f"{host()}: broke off in the middle of an answer ({said})"
+
+
+def prepare(options: Options, console: "Console") -> None:
+    """See that the server is there and has the model; pull it if the user wants.
+
+    Raises:
+        ServerError: there is no server, or it is not Ollama.
+        InputError: the model is not there, and is not to be pulled.
+    """
+    import httpx
+
+    try:
+        import ollama  # makes a client of its own, so a bad OLLAMA_HOST fails here already
+
+        client = ollama.Client(timeout=httpx.Timeout(SILENCE, connect=CONNECT))
+    except (ValueError, httpx.InvalidURL) as error:
+        raise InputError(f"OLLAMA_HOST: expected HOST:PORT, got {host()!r}") from error
+    try:
+        there = [model.model or "" for model in client.list().models]
+        if has(client, options.model):
+            return
+        if not options.pull and not agreed(f"{options.model} is not pulled. Pull it now?"):
+            raise missing(options.model, there)
+        pull(client, options.model, console)
+    except InputError:
+        raise
+    except httpx.UnsupportedProtocol as error:
+        raise InputError(f"OLLAMA_HOST: expected HOST:PORT, got {host()!r}") from error
+    except (httpx.TransportError, ConnectionError, ollama.ResponseError) as error:
+        raise ServerError(explain(error)) from error
+    except (ValueError, TypeError) as error:  # no JSON, or of another shape
+        said = str(error).splitlines()[0]
+        raise ServerError(f"{host()}: does not answer as Ollama does ({said})") from error
+
+
+def has(client: "Client", model: str) -> bool:
+    """Whether the server has the model."""
+    import ollama
+
+    try:
+        client.show(model)
+    except ollama.ResponseError as error:
+        if error.status_code != 404:
+            raise
+        return False
+    return True
+
+
+def missing(model: str, there: Sequence[str] = ()) -> InputError:
+    """The error of a model that the server does not have."""
+    others = f" (there: {', '.join(there)})" if there else ""
+    return InputError(
+        f"--model: {model} is not pulled at {host()}{others}; "
+        f"`ollama pull {model}` or --pull downloads it"
+    )
+
+
+def agreed(question: str) -> bool:
+    """Whether somebody at a terminal says yes."""
+    from rich.prompt import Confirm
+
+    if not sys.stdin.isatty():
+        return False
+    try:
+        return Confirm.ask(question, default=True)
+    except EOFError:
+        return False
+
+
+def pull(client: "Client", model: str, console: "Console") -> None:
+    """Have the server download a model, and show how far it is."""
+    import ollama
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    try:
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+            shown = bar.add_task(f"pulling {model}", total=None)
+            for part in client.pull(model, stream=True):
+                if part.total:
+                    bar.update(shown, total=part.total, completed=part.completed or 0)
+    except ollama.ResponseError as error:
+        raise InputError(f"--model: {host()} cannot pull {model}: {error.error}") from error
+    if not has(client, model):
+        raise ServerError(f"{host()}: broke off while pulling {model}; pull it again to go on")
+
+
+async def ask(client: "AsyncClient", task: Task, prompt: str, options: Options) -> Answer:
+    """The model's whole answer.
+
+    Raises:
+        ValueError: the answer has no end.
+    """
+    chance = zlib.crc32(f"{options.seed} {task.entry} {task.prompt}".encode()) >> 1
+    parts, reason = [], None
+    stream = await client.generate(
+        options.model,
+        prompt.format(task.entry),
+        system=SYSTEM,
+        stream=True,
+        options={
+            "temperature": options.temperature,
+            "seed": chance,
+            "num_predict": options.max_tokens,
+        },
+    )
+    async for part in stream:
+        parts.append(part.response or "")
+        if part.done:
+            reason = part.done_reason or "stop"
+    if reason is None:
+        raise ValueError("it has no end")
+    return "".join(parts), reason == "length"
+
+
+async def patiently(
+    request: Callable[[], Awaitable[Answer]], options: Options, tell: Callable[[str], None]
+) -> Answer:
+    """The result of a request, tried again with growing waits where the server may recover.
+
+    Raises:
+        ServerError: it did not recover, or refuses the request.
+        InputError: it does not have the model.
+    """
+    import httpx
+    from ollama import ResponseError
+
+    for attempt in range(options.retries + 1):
+        try:
+            return await request()
+        except (httpx.TransportError, ConnectionError, ResponseError, ValueError) as error:
+            status = getattr(error, "status_code", -1)
+            if status == 404:
+                raise missing(options.model) from error
+            if attempt == options.retries or (400 <= status < 500 and status != 429):
+                raise ServerError(explain(error)) from error
+            wait = FIRST_WAIT * 2**attempt
+            tell(f"{explain(error)}; trying again in {wait:g} s")
+        await asyncio.sleep(wait)
+
+
+def next_task(shelves: list[Shelf]) -> tuple[Shelf, Task] | None:
+    """What to ask for next: something of the kind that is furthest behind."""
+    for shelf in sorted((s for s in shelves if s.wants), key=lambda s: s.filled):
+        for task in shelf.tasks:
+            return shelf, task
+    return None
+
+
+async def fill(shelves: list[Shelf], options: Options, console: "Console") -> None:
+    """Ask for documents, several at a time, until all shelves are full or nothing is left to ask.
+
+    Raises:
+        ServerError, InputError: as `patiently` and `Shelf.put`.
+        asyncio.CancelledError: Ctrl-C was pressed.
+    """
+    import httpx
+    from ollama import AsyncClient
+
+    tell = partial(console.print, markup=False)
+
+    async def work(client: AsyncClient) -> None:
+        while found := next_task(shelves):
+            shelf, task = found
+            shelf.asked += 1
+            request = partial(ask, client, task, shelf.prompts[task.prompt], options)
+            answer, cut = await patiently(request, options, tell)
+            shelf.asked -= 1
+            shelf.put(task, answer, cut, options.min_words)
+            show()
+
+    timeout = httpx.Timeout(SILENCE, connect=CONNECT)
+    with progress(shelves, console) as show, cancelled_by_ctrl_c():
+        async with AsyncClient(timeout=timeout) as client:
+            workers = [asyncio.create_task(work(client)) for _ in range(options.parallel)]
+            try:
+                await asyncio.gather(*workers)
+            finally:  # if one fails, the others end with it
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+
+@contextmanager
+def cancelled_by_ctrl_c() -> Iterator[None]:
+    """Ctrl-C cancels the running task where it waits, never in the middle of a write."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    before = signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(task.cancel))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def progress(shelves: list[Shelf], console: "Console") -> Iterator[Callable[[], None]]:
+    """A bar with documents, words, what was dropped and the time left; yields what moves it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as TimeLeft
+
+    texts = ("documents", "{task.fields[words]:,} words", "{task.fields[dropped]} dropped")
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        *map(TextColumn, texts),
+        TimeLeft(),
+        console=console,
+        transient=True,
+        speed_estimate_period=600,  # seconds; a document may take many
+        disable=not console.is_terminal,
+    )
+    shown = bar.add_task("", total=sum(s.count for s in shelves), words=0, dropped=0)
+
+    def show() -> None:
+        kept = sum(s.counts[KEPT] for s in shelves)
+        dropped = sum(s.counts.total() for s in shelves) - kept
+        words = sum(s.words for s in shelves)
+        bar.update(shown, completed=kept, words=words, dropped=dropped)
+
+    with bar:
+        show()
+        yield show
+
+
+def report(shelves: list[Shelf], console: "Console") -> None:
+    """Say what there is, and what was dropped."""
+    for shelf in shelves:
+        console.print(
+            f"{shelf.path}: {shelf.counts[KEPT]:,} of {shelf.count:,} documents, "
+            f"{shelf.words:,} words",
+            markup=False,
+        )
+    total = sum((shelf.counts for shelf in shelves), Counter())
+    console.print("dropped: " + ", ".join(f"{total[k]} as {k}" for k in DROPPED))
+
+
+def check(options: Options) -> None:
+    """See that the options can work.
+
+    Raises:
+        InputError: one cannot, named.
+    """
+    least = {"count": 1, "parallel": 1, "max_tokens": 1, "min_words": 1}
+    least |= {"retries": 0, "temperature": 0}
+    for name, limit in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= limit:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least {limit}, got {value}")
+    if not options.kinds:
+        raise InputError(f"--kinds: expected some of {', '.join(KINDS)}")
+
+
+def main(argv: list[str]) -> int:
+    """Write a corpus as the command line says; returns the exit code."""
+    options = cli.parse(Options, argv)
+    check(options)
+    console = cli.console()
+    shelves, code = [], cli.DONE
+    try:
+        prepare(options, console)
+        shelves = open_shelves(options)
+        asyncio.run(fill(shelves, options, console))
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = cli.FAILED
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("interrupted", file=sys.stderr)
+        code = cli.INTERRUPTED
+    finally:
+        for shelf in shelves:
+            shelf.close()
+    if shelves:
+        report(shelves, console)
+        if code != cli.DONE:
+            console.print("The same command goes on from here.")
+        elif any(shelf.wants for shelf in shelves):
+            console.print("Everything was asked from every angle; there is no more to ask.")
+        if any(shelf.counts[KEPT] for shelf in shelves):
+            console.print(f"next: python -m ysnake.train --data {options.out}", markup=False)
+    return code
+
+
+if __name__ == "__main__":
+    cli.run(main)
