@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-benchmark>=5", "transformers>=5", "ruff>=0.12"],
+        "gguf": ["gguf>=0.17"],
         "bench": ["pytest-benchmark>=5", "transformers>=5"],
     },
 )
