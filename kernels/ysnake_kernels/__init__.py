@@ -1,10 +1,11 @@
 """State-space-duality operators for PyTorch: the Mamba-2 scan, its one-token step, the causal
-convolution and the gated norm around them. Each has a `reference`, and an `eager` path for any
-device.
+convolution and the gated norm around them, and the whole mixer. Each has a `reference`, an `eager`
+path for any device, and a `fused` path in Triton for GPUs.
 """
 
 from ysnake_kernels.backend import backend
 from ysnake_kernels.conv import causal_conv1d, causal_conv1d_step
+from ysnake_kernels.mixer import mamba_split_conv1d_scan_combined
 from ysnake_kernels.norm import rms_norm_gated
 from ysnake_kernels.ssd import ssd_scan
 from ysnake_kernels.step import ssd_step
@@ -13,6 +14,7 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_step",
+    "mamba_split_conv1d_scan_combined",
     "rms_norm_gated",
     "ssd_scan",
     "ssd_step",

@@ -1,15 +1,21 @@
 """Which implementation of an operator runs, and how a user overrides it.
 
-`eager` runs unless the environment variable YSNAKE_BACKEND or `with backend(name):` asks
-for another.
+`fused` (Triton) runs for tensors on a CUDA or HIP device where Triton can be imported, `eager`
+(pure torch) everywhere else, unless the environment variable YSNAKE_BACKEND or
+`with backend(name):` asks for another. A forced implementation that cannot run is an error.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib.util import find_spec
 
-NAMES = ("reference", "eager")
+import torch
+from torch import Tensor
+
+NAMES = ("reference", "eager", "fused")
 
 _override: ContextVar[str | None] = ContextVar("ysnake_backend", default=None)
 
@@ -34,11 +40,36 @@ def backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def choose() -> str:
-    """The name of the implementation to run: the override if there is one, else `eager`."""
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def choose(tensor: Tensor) -> str:
+    """The name of the implementation that runs for an operator on `tensor`'s device.
+
+    What torch.compile has compiled keeps the implementation that was chosen then.
+
+    Raises:
+        RuntimeError: `fused` is forced where it cannot run.
+    """
+    return _choose(tensor.device)
+
+
+@torch.compiler.assume_constant_result  # which looks at the environment, which is not traced
+def _choose(device: torch.device) -> str:
+    on_gpu = device.type == "cuda"  # HIP devices too
     name = _override.get()
-    if name is not None:
-        return name
-    if name := os.environ.get("YSNAKE_BACKEND"):
-        return _checked(name, "YSNAKE_BACKEND")
-    return "eager"
+    if name is None and (forced := os.environ.get("YSNAKE_BACKEND")):
+        name = _checked(forced, "YSNAKE_BACKEND")
+    if name is None:
+        return "fused" if on_gpu and _has_triton() else "eager"
+    if name == "fused":
+        if not _has_triton():
+            raise RuntimeError("backend 'fused': triton cannot be imported here")
+        if not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError(
+                f"backend 'fused': needs a CUDA or HIP device, got {device}; "
+                "TRITON_INTERPRET=1 runs it on a CPU, slowly"
+            )
+    return name

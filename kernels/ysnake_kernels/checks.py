@@ -37,7 +37,7 @@ def check_rank(name: str, tensor: Tensor, axes: str) -> None:
     """Raise unless `tensor` is a floating-point tensor with as many dimensions as `axes` names."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.ndim != len(axes.split(", ")):
+    if tensor.ndim != len(axes.rstrip(",").split(", ")):
         raise ValueError(f"{name}: expected shape ({axes}), got {tuple(tensor.shape)}")
     if tensor.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
@@ -60,3 +60,14 @@ def check_seq_idx(seq_idx: Tensor) -> None:
     """Raise if document numbers go down along the sequence."""
     if values_can_be_checked(seq_idx) and bool((seq_idx[:, 1:] < seq_idx[:, :-1]).any()):
         raise ValueError("seq_idx: expected document numbers that never decrease along the length")
+
+
+def check_indices(name: str, indices: Tensor, x: Tensor, rows: int) -> None:
+    """Raise unless `indices` has a row of a state of `rows` rows for each of x's batch."""
+    check(name, indices, (x.shape[0],), x, dtypes=INTEGERS)
+    if not values_can_be_checked(indices):
+        return
+    if bool((indices < 0).any()) or bool((indices >= rows).any()):
+        raise ValueError(f"{name}: expected rows from 0 to {rows - 1}, got {indices.tolist()}")
+    if len(indices.unique()) < len(indices):
+        raise ValueError(f"{name}: expected no row twice, got {indices.tolist()}")

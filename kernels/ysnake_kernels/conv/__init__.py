@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 from ysnake_kernels.backend import choose
-from ysnake_kernels.checks import INTEGERS, check, check_rank, check_seq_idx
+from ysnake_kernels.checks import INTEGERS, check, check_indices, check_rank, check_seq_idx
 from ysnake_kernels.conv import eager, reference
-
-_IMPLEMENTATIONS = {"reference": reference.conv, "eager": eager.conv}
 
 
 def causal_conv1d(
@@ -56,9 +54,15 @@ def causal_conv1d(
         check_seq_idx(seq_idx)
     if initial_states is not None:
         check("initial_states", initial_states, (batch, channels, width - 1), x)
-    conv = _IMPLEMENTATIONS[choose()]
+    name = choose(x)
+    tensors = (x, weight, bias, seq_idx, initial_states)
     with torch.autocast(x.device.type, enabled=False):
-        y = conv(x, weight, bias, seq_idx, initial_states, activation)
+        if name == "fused":
+            from ysnake_kernels.conv import fused  # here, since it needs triton
+
+            y, final_states = fused.conv(*tensors, activation)
+            return (y, final_states) if return_final_states else y
+        y = (reference if name == "reference" else eager).conv(*tensors, activation)
         if not return_final_states:
             return y
         return y, _last_tokens(x, initial_states, seq_idx, width)
@@ -84,19 +88,24 @@ def _last_tokens(
     return torch.cat([history, last], dim=2)
 
 
+@torch.no_grad()
 def causal_conv1d_step(
     x: Tensor,
     conv_state: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str | None = None,
+    conv_state_indices: Tensor | None = None,
 ) -> Tensor:
     """`causal_conv1d` for one new token; `conv_state` is updated in place. Inference only.
 
     Args:
         x: (batch, channels), the new token.
-        conv_state: (batch, channels, width - 1), the tokens before it, oldest first.
+        conv_state: (batch, channels, width - 1), the tokens before it, oldest first. With
+            `conv_state_indices` (rows, channels, width - 1), any number of rows.
         weight, bias, activation: as in `causal_conv1d`.
+        conv_state_indices: (batch,) int32 or int64, the row of `conv_state` that belongs to each
+            x, no row twice; the other rows stay as they are.
 
     Returns:
         y with the shape and dtype of x.
@@ -106,11 +115,20 @@ def causal_conv1d_step(
     """
     check_rank("x", x, "batch, channels")
     width = _check_weight(x, weight, bias, activation)
-    check("conv_state", conv_state, (*x.shape, width - 1), x)
-    with torch.no_grad():
-        y, last = causal_conv1d(x[:, :, None], weight, bias, None, conv_state, True, activation)
-        conv_state.copy_(last)
-    return y[:, :, 0]
+    rows = x.shape[0]
+    if conv_state_indices is not None:
+        check_rank("conv_state", conv_state, "rows, channels, width - 1")
+        rows = conv_state.shape[0]
+        check_indices("conv_state_indices", conv_state_indices, x, rows)
+    check("conv_state", conv_state, (rows, x.shape[1], width - 1), x)
+    name = choose(x)
+    arguments = (x, conv_state, weight, bias, activation, conv_state_indices)
+    with torch.autocast(x.device.type, enabled=False):
+        if name == "fused":
+            from ysnake_kernels.conv import fused  # here, since it needs triton
+
+            return fused.conv_step(*arguments)
+        return (reference if name == "reference" else eager).conv_step(*arguments)
 
 
 def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> int:

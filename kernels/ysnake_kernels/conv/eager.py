@@ -25,6 +25,27 @@ def conv(
     return _Conv.apply(x, weight, bias, seq_idx, initial_states, activation is not None)
 
 
+def conv_step(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    conv_state_indices: Tensor | None,
+) -> Tensor:
+    """Arguments as `causal_conv1d_step` has checked them; `conv_state` is updated in place."""
+    acc = accumulator(x, weight, bias, conv_state)
+    rows = slice(None) if conv_state_indices is None else conv_state_indices
+    tokens = torch.cat([conv_state[rows].to(acc), x[:, :, None].to(acc)], dim=2)
+    conv_state[rows] = tokens[:, :, 1:].to(conv_state.dtype)
+    y = tokens.mul_(weight.to(acc)).sum(2)
+    if bias is not None:
+        y += bias.to(acc)
+    if activation is not None:
+        y = torch.nn.functional.silu(y, inplace=True)
+    return y.to(x.dtype)
+
+
 class _Blocks:
     """x cut into blocks of tokens, channel-last, each with the width - 1 tokens before it."""
 

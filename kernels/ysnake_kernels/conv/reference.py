@@ -37,3 +37,19 @@ def conv(
     if activation is not None:
         y = F.silu(y)
     return y.to(x.dtype)
+
+
+def conv_step(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    conv_state_indices: Tensor | None,
+) -> Tensor:
+    """Arguments as `causal_conv1d_step` has checked them; `conv_state` is updated in place."""
+    rows = slice(None) if conv_state_indices is None else conv_state_indices
+    before, new = conv_state[rows], x[:, :, None]
+    y = conv(new, weight, bias, None, before, activation)
+    conv_state[rows] = torch.cat([before[:, :, 1:], new.to(conv_state.dtype)], dim=2)
+    return y[:, :, 0]

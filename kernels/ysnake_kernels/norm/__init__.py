@@ -1,5 +1,7 @@
 """Gated RMSNorm: arguments, checks, and the choice of implementation."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,13 @@ from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import FLOATS, check
 from ysnake_kernels.norm import eager, reference
 
-_IMPLEMENTATIONS = {"reference": reference.norm, "eager": eager.norm}
+
+def _implementation(name: str) -> Callable[..., Tensor]:
+    if name == "fused":
+        from ysnake_kernels.norm import fused  # here, since it needs triton
+
+        return fused.norm
+    return {"reference": reference.norm, "eager": eager.norm}[name]
 
 
 def rms_norm_gated(
@@ -57,6 +65,6 @@ def rms_norm_gated(
     group_size = features if group_size is None else group_size
     if group_size < 1 or features % group_size:
         raise ValueError(f"group_size: expected a divisor of {features} features, got {group_size}")
-    norm = _IMPLEMENTATIONS[choose()]
+    norm = _implementation(choose(x))
     with torch.autocast(x.device.type, enabled=False):
         return norm(x, weight, bias, z, eps, group_size, norm_before_gate)

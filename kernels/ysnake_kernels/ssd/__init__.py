@@ -101,7 +101,7 @@ def ssd_scan(
         check("seq_idx", seq_idx, (batch, length), x, dtypes=INTEGERS)
         check_seq_idx(seq_idx)
 
-    scan = _IMPLEMENTATIONS[choose()]
+    scan = _IMPLEMENTATIONS[choose(x)]
     options = (dt_bias, dt_softplus, dt_limit)
     with torch.autocast(x.device.type, enabled=False):
         if cu_seqlens is None:

@@ -1,13 +1,21 @@
 """One token of the SSD recurrence: arguments, checks, and the choice of implementation."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ysnake_kernels.backend import choose
-from ysnake_kernels.checks import check, check_decay, check_rank
+from ysnake_kernels.checks import check, check_decay, check_indices, check_rank
 from ysnake_kernels.step import eager, reference
 
-_IMPLEMENTATIONS = {"reference": reference.step, "eager": eager.step}
+
+def _implementation(name: str) -> Callable[..., Tensor]:
+    if name == "fused":
+        from ysnake_kernels.step import fused  # here, since it needs triton
+
+        return fused.step
+    return {"reference": reference.step, "eager": eager.step}[name]
 
 
 @torch.no_grad()
@@ -22,6 +30,7 @@ def ssd_step(
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
     dt_limit: tuple[float, float] = (0.0, float("inf")),
 ) -> Tensor:
     """Advance the recurrence of `ssd_scan` by one token; `state` is updated in place.
@@ -29,7 +38,8 @@ def ssd_step(
     Inference only: no gradient flows. Dtypes as in `ssd_scan`.
 
     Args:
-        state: (batch, heads, P, N), contiguous; best in float32, whatever x is.
+        state: (batch, heads, P, N), contiguous; best in float32, whatever x is. With
+            `state_batch_indices` (rows, heads, P, N), any number of rows.
         x: (batch, heads, P).
         dt: (batch, heads).
         A: (heads,), at most 0.
@@ -38,6 +48,8 @@ def ssd_step(
         z: shape of x.
         dt_bias: (heads,).
         dt_softplus, dt_limit: as in `ssd_scan`.
+        state_batch_indices: (batch,) int32 or int64, the row of `state` that belongs to each x, no
+            row twice; the other rows stay as they are. For batching in which sequences come and go.
 
     Returns:
         y with the shape and dtype of x.
@@ -53,7 +65,12 @@ def ssd_step(
     groups, n = B.shape[1:]
     if groups < 1 or heads % groups:
         raise ValueError(f"B: expected a number of groups dividing {heads} heads, got {groups}")
-    check("state", state, (batch, heads, head_dim, n), x)
+    rows = batch
+    if state_batch_indices is not None:
+        check_rank("state", state, "rows, heads, P, N")
+        rows = state.shape[0]
+        check_indices("state_batch_indices", state_batch_indices, x, rows)
+    check("state", state, (rows, heads, head_dim, n), x)
     if not state.is_contiguous():
         raise ValueError("state: expected a contiguous tensor, got a strided one")
     check("dt", dt, (batch, heads), x)
@@ -67,6 +84,10 @@ def ssd_step(
         check("z", z, tuple(x.shape), x)
     if dt_bias is not None:
         check("dt_bias", dt_bias, (heads,), x)
-    step = _IMPLEMENTATIONS[choose()]
+    low, high = dt_limit
+    if not 0 <= low <= high:
+        raise ValueError(f"dt_limit: expected 0 <= low <= high, got {dt_limit}")
+    step = _implementation(choose(x))
+    options = (D, z, dt_bias, dt_softplus, dt_limit, state_batch_indices)
     with torch.autocast(x.device.type, enabled=False):
-        return step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
+        return step(state, x, dt, A, B, C, *options)

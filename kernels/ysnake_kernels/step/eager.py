@@ -19,6 +19,7 @@ def step(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
+    state_batch_indices: Tensor | None,
 ) -> Tensor:
     """Arguments as `ssd_step` has checked them; `state` is updated in place."""
     acc = accumulator(state, x)
@@ -26,13 +27,16 @@ def step(
     groups, n = B.shape[1:]
     xs = x.to(acc)
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)  # [b h]
-    S = state if state.dtype == acc else state.to(acc)
+    S = state if state_batch_indices is None else state[state_batch_indices]
+    S = S.to(acc)
     S.mul_(torch.exp(dt * A.to(acc))[..., None, None])
     S.view(batch, groups, -1, n).addcmul_(
         (xs * dt[..., None]).view(batch, groups, -1, 1), B.to(acc)[:, :, None]
     )
     y = torch.matmul(S.view(batch, groups, -1, n), C.to(acc)[..., None]).view(x.shape)
-    if S is not state:
+    if state_batch_indices is not None:
+        state[state_batch_indices] = S.to(state.dtype)
+    elif S is not state:
         state.copy_(S)
     if D is not None:
         y = y.addcmul_(xs, D.to(acc) if D.ndim == 2 else D.to(acc)[:, None])

@@ -20,6 +20,7 @@ def step(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     dt_limit: tuple[float, float],
+    state_batch_indices: Tensor | None,
 ) -> Tensor:
     """Arguments as `ssd_step` has checked them; `state` is updated in place."""
     acc = accumulator(state, x)
@@ -28,8 +29,9 @@ def step(
     per_group = x.shape[1] // B.shape[1]
     B, C = (repeat(t.to(acc), "b g n -> b (g r) n", r=per_group) for t in (B, C))
     decay = rearrange(torch.exp(dt * A.to(acc)), "b h -> b h 1 1")
-    S = decay * state.to(acc) + einsum(dt, xs, B, "b h, b h p, b h n -> b h p n")
-    state.copy_(S)
+    rows = slice(None) if state_batch_indices is None else state_batch_indices
+    S = decay * state[rows].to(acc) + einsum(dt, xs, B, "b h, b h p, b h n -> b h p n")
+    state[rows] = S.to(state.dtype)
     y = einsum(S, C, "b h p n, b h n -> b h p")
     if D is not None:
         y = y + xs * (D.to(acc) if D.ndim == 2 else rearrange(D.to(acc), "h -> h 1"))

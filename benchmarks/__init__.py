@@ -1,0 +1,1 @@
+"""Measurements and models of them. Run each as `python -m benchmarks.<name>`."""

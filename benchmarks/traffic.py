@@ -1,0 +1,244 @@
+"""Bytes and operations of every kernel, counted, and the time that a card needs at the very least.
+
+A count holds each tensor once per kernel that reads or writes it: what is shared by the heads of a
+group or by neighbouring programs is taken to come from the cache after the first time.
+"""
+
+from dataclasses import dataclass, replace
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer's scan. The defaults are Mamba-2 130M's."""
+
+    batch: int = 8
+    length: int = 4096
+    heads: int = 24
+    groups: int = 1
+    head_dim: int = 64
+    state: int = 128
+    item: int = 2
+    """Bytes of an element of x, B, C, z and y."""
+    dt_item: int = 4
+    """Bytes of an element of dt."""
+    z: bool = False
+    """Whether the scan is gated."""
+    tile: int = 32
+    """Tokens of a tile of the single pass."""
+    chunk: int = 128
+    """Tokens between the states that the backward stores."""
+    state_item: int = 2
+    """Bytes of an element of those states."""
+    chain_chunk: int = 256
+    """Tokens of a chunk of the five-kernel chain."""
+    segments: int = 1
+    """Segments of each sequence in the forward."""
+    splits: int = 1
+    """Programs that share the heads of a group in the backward, each with its own dB and dC."""
+
+    @property
+    def token_heads(self) -> int:
+        return self.batch * self.length * self.heads
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as its data sheet describes it."""
+
+    name: str = "H100 SXM"
+    bandwidth: float = 3.35e12
+    """Bytes per second."""
+    operations: float = 989e12
+    """Dense bfloat16 operations per second."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch: bytes of each tensor that it reads and writes, and operations of its products."""
+
+    name: str
+    reads: dict[str, float]
+    writes: dict[str, float]
+    operations: float = 0
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.reads.values()) + sum(self.writes.values())
+
+
+def tensors(s: Shape) -> dict[str, int]:
+    """Bytes of the tensors of a call: its arguments, its results, and their gradients' sizes."""
+    tokens = s.batch * s.length
+    x = tokens * s.heads * s.head_dim * s.item
+    return {
+        "x": x,
+        "dt": tokens * s.heads * s.dt_item,
+        "A": s.heads * 4,
+        "B": tokens * s.groups * s.state * s.item,
+        "C": tokens * s.groups * s.state * s.item,
+        **({"z": x} if s.z else {}),
+        "y": x,
+        "final states": s.batch * s.heads * s.head_dim * s.state * 4,
+    }
+
+
+def forward(s: Shape) -> list[Kernel]:
+    """The single pass: every argument and result once; in segments, their ends before it."""
+    size = tensors(s)
+    writes = {name: size.pop(name) for name in ("y", "final states")}
+    NP, Q = s.state * s.head_dim, s.tile
+    products = 2 * (2 * NP + Q * (s.state + s.head_dim))  # C S, B x; C B^T, (C B^T) x
+    if s.segments == 1:
+        return [Kernel("single pass", size, writes, products * s.token_heads)]
+    ends = {"ends": s.segments * writes["final states"]}
+    reads = {name: size[name] for name in ("x", "dt", "A", "B")}
+    return [
+        Kernel("ends of segments", reads, ends, 2 * NP * s.token_heads),
+        # segment k reads the ends of the k segments before it
+        Kernel(
+            "pass per segment",
+            size | {"ends": ends["ends"] * (s.segments - 1) / 2},
+            writes,
+            products * s.token_heads,
+        ),
+    ]
+
+
+def chain(s: Shape) -> list[Kernel]:
+    """The forward as five kernels: states of chunks in float32, passed on in the inputs' dtype."""
+    size, Q, NP = tensors(s), s.chain_chunk, s.state * s.head_dim
+    row = s.token_heads * 4  # a float32 for every token and head
+    states = s.token_heads / Q * NP
+    CB = s.batch * s.length * s.groups * Q * 4
+    n = s.token_heads
+    gate = {"z": size["z"]} if s.z else {}
+    per_group = n / (s.heads / s.groups)
+    return [
+        Kernel("cumulative sums", {"dt": size["dt"]}, {"dt": row, "decay": row}),
+        Kernel(
+            "states of chunks",
+            {"x": size["x"], "B": size["B"], "dt": row, "decay": row},
+            {"states": states * 4},
+            2 * NP * n,
+        ),
+        Kernel("passing of states", {"states": states * 4}, {"states": states * s.item}),
+        Kernel("C B^T", {"B": size["B"], "C": size["C"]}, {"CB": CB}, 2 * Q * s.state * per_group),
+        Kernel(
+            "outputs",
+            {
+                "x": size["x"],
+                "C": size["C"],
+                "dt": row,
+                "decay": row,
+                "states": states * s.item,
+                "CB": CB / 2,  # the causal half
+                **gate,
+            },
+            {"y": size["y"]},
+            (2 * NP + Q * s.head_dim) * n,
+        ),
+    ]
+
+
+def backward(s: Shape) -> list[Kernel]:
+    """The split form: states between chunks in both directions, all gradients, then dt's."""
+    size, n, NP, K = tensors(s), s.token_heads, s.state * s.head_dim, s.chunk
+    row = n * 4
+    states = n / K * NP * s.state_item
+    gate = {"z": size["z"]} if s.z else {}
+    inputs = {name: size[name] for name in ("x", "B", "C")} | gate | {"dy": size["y"]}
+    shares = 1 if s.splits == 1 else s.splits * 4 / s.item  # partial sums are in float32
+    per_program = s.heads / s.groups / s.splits
+    summed = {"dB": size["B"], "dC": size["C"]}
+    partial = {name: v * shares for name, v in summed.items()}
+    kernels = [
+        Kernel(
+            "states between chunks",
+            inputs | {"dt": 2 * size["dt"], "A": size["A"]},
+            {"S": states, "dS": states, "dt, decay": 2 * row},
+            4 * NP * n,
+        ),
+        Kernel(
+            "gradients",
+            inputs | {"S": states, "dS": states, "dt, decay": 2 * row},
+            partial | {"dx": size["x"], "flows": 4 * row} | ({"dz": size["z"]} if s.z else {}),
+            (8 * NP + (8 if s.z else 6) * K * s.head_dim + 8 * K * s.state / per_program) * n,
+        ),
+        Kernel("steps", {"dt": size["dt"], "flows": 4 * row}, {"ddt": size["dt"]}),
+    ]
+    if s.splits > 1:
+        kernels.append(Kernel("sums of dB and dC", partial, summed))
+    return kernels
+
+
+def others(s: Shape, width: int = 4) -> list[Kernel]:
+    """The small operators of the same layer; the step is one token of every sequence."""
+    tokens, d_inner = s.batch * s.length, s.heads * s.head_dim
+    channels = d_inner + 2 * s.groups * s.state
+    xBC, y = tokens * channels * s.item, tokens * d_inner * s.item
+    blocks = s.batch * -(-s.length // 128)  # tokens of a program of the convolution's backward
+    partial = blocks * (width + 1) * channels * 4
+    state = s.batch * d_inner * s.state * 4
+    one = {k: size / s.length for k, size in tensors(s).items() if k in {"x", "dt", "B", "C", "z"}}
+    return [
+        Kernel("convolution", {"x": xBC}, {"y": xBC}, 2 * width * tokens * channels),
+        Kernel(
+            "convolution, backward",
+            {"x": xBC, "dy": xBC},
+            {"dx": xBC, "partial dweight": 2 * partial},
+            6 * width * tokens * channels,
+        ),  # the partial sums are written, and read by the sum over them
+        Kernel("gated norm", {"x": y, "z": y}, {"y": y}),
+        Kernel("gated norm, backward", {"x": y, "z": y, "dy": y}, {"dx": y, "dz": y}),
+        Kernel(
+            "step, one token",
+            {"state": state, **one},
+            {"state": state, "y": y / s.length},
+            4 * s.batch * d_inner * s.state,
+        ),
+    ]
+
+
+def table(title: str, kernels: list[Kernel], unit: float, per: str, card: Card) -> str:
+    """Bytes and operations per unit, and the least time of one call on the card."""
+    lines = [
+        f"{title}, per {per}",
+        f"{'':26s}{'bytes':>9s}{'operations':>12s}{'memory us':>11s}{'products us':>13s}",
+    ]
+    rows = [(k.name, k.bytes, k.operations) for k in kernels]
+    times = [(b / card.bandwidth, f / card.operations) for _, b, f in rows]
+    if len(kernels) > 1:
+        rows.append(("together", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+        times.append((sum(t[0] for t in times), sum(t[1] for t in times)))
+    for (name, size, operations), (memory, products) in zip(rows, times, strict=True):
+        lines.append(
+            f"{name:26s}{size / unit:9.1f}{operations / unit:12.0f}"
+            f"{memory * 1e6:11.1f}{products * 1e6:13.1f}"
+        )
+    least = sum(max(pair) for pair in times[: len(kernels)])
+    lines.append(f"at least {least * 1e6:.1f} us a call on {card.name}")
+    return "\n".join(lines)
+
+
+def main(shape: Shape, card: Card) -> None:
+    """Print the counts for a shape, and the least times on a card."""
+    n = shape.token_heads
+    print(f"{shape}\n{card}\n")
+    per = "token and head"
+    print(table("Forward, single pass", forward(shape), n, per, card), "\n")
+    if shape.segments == 1:
+        long = replace(shape, batch=1, length=shape.batch * shape.length, segments=8)
+        print(table("Forward, one sequence in 8 segments", forward(long), n, per, card), "\n")
+    print(table("Forward, five-kernel chain", chain(shape), n, per, card), "\n")
+    print(table("Backward, split form", backward(shape), n, per, card), "\n")
+    tokens = shape.batch * shape.length
+    *small, step = others(shape)
+    for kernel in small:
+        print(table(kernel.name.capitalize(), [kernel], tokens, "token", card), "\n")
+    print(table("Step", [step], shape.batch * shape.heads, "sequence and head", card))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))

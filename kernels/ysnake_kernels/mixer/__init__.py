@@ -1,0 +1,155 @@
+"""The whole mixer from its input projection on: convolution, scan, gated norm, output projection.
+
+It is made of the other operators, so it has no implementations of its own. Of all that is computed
+on the way it keeps nothing for backward, which computes it again.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ysnake_kernels.backend import backend, choose
+from ysnake_kernels.checks import FLOATS, check, check_rank
+from ysnake_kernels.conv import causal_conv1d
+from ysnake_kernels.norm import rms_norm_gated
+from ysnake_kernels.ssd import ssd_scan
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    chunk_size: int | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A Mamba-2 mixer after its input projection, at the memory of that projection.
+
+    Splits zxbcdt along its features into the gate z, the convolution's input, and dt; then
+    `causal_conv1d`, `ssd_scan` with softplus on dt, `rms_norm_gated` if it has a weight (else z
+    gates the scan), and a linear layer if it has a weight. Saves its arguments for backward, and
+    nothing besides. Name and arguments are mamba_ssm's. Differentiable once in every floating-point
+    argument; under autocast the linear layer runs in autocast's dtype.
+
+    Args:
+        zxbcdt: (batch, length, 2 * d_inner + 2 * ngroups * N + heads).
+        conv1d_weight: (d_inner + 2 * ngroups * N, width).
+        conv1d_bias: (d_inner + 2 * ngroups * N,).
+        dt_bias, A: (heads,).
+        D: (heads,) or (heads, d_inner / heads).
+        chunk_size, initial_states, seq_idx, dt_limit: as in `ssd_scan`; the convolution starts
+            from zeros.
+        return_final_states: also return the scan's states after the last token.
+        activation: of the convolution, as in `causal_conv1d`.
+        rmsnorm_weight: (d_inner,); the norm runs over ngroups groups of features.
+        rmsnorm_eps, norm_before_gate: as in `rms_norm_gated`.
+        outproj_weight: (d_model, d_inner), in zxbcdt's dtype unless under autocast.
+        outproj_bias: (d_model,).
+        headdim: d_inner / heads, which follows from the shapes; checked if given.
+
+    Returns:
+        (batch, length, d_inner) or, with `outproj_weight`, (batch, length, d_model); with
+        `return_final_states` also the states (batch, heads, d_inner / heads, N).
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or values.
+
+    Source: arXiv 2405.21060, section 7.1 and figure 6 (the parallel Mamba block).
+    """
+    sizes = _check(zxbcdt, conv1d_weight, A, headdim, ngroups)
+    d_inner = sizes[0]
+    if rmsnorm_weight is not None:
+        check("rmsnorm_weight", rmsnorm_weight, (d_inner,), zxbcdt, match="zxbcdt")
+    if outproj_weight is not None:
+        check_rank("outproj_weight", outproj_weight, "d_model, d_inner")
+        autocast = torch.is_autocast_enabled(zxbcdt.device.type)
+        dtypes = FLOATS if autocast else (zxbcdt.dtype,)
+        shape = (outproj_weight.shape[0], d_inner)
+        check("outproj_weight", outproj_weight, shape, zxbcdt, "zxbcdt", dtypes)
+        if outproj_bias is not None:
+            check("outproj_bias", outproj_bias, shape[:1], zxbcdt, "outproj_weight", dtypes)
+    elif outproj_bias is not None:
+        raise ValueError("outproj_bias: expected an outproj_weight with it, got None")
+    name = choose(zxbcdt)
+
+    def mixer(zxbcdt, weight, bias, dt_bias, A, D, states, seq_idx, norm, projection, shift):
+        z, xBC, dt = zxbcdt.split(sizes, dim=-1)
+        xBC = causal_conv1d(xBC.transpose(1, 2), weight, bias, seq_idx, activation=activation)
+        n = (sizes[1] - d_inner) // 2
+        x, B, C = xBC.transpose(1, 2).split([d_inner, n, n], dim=-1)
+        y, states = ssd_scan(
+            x.unflatten(-1, (sizes[2], -1)),
+            dt,
+            A,
+            B.unflatten(-1, (ngroups, -1)),
+            C.unflatten(-1, (ngroups, -1)),
+            chunk_size,
+            D=D,
+            z=z.unflatten(-1, (sizes[2], -1)) if norm is None else None,
+            dt_bias=dt_bias,
+            initial_states=states,
+            seq_idx=seq_idx,
+            dt_softplus=True,
+            dt_limit=dt_limit,
+            return_final_states=True,
+        )
+        y = y.flatten(2)
+        if norm is not None:
+            group_size = d_inner // ngroups
+            y = rms_norm_gated(y, norm, None, z, rmsnorm_eps, group_size, norm_before_gate)
+        if projection is not None:
+            y = F.linear(y, projection, shift)
+        return y, states
+
+    def as_chosen(*tensors):
+        with backend(name):  # backward may run in a thread that does not know of an override
+            return mixer(*tensors)
+
+    y, states = checkpoint(
+        mixer if torch.compiler.is_compiling() else as_chosen,
+        *(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, initial_states, seq_idx),
+        *(rmsnorm_weight, outproj_weight, outproj_bias),
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
+    return (y, states) if return_final_states else y
+
+
+def _check(
+    zxbcdt: Tensor, conv1d_weight: Tensor, A: Tensor, headdim: int | None, ngroups: int
+) -> list[int]:
+    """The sizes of z, of the convolution's input and of dt, after the checks of what gives them."""
+    check_rank("zxbcdt", zxbcdt, "batch, length, features")
+    check_rank("conv1d_weight", conv1d_weight, "channels, width")
+    check_rank("A", A, "heads,")
+    features, channels, heads = zxbcdt.shape[2], conv1d_weight.shape[0], A.shape[0]
+    d_inner = features - channels - heads
+    if d_inner < 1 or d_inner % heads:
+        raise ValueError(
+            "zxbcdt: expected channels of conv1d_weight + heads + a multiple of heads = "
+            f"{channels} + {heads} + k * {heads} features, got {features}"
+        )
+    if headdim is not None and headdim * heads != d_inner:
+        raise ValueError(f"headdim: expected {d_inner // heads} to match zxbcdt, got {headdim}")
+    if ngroups < 1 or heads % ngroups:
+        raise ValueError(f"ngroups: expected a divisor of {heads} heads, got {ngroups}")
+    if channels <= d_inner or (channels - d_inner) % (2 * ngroups):
+        raise ValueError(
+            f"conv1d_weight: expected d_inner + 2 * ngroups * N = {d_inner} + {2 * ngroups} * N "
+            f"channels to match zxbcdt, got {channels}"
+        )
+    return [d_inner, channels, heads]

@@ -1,0 +1,272 @@
+"""Gated RMSNorm in Triton: one kernel forward and one backward, each reading its inputs once.
+
+A program owns a block of rows of one group of features. Backward recomputes from the inputs and
+sums the gradients of weight and bias over a program's rows in registers; torch adds the programs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ysnake_kernels.numerics import accumulator
+
+MAX_GROUP = 16384  # features that a program holds in registers
+TILE = 2048  # elements that a program works on at once, if a group is not larger
+FORWARD_PER_THREAD, BACKWARD_PER_THREAD = 16, 8  # elements; more spill
+PROGRAMS = 512  # of the backward, at most: its partial sums, and a few for every multiprocessor
+
+
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    """Arguments as `rms_norm_gated` has checked them.
+
+    Raises:
+        ValueError: a group does not fit the registers of a multiprocessor.
+    """
+    if group_size > MAX_GROUP:
+        raise ValueError(
+            f"group_size: expected at most {MAX_GROUP} with backend 'fused', got {group_size}"
+        )
+    return _forward(x, weight, bias, z, eps, group_size, norm_before_gate)
+
+
+@triton.jit
+def _load(pointer, row, row_stride, feature, inside, ACC: tl.constexpr):
+    offsets = row[:, None] * row_stride + feature[None, :]  # [R F]
+    return tl.load(pointer + offsets, inside, other=0.0).to(ACC)
+
+
+@triton.jit
+def _forward_kernel(
+    x,
+    weight,
+    bias,
+    z,
+    y,
+    rows,
+    features,
+    x_row,
+    z_row,
+    EPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
+    feature = tl.program_id(1) * GROUP + col
+    inside = (row < rows)[:, None] & (col < GROUP)[None, :]
+    v = _load(x, row, x_row, feature, inside, ACC)  # [R F]
+    if z is not None:
+        zs = _load(z, row, z_row, feature, inside, ACC)
+        gate = zs * tl.sigmoid(zs)
+        if not NORM_FIRST:
+            v *= gate
+    rstd = tl.rsqrt(tl.sum(v * v, 1) / GROUP + tl.full([], EPS, ACC))  # [R]
+    v *= rstd[:, None] * tl.load(weight + feature, col < GROUP, other=0.0).to(ACC)[None, :]
+    if bias is not None:
+        v += tl.load(bias + feature, col < GROUP, other=0.0).to(ACC)[None, :]
+    if z is not None and NORM_FIRST:
+        v *= gate
+    offsets = row[:, None] * features + feature[None, :]
+    tl.store(y + offsets, v.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _backward_kernel(
+    x,
+    weight,
+    bias,
+    z,
+    dy,
+    dx,
+    dz,
+    dweight,  # [programs features], partial sums
+    dbias,
+    rows,
+    features,
+    x_row,
+    z_row,
+    dy_row,
+    EPS: tl.constexpr,
+    GROUP: tl.constexpr,
+    NORM_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    col = tl.arange(0, COLS)
+    feature = tl.program_id(1) * GROUP + col
+    w = tl.load(weight + feature, col < GROUP, other=0.0).to(ACC)[None, :]  # [1 F]
+    dw = tl.zeros([ROWS, COLS], ACC)
+    db = tl.zeros([ROWS, COLS], ACC)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        inside = (row < rows)[:, None] & (col < GROUP)[None, :]
+        offsets = row[:, None] * features + feature[None, :]
+        xs = _load(x, row, x_row, feature, inside, ACC)  # [R F]
+        grad = _load(dy, row, dy_row, feature, inside, ACC)
+        v = xs
+        if z is not None:
+            zs = _load(z, row, z_row, feature, inside, ACC)
+            sigmoid = tl.sigmoid(zs)
+            gate = zs * sigmoid
+            slope = sigmoid * (1 + zs * (1 - sigmoid))  # of silu
+            if not NORM_FIRST:
+                v = xs * gate
+        rstd = tl.rsqrt(tl.sum(v * v, 1) / GROUP + tl.full([], EPS, ACC))[:, None]
+        unit = v * rstd
+        if z is not None and NORM_FIRST:
+            affine = unit * w
+            if bias is not None:
+                affine += tl.load(bias + feature, col < GROUP, other=0.0).to(ACC)[None, :]
+            tl.store(dz + offsets, (grad * affine * slope).to(dz.dtype.element_ty), inside)
+            grad *= gate
+        dw += grad * unit
+        if bias is not None:
+            db += grad
+        # through v / rms(v): remove the part of the gradient along v
+        grad *= w
+        dv = (grad - unit * (tl.sum(grad * unit, 1) / GROUP)[:, None]) * rstd
+        if z is not None and not NORM_FIRST:
+            tl.store(dz + offsets, (dv * xs * slope).to(dz.dtype.element_ty), inside)
+            dv *= gate
+        tl.store(dx + offsets, dv.to(dx.dtype.element_ty), inside)
+    partial = tl.program_id(0) * features + feature
+    tl.store(dweight + partial, tl.sum(dw, 0), col < GROUP)
+    if bias is not None:
+        tl.store(dbias + partial, tl.sum(db, 0), col < GROUP)
+
+
+def configuration(group_size: int, per_thread: int) -> dict[str, int]:
+    """Rows and features of a tile, and warps, for a group of this size on any architecture."""
+    cols = triton.next_power_of_2(group_size)
+    rows = max(1, TILE // cols)
+    warps = min(max(rows * cols // (32 * per_thread), 4), 16)
+    return {"ROWS": rows, "COLS": cols, "num_warps": warps}
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    """[rows features] with adjacent features: a view where the strides allow."""
+    if t is None:
+        return None
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def _row_stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _options(
+    per_thread: int, eps: float, group_size: int, norm_before_gate: bool, acc: torch.dtype
+) -> dict:
+    return configuration(group_size, per_thread) | {
+        "EPS": eps,
+        "GROUP": group_size,
+        "NORM_FIRST": norm_before_gate,
+        "ACC": tl.float64 if acc == torch.float64 else tl.float32,
+    }
+
+
+@torch.library.custom_op("ysnake::norm", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    xs, zs = _rows(x), _rows(z)
+    rows, features = xs.shape
+    acc = accumulator(x, weight, bias, z)
+    options = _options(FORWARD_PER_THREAD, eps, group_size, norm_before_gate, acc)
+    bias = None if bias is None else bias.contiguous()
+    grid = (triton.cdiv(rows, options["ROWS"]), features // group_size)
+    with torch.cuda.device_of(x):
+        _forward_kernel[grid](
+            *(xs, weight.contiguous(), bias, zs, y),
+            *(rows, features, _row_stride(xs), _row_stride(zs)),
+            **options,
+        )
+    return y
+
+
+@torch.library.custom_op("ysnake::norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dz = torch.empty(x.shape, dtype=x.dtype, device=x.device), _empty_like(z, x)
+    xs, zs, dys = _rows(x), _rows(z), _rows(dy)
+    rows, features = xs.shape
+    acc = accumulator(x, weight, bias, z)
+    options = _options(BACKWARD_PER_THREAD, eps, group_size, norm_before_gate, acc)
+    groups = features // group_size
+    programs = min(triton.cdiv(rows, options["ROWS"]), triton.cdiv(PROGRAMS, groups))
+    dweight = torch.empty(programs, features, dtype=acc, device=x.device)
+    dbias = torch.empty(0 if bias is None else programs, features, dtype=acc, device=x.device)
+    if rows > 0:
+        with torch.cuda.device_of(x):
+            _backward_kernel[(programs, groups)](
+                *(xs, weight.contiguous(), None if bias is None else bias.contiguous(), zs, dys),
+                *(dx, dz, dweight, dbias),
+                *(rows, features, _row_stride(xs), _row_stride(zs), _row_stride(dys)),
+                **options,
+            )
+    dbias = _empty_like(bias, x) if bias is None else dbias.sum(0).to(bias.dtype)
+    return dx, dweight.sum(0).to(weight.dtype), dbias, dz
+
+
+def _empty_like(t: Tensor | None, x: Tensor) -> Tensor:
+    """A contiguous tensor of t's shape; without t one of no elements, since an operator in torch's
+    library returns no None."""
+    if t is None:
+        return x.new_empty(0)
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+
+
+@_forward.register_fake
+def _(x, weight, bias, z, eps, group_size, norm_before_gate):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@_backward.register_fake
+def _(dy, x, weight, bias, z, eps, group_size, norm_before_gate):
+    return _empty_like(x, x), _empty_like(weight, x), _empty_like(bias, x), _empty_like(z, x)
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, z, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, bias, z)
+
+
+def _differentiate(ctx, dy):
+    x, weight, bias, z = ctx.saved_tensors
+    dx, dweight, dbias, dz = _backward(dy, x, weight, bias, z, *ctx.options)
+    dbias, dz = None if bias is None else dbias, None if z is None else dz
+    return dx, dweight, dbias, dz, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,0 +1,184 @@
+"""One recurrent step of the SSD layer in Triton: one kernel that reads and writes the state once.
+
+A program owns some rows of one head's state. Everything else that a step needs is tiny beside it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ysnake_kernels.numerics import accumulator
+
+TILE = 2048  # elements of the state per program: 8 KB in float32, small enough for batch 1
+MAX_STATE = 4096  # N, a row of the tile
+
+
+def step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    state_batch_indices: Tensor | None,
+) -> Tensor:
+    """Arguments as `ssd_step` has checked them; `state` is updated in place.
+
+    Raises:
+        ValueError: the state size N is too large.
+    """
+    if B.shape[-1] > MAX_STATE:
+        raise ValueError(
+            f"B: expected a state size of at most {MAX_STATE} with backend 'fused', "
+            f"got {B.shape[-1]}"
+        )
+    low, high = dt_limit
+    return _step(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus, low, high)
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + exp(v)), accurate where exp(v) is tiny."""
+    e = tl.exp(-tl.abs(v))
+    u = 1 + e  # its rounding error cancels in log(u) e / (u - 1)
+    log1p = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1, u - 1)))
+    return tl.where(v > 0, v, 0) + log1p
+
+
+@triton.jit
+def _kernel(
+    state,
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    z,
+    dt_bias,
+    indices,
+    y,
+    heads,
+    x_batch,
+    x_head,
+    dt_batch,
+    dt_head,
+    B_batch,
+    B_group,
+    C_batch,
+    C_group,
+    z_batch,
+    z_head,
+    HEADS_PER_GROUP: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    D_PER_CHANNEL: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    batch, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    group = head // HEADS_PER_GROUP
+    p = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, COLS)
+
+    step = tl.load(dt + batch * dt_batch + head * dt_head).to(ACC)
+    if dt_bias is not None:
+        step += tl.load(dt_bias + head).to(ACC)
+    if SOFTPLUS:
+        step = softplus(step)
+    step = tl.where(step < LOW, tl.full([], LOW, ACC), step)  # a NaN stays one
+    step = tl.where(step > HIGH, tl.full([], HIGH, ACC), step)
+    decay = tl.exp(step * tl.load(A + head).to(ACC))
+
+    xs = tl.load(x + batch * x_batch + head * x_head + p, p < P, other=0.0).to(ACC)  # [P]
+    Bs = tl.load(B + batch * B_batch + group * B_group + n, n < N, other=0.0).to(ACC)  # [N]
+    Cs = tl.load(C + batch * C_batch + group * C_group + n, n < N, other=0.0).to(ACC)
+    row = batch if indices is None else tl.load(indices + batch).to(tl.int64)
+    at = state + (row * heads + head) * (P * N) + p[:, None] * N + n[None, :]
+    inside = (p < P)[:, None] & (n < N)[None, :]
+    S = tl.load(at, inside, other=0.0).to(ACC) * decay  # [P N]
+    S += (step * xs)[:, None] * Bs[None, :]
+    tl.store(at, S.to(state.dtype.element_ty), inside)
+
+    out = tl.sum(S * Cs[None, :], 1)
+    if D is not None:
+        if D_PER_CHANNEL:
+            out += xs * tl.load(D + head * P + p, p < P, other=0.0).to(ACC)
+        else:
+            out += xs * tl.load(D + head).to(ACC)
+    if z is not None:
+        zs = tl.load(z + batch * z_batch + head * z_head + p, p < P, other=0.0).to(ACC)
+        out *= zs * tl.sigmoid(zs)
+    tl.store(y + (batch * heads + head) * P + p, out.to(y.dtype.element_ty), p < P)
+
+
+def configuration(head_dim: int, n: int) -> dict[str, int]:
+    """Rows and columns of the state's tile, and warps, on any architecture."""
+    cols = triton.next_power_of_2(n)
+    rows = min(triton.next_power_of_2(head_dim), max(1, TILE // cols))
+    return {"ROWS": rows, "COLS": cols, "num_warps": 4}
+
+
+def _adjacent(t: Tensor | None) -> Tensor | None:
+    """t with the elements of its last dimension side by side."""
+    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+
+
+@torch.library.custom_op("ysnake::step", mutates_args=("state",))
+def _step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    indices: Tensor | None,
+    dt_softplus: bool,
+    low: float,
+    high: float,
+) -> Tensor:
+    batch, heads, head_dim = x.shape
+    groups, n = B.shape[1:]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    x, B, C, z = (_adjacent(t) for t in (x, B, C, z))
+    A, D, dt_bias, indices = (
+        None if t is None else t.contiguous() for t in (A, D, dt_bias, indices)
+    )
+    options = configuration(head_dim, n)
+    acc = accumulator(state, x)
+    with torch.cuda.device_of(x):
+        _kernel[(batch, heads, triton.cdiv(head_dim, options["ROWS"]))](
+            *(state, x, dt, A, B, C, D, z, dt_bias, indices, y, heads),
+            *(*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2]),
+            *((0, 0) if z is None else z.stride()[:2]),
+            HEADS_PER_GROUP=heads // groups,
+            P=head_dim,
+            N=n,
+            D_PER_CHANNEL=D is not None and D.ndim == 2,
+            SOFTPLUS=dt_softplus,
+            LOW=low,
+            HIGH=high,
+            ACC=tl.float64 if acc == torch.float64 else tl.float32,
+            **options,
+        )
+    return y
+
+
+@_step.register_fake
+def _(state, x, dt, A, B, C, D, z, dt_bias, indices, dt_softplus, low, high):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
