@@ -16,7 +16,10 @@ setup(
     packages=[
         "ysnake",
         "ysnake_kernels",
-        *(f"ysnake_kernels.{operator}" for operator in ("ssd", "step", "conv", "norm")),
+        *(
+            f"ysnake_kernels.{name}"
+            for name in ("ssd", "step", "conv", "norm", "mixer", "dropin")
+        ),
     ],
     package_dir={"ysnake_kernels": "kernels/ysnake_kernels"},
     package_data={"ysnake": ["py.typed"], "ysnake_kernels": ["py.typed"]},
