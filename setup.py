@@ -16,10 +16,7 @@ setup(
     packages=[
         "ysnake",
         "ysnake_kernels",
-        *(
-            f"ysnake_kernels.{name}"
-            for name in ("ssd", "step", "conv", "norm", "mixer", "dropin")
-        ),
+        *(f"ysnake_kernels.{name}" for name in ("ssd", "step", "conv", "norm", "mixer", "dropin")),
     ],
     package_dir={"ysnake_kernels": "kernels/ysnake_kernels"},
     package_data={"ysnake": ["py.typed"], "ysnake_kernels": ["py.typed"]},

@@ -154,9 +154,9 @@ class Messages(logging.Handler):
 def main(install: bool, file: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if install:
-        import ysnake_kernels.dropin
+    import ysnake_kernels.dropin
 
+    if install:
         ysnake_kernels.dropin.install()
     import transformers
 
@@ -170,6 +170,11 @@ def main(install: bool, file: str) -> None:
         if install:
             results[family]["packed"] = packed(family)
         results[family]["messages"] = list(messages.kept)
+    if not install:
+        try:
+            ysnake_kernels.dropin.install()
+        except RuntimeError as error:
+            results["too late"] = str(error)
     torch.save(results, file)
 
 

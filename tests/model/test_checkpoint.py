@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import corpus, model, python, saved
 
-from ysnake import checkpoint, tokenizer
+from ysnake import checkpoint, evaluate, run, tokenizer
 from ysnake.config import (
     InputError,
     ModelConfig,
@@ -140,18 +140,20 @@ def test_what_state_spaces_published_has_the_expected_sizes():
     assert (config.vocab_size, config.n_heads, config.eos_id) == (50288, 24, 0)
 
 
-def test_a_state_spaces_folder_runs_trains_and_is_evaluated(tmp_path):
+def test_a_state_spaces_folder_runs_trains_and_is_evaluated(tmp_path, capsys):
     folder = as_state_spaces(saved(tmp_path), dtype=torch.bfloat16)
     data = corpus(tmp_path)
     assert all(t.dtype == torch.float32 for t in checkpoint.load(folder).state_dict().values())
+    for command, options in {
+        run: ("--prompt", "The adder", "--max-tokens", "3"),
+        evaluate: ("--data", str(data), "--max-documents", "2"),
+    }.items():
+        assert command.main([str(folder), *options]) == 0
+        assert capsys.readouterr().out.strip()
     options = ("--max-steps", "2", "--seq-len", "16", "--batch-size", "2")
-    for command in (
-        ("ysnake.run", folder, "--prompt", "The adder", "--max-tokens", "3"),
-        ("ysnake.evaluate", folder, "--data", data, "--max-documents", "2"),
-        ("ysnake.train", "--from", folder, "--data", data, "--run", "tuned", *options),
-    ):
-        done = python(*command, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    source = ("--from", folder, "--data", data, "--run", "tuned")
+    done = python("ysnake.train", *source, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert "hidden_size" in json.loads((tmp_path / "tuned/last/config.json").read_text())
 
 
