@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 SERVE = ["starlette>=1.7", "uvicorn>=0.54"]
+GGUF = ["gguf>=0.17"]
 
 setup(
     name="ysnake",
@@ -18,7 +19,7 @@ setup(
     packages=[
         "ysnake",
         "ysnake_kernels",
-        *(f"ysnake_kernels.{operator}" for operator in ("ssd", "step", "conv", "norm", "mixer")),
+        *(f"ysnake_kernels.{name}" for name in ("ssd", "step", "conv", "norm", "mixer", "dropin")),
     ],
     package_dir={"ysnake_kernels": "kernels/ysnake_kernels"},
     package_data={
@@ -41,7 +42,12 @@ setup(
     ],
     extras_require={
         "serve": SERVE,
-        "test": ["pytest>=8", "pytest-benchmark>=5", "transformers>=5", "ruff>=0.12", *SERVE],
+        "gguf": GGUF,
+        "test": [
+            *("pytest>=8", "pytest-benchmark>=5", "transformers>=5", "ruff>=0.12"),
+            *SERVE,
+            *GGUF,
+        ],
         "bench": ["pytest-benchmark>=5", "transformers>=5"],
     },
 )

@@ -18,12 +18,15 @@ from ysnake.config import (
     VOCAB_MULTIPLE,
     InputError,
     ModelConfig,
-    from_hugging_face,
+    from_json,
     to_hugging_face,
+    weight_name,
 )
 from ysnake.model import FactorisedHead, Model
 
 WEIGHTS = "model.safetensors"
+SHARDS = "model.safetensors.index.json"  # of others: the list of several such files
+PICKLED = "pytorch_model.bin"  # of others: written by torch.save
 STATE = "training_state.pt"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"  # SHA-256 of every file of the folder
@@ -97,22 +100,17 @@ def resolve(path: Path | str, which: str | None = None) -> Path:
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> Model:
-    """Read a model from a Hugging Face Mamba2 folder, one of ours or any other's.
+    """Read a model from a folder of ours, of Hugging Face's Mamba2, or of state-spaces/mamba2-*.
+
+    Weights of 16 bits become float32, exactly: a CPU is slow in anything else, and training needs
+    the precision.
 
     Raises:
         InputError: a file is missing, damaged, or of another shape than config.json says.
     """
     folder = find(folder)
     config = load_config(folder)
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    _verify(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"{path}: damaged ({error})") from error
+    path, weights = _read_weights(folder)
     with torch.device("meta"):
         model = Model(config)
     if config.tied:
@@ -134,11 +132,53 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> Model:
     return model.requires_grad_(True).to(device)
 
 
+def _read_weights(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The file of the weights (of several, the one that lists them), and what they hold."""
+    path = next((folder / n for n in (WEIGHTS, SHARDS, PICKLED) if (folder / n).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder / WEIGHTS}: no such file")
+    names = {path.name}
+    if path.name == SHARDS:
+        try:
+            names = {Path(n).name for n in json.loads(path.read_text())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: damaged ({error})") from error
+    weights: dict[str, torch.Tensor] = {}
+    for file in (folder / name for name in sorted(names)):
+        _verify(file)
+        weights |= _read_pickled(file) if file.name == PICKLED else _read_safetensors(file)
+    return path, {
+        weight_name(name): t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+        for name, t in weights.items()
+    }
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged ({error})") from error
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """What torch.save wrote; nothing in the file can run code."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise InputError(f"{path}: damaged ({type(error).__name__})") from error
+    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise InputError(f"{path}: expected tensors by name")
+    return weights
+
+
 def load_config(folder: Path) -> ModelConfig:
     """The model that the folder's config.json describes."""
     path = folder / "config.json"
     try:
-        return from_hugging_face(json.loads(path.read_text()))
+        return from_json(json.loads(path.read_text()))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -154,8 +194,13 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         InputError: it is missing, or not the one that this model was trained with.
     """
     folder = find(folder)
-    tokenizer = tokenizers.load(folder)
     path = folder / tokenizers.FILE
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; a folder without one needs the tokenizer.json that its model "
+            "was trained with (state-spaces/mamba2-*: that of EleutherAI/gpt-neox-20b)"
+        )
+    tokenizer = tokenizers.load(folder)
     rows = load_config(folder).vocab_size
     size = tokenizer.get_vocab_size()
     _verify(path)

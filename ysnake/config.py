@@ -1,6 +1,7 @@
-"""The sizes of a model, their names in Hugging Face's config.json, and the presets.
+"""The sizes of a model, their names in the config.json of others, and the presets.
 
-Inside ysnake sizes have the paper's names (`d_model`, `d_state`, ...); this file alone knows both.
+Inside ysnake sizes have the paper's names (`d_model`, `d_state`, ...) and weights have Hugging
+Face's. This file alone also knows Hugging Face's names of sizes, and those of state-spaces.
 """
 
 import math
@@ -144,6 +145,17 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     return out
 
 
+def from_json(content: Any) -> ModelConfig:
+    """The model that the content of a config.json describes, Hugging Face's or state-spaces'.
+
+    Raises:
+        InputError: not a Mamba-2 configuration, or one that this model cannot be.
+    """
+    if not isinstance(content, dict):
+        raise InputError(f"config.json: expected an object, got {type(content).__name__}")
+    return from_state_spaces(content) if "ssm_cfg" in content else from_hugging_face(content)
+
+
 def from_hugging_face(content: dict[str, Any]) -> ModelConfig:
     """The model that a config.json describes; its chunk size is left to the operators.
 
@@ -175,6 +187,71 @@ def from_hugging_face(content: dict[str, Any]) -> ModelConfig:
             f"= {config.n_heads}"
         )
     return config
+
+
+_STATE_SPACES_NAMES = {
+    "d_state": "d_state",
+    "head_dim": "headdim",
+    "expand": "expand",
+    "n_groups": "ngroups",
+    "conv_width": "d_conv",
+    "bias": "bias",
+    "conv_bias": "conv_bias",
+    "dt_min": "dt_min",
+    "dt_max": "dt_max",
+    "dt_floor": "dt_init_floor",
+    "dt_limit": "dt_limit",
+}
+# What a state-spaces model is that this one can be: any other value is refused.
+_STATE_SPACES_MODEL = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}
+_STATE_SPACES_LAYER = {
+    "d_ssm": None,
+    "D_has_hdim": False,
+    "rmsnorm": True,
+    "norm_before_gate": False,
+}
+# What changes nothing in the weights or the result.
+_STATE_SPACES_IGNORED = {"layer", "A_init_range", "conv_init", "chunk_size", "use_mem_eff_path"}
+
+
+def from_state_spaces(content: dict[str, Any]) -> ModelConfig:
+    """The model that a config.json of state-spaces/mamba2-* describes.
+
+    It names no special tokens: they are 0, `<|endoftext|>` in the tokenizer those models share.
+
+    Raises:
+        InputError: not a Mamba-2 configuration, or one that this model cannot be.
+    """
+    layer = content["ssm_cfg"]
+    if layer.get("layer") != "Mamba2":
+        raise InputError(f"config.json: expected layer Mamba2, got {layer.get('layer', 'Mamba1')}")
+    missing = [name for name in ("d_model", "n_layer", "vocab_size") if name not in content]
+    if missing:
+        raise InputError(f"config.json: {', '.join(missing)} missing")
+    for values, only in ((content, _STATE_SPACES_MODEL), (layer, _STATE_SPACES_LAYER)):
+        for name, value in only.items():
+            if values.get(name, value) != value:
+                raise InputError(f"config.json: {name} {values[name]} is not supported")
+    known = set(_STATE_SPACES_NAMES.values()) | set(_STATE_SPACES_LAYER) | _STATE_SPACES_IGNORED
+    if unknown := sorted(set(layer) - known):
+        raise InputError(f"config.json: ssm_cfg.{unknown[0]} is not supported")
+    sizes = {ours: layer[theirs] for ours, theirs in _STATE_SPACES_NAMES.items() if theirs in layer}
+    if "dt_limit" in sizes:
+        sizes["dt_limit"] = tuple(sizes["dt_limit"])
+    multiple = content.get("pad_vocab_size_multiple", 8)
+    return ModelConfig(
+        vocab_size=-(-content["vocab_size"] // multiple) * multiple,
+        d_model=content["d_model"],
+        n_layers=content["n_layer"],
+        tied=content.get("tie_embeddings", True),
+        residual_in_fp32=content.get("residual_in_fp32", True),
+        **sizes,
+    )
+
+
+def weight_name(name: str) -> str:
+    """The name that a weight of a Hugging Face or state-spaces checkpoint has in the model."""
+    return name.replace("backbone.embedding.", "backbone.embeddings.")
 
 
 @dataclass(frozen=True)

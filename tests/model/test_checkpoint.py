@@ -1,14 +1,22 @@
 """Checkpoints: exact round trips, Hugging Face reads them, damaged ones are refused by name."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import model, saved
+from small import corpus, model, python, saved
 
-from ysnake import checkpoint, tokenizer
-from ysnake.config import InputError, from_hugging_face, to_hugging_face
+from ysnake import checkpoint, evaluate, run, tokenizer
+from ysnake.config import (
+    InputError,
+    ModelConfig,
+    from_hugging_face,
+    from_json,
+    to_hugging_face,
+)
+from ysnake.model import Model
 
 SHAPES = {
     "tied": {},
@@ -59,6 +67,112 @@ def test_transformers_gives_the_same_logits(tmp_path, sizes):
     back = checkpoint.load(tmp_path / "back")
     weights = ours.state_dict()
     assert all(torch.equal(t, weights[name]) for name, t in back.state_dict().items())
+
+
+def as_state_spaces(folder, kind="pickled", dtype=torch.float32, **changes):
+    """Rewrite a saved folder as state-spaces would have published the model."""
+    c = checkpoint.load_config(folder)
+    weights = {k: t.to(dtype) for k, t in checkpoint.load(folder).state_dict().items()}
+    weights["backbone.embedding.weight"] = weights.pop("backbone.embeddings.weight")
+    layer = {"layer": "Mamba2", "d_state": c.d_state, "headdim": c.head_dim}
+    for ours, theirs in {"n_groups": "ngroups", "bias": "bias", "conv_bias": "conv_bias"}.items():
+        if getattr(c, ours) != getattr(ModelConfig, ours):
+            layer[theirs] = getattr(c, ours)
+    if c.dt_limit != (0.0, math.inf):
+        layer["dt_limit"] = c.dt_limit
+    content = {
+        "d_model": c.d_model,
+        "d_intermediate": 0,
+        "n_layer": c.n_layers,
+        "vocab_size": c.vocab_size - 3,
+        "ssm_cfg": layer,
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": c.tied,
+    }
+    (folder / "config.json").write_text(json.dumps(content | changes))
+    for name in ("model.safetensors", "generation_config.json", "manifest.json"):
+        (folder / name).unlink()
+    if kind == "pickled":
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        if c.tied:
+            del weights["lm_head.weight"]
+        save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["pickled", "safetensors"])
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+def test_state_spaces_names_and_back_are_exact(tmp_path, sizes, kind):
+    folder = saved(tmp_path, **sizes)
+    before = checkpoint.load(folder)
+    after = checkpoint.load(as_state_spaces(folder, kind))
+    assert after.config == before.config
+    weights = before.state_dict()
+    assert all(torch.equal(t, weights[name]) for name, t in after.state_dict().items())
+    tied = after.lm_head.weight is after.backbone.embeddings.weight
+    assert tied == sizes.get("tied", True)
+
+
+def test_what_state_spaces_published_has_the_expected_sizes():
+    content = {
+        "d_model": 768,
+        "d_intermediate": 0,
+        "n_layer": 24,
+        "vocab_size": 50277,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": True,
+    }
+    config = from_json(content)
+    with torch.device("meta"):
+        assert Model(config).n_parameters() == 128_989_632
+    assert (config.vocab_size, config.n_heads, config.eos_id) == (50288, 24, 0)
+
+
+def test_a_state_spaces_folder_runs_trains_and_is_evaluated(tmp_path, capsys):
+    folder = as_state_spaces(saved(tmp_path), dtype=torch.bfloat16)
+    data = corpus(tmp_path)
+    assert all(t.dtype == torch.float32 for t in checkpoint.load(folder).state_dict().values())
+    for command, options in {
+        run: ("--prompt", "The adder", "--max-tokens", "3"),
+        evaluate: ("--data", str(data), "--max-documents", "2"),
+    }.items():
+        assert command.main([str(folder), *options]) == 0
+        assert capsys.readouterr().out.strip()
+    options = ("--max-steps", "2", "--seq-len", "16", "--batch-size", "2")
+    source = ("--from", folder, "--data", data, "--run", "tuned")
+    done = python("ysnake.train", *source, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "hidden_size" in json.loads((tmp_path / "tuned/last/config.json").read_text())
+
+
+def test_weights_in_several_files(tmp_path):
+    folder = saved(tmp_path)
+    weights = checkpoint.load(folder).state_dict()
+    everything = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(everything)
+    place = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(place.values()):
+        save_file({n: everything[n] for n in names if place[n] == file}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": place}))
+    loaded = checkpoint.load(folder).state_dict()
+    assert all(torch.equal(t, weights[name]) for name, t in loaded.items())
+    (folder / file).unlink()
+    with pytest.raises(InputError, match=rf"{file}: no such file"):
+        checkpoint.load(folder)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "word"])
@@ -112,7 +226,30 @@ def flip_bit(folder, name):
     (folder / name).write_bytes(content)
 
 
+def pickled_code(folder):
+    as_state_spaces(folder)
+    torch.save({"backbone.norm_f.weight": Attack()}, folder / "pytorch_model.bin")
+
+
+def hidden_layer(folder, **settings):
+    as_state_spaces(folder, ssm_cfg={"layer": "Mamba2", "d_state": 8, "headdim": 8} | settings)
+
+
+class Attack:
+    def __reduce__(self):
+        return (print, ("code was run",))
+
+
 DAMAGE = {
+    "pytorch_model.bin: damaged": pickled_code,
+    "expected layer Mamba2, got Mamba1": lambda f: as_state_spaces(f, ssm_cfg={}),
+    "n_layer missing": lambda f: (f / "config.json").write_text(
+        json.dumps({"ssm_cfg": {"layer": "Mamba2"}, "d_model": 1, "vocab_size": 1})
+    ),
+    "attn_layer_idx [1] is not supported": lambda f: as_state_spaces(f, attn_layer_idx=[1]),
+    "D_has_hdim True is not supported": lambda f: hidden_layer(f, D_has_hdim=True),
+    "ssm_cfg.d_stat is not supported": lambda f: hidden_layer(f, d_stat=8),
+    "config.json: expected an object, got list": lambda f: (f / "config.json").write_text("[]"),
     "model.safetensors: no such file": lambda f: (f / "model.safetensors").unlink(),
     "model.safetensors: damaged or exchanged": lambda f: flip_bit(f, "model.safetensors"),
     "manifest.json: damaged": lambda f: (f / "manifest.json").write_text("["),
@@ -147,6 +284,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     tokenizer.save(small, folder)
     with pytest.raises(InputError, match="do not fit a model with 320 rows"):
         checkpoint.load_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"tokenizer\.json: no such file; .*gpt-neox-20b"):
+        checkpoint.load_tokenizer(folder)
 
 
 def test_a_save_that_was_cut_short_leaves_the_old_checkpoint(tmp_path):
@@ -164,10 +304,6 @@ def test_training_state_cannot_run_code(tmp_path):
     folder = saved(tmp_path)
     with pytest.raises(InputError, match=r"training_state\.pt: no such file"):
         checkpoint.load_training(folder)
-
-    class Attack:
-        def __reduce__(self):
-            return (print, ("code was run",))
 
     torch.save({"x": Attack()}, folder / "training_state.pt")  # the manifest does not know it
     with pytest.raises(InputError, match=r"training_state\.pt: damaged"):

@@ -1,0 +1,108 @@
+"""Our operators under the names of mamba_ssm and causal-conv1d, for code that imports those.
+
+`install()` makes both packages importable. transformers and others then find them as if they had
+been installed, on any device; see `functions` and `modules` for what they get.
+"""
+
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, module_from_spec
+from types import ModuleType
+
+from ysnake_kernels.dropin import functions, modules
+
+# The releases whose interface this is; "+ysnake" says that it is not them.
+_VERSIONS = {"mamba_ssm": "2.3.0+ysnake", "causal_conv1d": "1.6.0+ysnake"}
+_SCANS = ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")
+_STEP = ("selective_state_update",)
+_CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
+_OFFERED: dict[str, tuple[str, ...]] = {
+    "mamba_ssm": (*_SCANS, *_STEP, "Mamba2"),  # functions at the root too: transformers asks there
+    "mamba_ssm.modules": (),
+    "mamba_ssm.modules.mamba2": ("Mamba2",),
+    "mamba_ssm.ops": (),
+    "mamba_ssm.ops.triton": (),
+    "mamba_ssm.ops.triton.ssd_combined": _SCANS,
+    "mamba_ssm.ops.triton.selective_state_update": _STEP,
+    "mamba_ssm.ops.triton.layernorm_gated": ("RMSNorm", "rmsnorm_fn"),
+    "causal_conv1d": _CONVOLUTIONS,
+    "causal_conv1d.causal_conv1d_interface": _CONVOLUTIONS,
+}
+
+
+def install(force: bool = False) -> None:
+    """Make `mamba_ssm` and `causal_conv1d` importable, each where the real one is not installed.
+
+    Whatever else is imported from them raises an ImportError that says so. Installing again changes
+    nothing.
+
+    Args:
+        force: stand in for the real packages even where they are installed.
+
+    Raises:
+        RuntimeError: too late, since a model of transformers, or a real package that is to be
+            replaced, has been imported already and keeps what it found then.
+    """
+    wanted = [package for package in _VERSIONS if not _is_ours(package)]
+    if not force:
+        wanted = [package for package in wanted if find_spec(package) is None]
+    for package in wanted:
+        if package in sys.modules:
+            raise RuntimeError(f"install: {package} has been imported already; call it before")
+    bound = [name for name in sys.modules if name.startswith("transformers.models.")]
+    bound = [
+        name for name in bound if _CONVOLUTIONS[0] in getattr(sys.modules[name], "__dict__", ())
+    ]
+    if wanted and bound:
+        raise RuntimeError(
+            f"install: {bound[0]} has been imported already and keeps the operators that it "
+            "found then; call it before"
+        )
+    for name in _OFFERED:
+        if name.partition(".")[0] in wanted:
+            _add_module(name)
+    if wanted and not any(isinstance(finder, _Refuser) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Refuser())
+
+
+def _is_ours(package: str) -> bool:
+    return getattr(sys.modules.get(package), "__version__", None) == _VERSIONS[package]
+
+
+def _add_module(name: str) -> None:
+    """Put the module into sys.modules, and into its parent, as importing it would."""
+    package, _, _ = name.partition(".")
+    spec = ModuleSpec(name, loader=None, origin=__file__, is_package=True)
+    spec.has_location = True
+    module: ModuleType = module_from_spec(spec)
+    module.__doc__ = f"Stands in for {name}; made by ysnake_kernels.dropin."
+    module.__version__ = _VERSIONS[package]
+    module.__all__ = list(_OFFERED[name])
+    for offered in _OFFERED[name]:
+        setattr(module, offered, getattr(functions, offered, None) or getattr(modules, offered))
+
+    def refuse(attribute: str) -> None:
+        if attribute.startswith("_"):  # asked for by Python itself, and by tools that look around
+            raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
+        raise ImportError(_not_offered(f"{name}.{attribute}"), name=name)
+
+    module.__getattr__ = refuse
+    sys.modules[name] = module
+    parent, _, child = name.rpartition(".")
+    if parent:
+        setattr(sys.modules[parent], child, module)
+
+
+class _Refuser:
+    """A finder on sys.meta_path: says why a module of a package that we stand in for is missing."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> None:
+        package, _, rest = name.partition(".")
+        if rest and package in _VERSIONS and _is_ours(package):
+            raise ModuleNotFoundError(_not_offered(name), name=name)
+
+
+def _not_offered(name: str) -> str:
+    package = name.partition(".")[0]
+    return f"{name}: not offered by ysnake_kernels.dropin, which stands in for {package} here"

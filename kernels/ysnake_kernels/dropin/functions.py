@@ -1,0 +1,275 @@
+"""The functions of mamba_ssm and causal-conv1d, with their arguments, made of our operators.
+
+Signatures are written out: callers filter keywords by them. On differences of meaning: a
+`chunk_size` is accepted and not used, since an implementation knows its own best one and the result
+does not depend on it; packed sequences may go together with states, which the originals refuse; and
+what the originals only do on a GPU works on any device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ysnake_kernels import conv, mixer
+from ysnake_kernels.norm import rms_norm_gated
+from ysnake_kernels.numerics import accumulator, step_sizes
+from ysnake_kernels.ssd import ssd_scan
+from ysnake_kernels.step import ssd_step
+
+
+def causal_conv1d_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ysnake_kernels.causal_conv1d`; `final_states_out` receives the final states."""
+    y = conv.causal_conv1d(
+        x, weight, bias, seq_idx, initial_states, return_final_states, activation
+    )
+    if not return_final_states or final_states_out is None:
+        return y
+    return y[0], final_states_out.copy_(y[1])
+
+
+@torch.no_grad()
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: Tensor | None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """The convolution of one or some new tokens; `conv_state` is updated in place.
+
+    Args:
+        x: (batch, channels) or (batch, channels, tokens).
+        conv_state: (batch, channels, size) with size >= width - 1, the tokens before, oldest first.
+        weight, bias, activation: as in `causal_conv1d`.
+        cache_seqlens: (batch,), how many tokens came before: conv_state then is a ring, in which
+            token t lies at t % size.
+        conv_state_indices: (batch,), the row of conv_state that belongs to each x.
+    """
+    size, width = conv_state.shape[-1], weight.shape[-1]
+    if size < width - 1:
+        raise ValueError(f"conv_state: expected at least {width - 1} tokens, got {size}")
+    if x.ndim == 2 and size == width - 1 and cache_seqlens is None:
+        indices = conv_state_indices
+        return conv.causal_conv1d_step(x, conv_state, weight, bias, activation, indices)
+    tokens = x[..., None] if x.ndim == 2 else x
+    state = conv_state if conv_state_indices is None else conv_state[conv_state_indices]
+    if cache_seqlens is None:
+        history = state[..., size - width + 1 :]
+        state = torch.cat([state, tokens.to(state.dtype)], dim=2)[..., -size:]
+    else:
+        times = torch.arange(1 - width, tokens.shape[2], device=x.device)
+        places = ((cache_seqlens[:, None] + times) % size)[:, None].expand(-1, x.shape[1], -1)
+        history = state.gather(2, places[..., : width - 1])
+        new = min(size, tokens.shape[2])  # older ones are overwritten at once
+        state = state.scatter(2, places[..., -new:], tokens[..., -new:].to(state.dtype))
+    y = conv.causal_conv1d(tokens, weight, bias, None, history, activation=activation)
+    if conv_state_indices is None:
+        conv_state.copy_(state)
+    else:
+        conv_state[conv_state_indices] = state
+    return y[..., 0] if x.ndim == 2 else y
+
+
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """`ysnake_kernels.ssd_scan`, with the states after each packed sequence on request.
+
+    Args:
+        cu_seqlens: (sequences + 1,), where the packed sequences of a batch of one begin and end;
+            they do not see each other. Not needed where `seq_idx` says the same.
+        return_varlen_states: also return the state after each sequence of `cu_seqlens`.
+
+    Returns:
+        y; then, each if asked for, the final states (batch, heads, P, N), and the states after
+        each sequence (sequences, heads, P, N).
+    """
+    if return_varlen_states and cu_seqlens is None:
+        raise ValueError("return_varlen_states: expected cu_seqlens with it, got None")
+    if seq_idx is not None and cu_seqlens is not None:
+        if return_varlen_states:
+            seq_idx = None
+        else:
+            cu_seqlens = None
+    y, states = ssd_scan(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D=D,
+        z=z,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        seq_idx=seq_idx,
+        cu_seqlens=cu_seqlens,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        return_final_states=True,
+    )
+    out = (y,)
+    if return_final_states:
+        out += (states if cu_seqlens is None else states[-1:],)
+    if return_varlen_states:
+        out += (states,)
+    return y if len(out) == 1 else out
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    return_final_states: bool = False,
+    activation: str = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`ysnake_kernels.mamba_split_conv1d_scan_combined`, at a chunk size that it chooses."""
+    return mixer.mamba_split_conv1d_scan_combined(
+        zxbcdt,
+        conv1d_weight,
+        conv1d_bias,
+        dt_bias,
+        A,
+        D,
+        None,
+        initial_states,
+        seq_idx,
+        dt_limit,
+        return_final_states,
+        activation,
+        rmsnorm_weight,
+        rmsnorm_eps,
+        outproj_weight,
+        outproj_bias,
+        headdim,
+        ngroups,
+        norm_before_gate,
+    )
+
+
+@torch.no_grad()
+def selective_state_update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
+) -> Tensor:
+    """One token of the recurrence, of Mamba-2 or of Mamba-1; `state` is updated in place.
+
+    Args:
+        state: (batch, heads, P, N); Mamba-1: (batch, channels, N).
+        x, z: (batch, heads, P); Mamba-1: (batch, channels).
+        dt: shape of x. Of Mamba-2 every channel of a head has the same, as `expand` repeats it.
+        A: (heads, P, N), likewise; Mamba-1: (channels, N).
+        B, C: (batch, groups, N); Mamba-1: (batch, N), or with groups.
+        D, dt_bias: (heads, P); Mamba-1: (channels,).
+        state_batch_indices: (batch,), the row of `state` that belongs to each x.
+
+    Returns:
+        y with the shape and dtype of x.
+    """
+    if x.ndim == 3 and _repeats(A, (1, 2)) and _repeats(dt, (2,)) and _repeats(dt_bias, (1,)):
+        contiguous = state.contiguous()
+        y = ssd_step(
+            contiguous,
+            x,
+            dt[..., 0],
+            A[:, 0, 0],
+            B,
+            C,
+            D,
+            z,
+            None if dt_bias is None else dt_bias[:, 0],
+            dt_softplus,
+            state_batch_indices,
+        )
+        if contiguous is not state:
+            state.copy_(contiguous)
+        return y
+    rows = state if state_batch_indices is None else state[state_batch_indices]
+    acc = accumulator(state, x)
+    dt = step_sizes(dt, dt_bias, dt_softplus, (-torch.inf, torch.inf), acc)
+    u = x.to(acc)
+    if B.ndim == 3:
+        per_group = x.shape[1] // B.shape[1]
+        B, C = (t.repeat_interleave(per_group, dim=1) for t in (B, C))
+    else:
+        B, C = B[:, None], C[:, None]
+    if x.ndim == 3:
+        B, C = B[:, :, None], C[:, :, None]
+    S = torch.exp(dt[..., None] * A.to(acc)) * rows.to(acc)
+    S = S + (dt * u)[..., None] * B.to(acc)
+    y = (S * C.to(acc)).sum(-1)
+    if D is not None:
+        y = y + u * D.to(acc)
+    if z is not None:
+        y = y * F.silu(z.to(acc))
+    if state_batch_indices is None:
+        state.copy_(S)
+    else:
+        state[state_batch_indices] = S.to(state.dtype)
+    return y.to(x.dtype)
+
+
+def _repeats(tensor: Tensor | None, axes: tuple[int, ...]) -> bool:
+    """Whether every value along these axes is the same one in memory."""
+    return tensor is None or all(tensor.stride(i) == 0 or tensor.shape[i] == 1 for i in axes)
+
+
+def rmsnorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """`ysnake_kernels.rms_norm_gated`."""
+    return rms_norm_gated(x, weight, bias, z, eps, group_size, norm_before_gate)

@@ -1,0 +1,342 @@
+"""Standing in for mamba_ssm and causal-conv1d: under transformers' models, and by itself."""
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from comparison import distance
+from dropin_models import FAMILIES
+from ysnake_kernels import ssd_scan, ssd_step
+from ysnake_kernels.dropin import functions as f
+from ysnake_kernels.dropin.modules import Mamba2, RMSNorm
+
+WORKER = Path(__file__).with_name("dropin_models.py")
+SLOW = "is falling back to its reference PyTorch implementation"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What all families gave, without and with our operators."""
+    pytest.importorskip("transformers", reason="pip install -e '.[test]' has it")
+    if find_spec("mamba_ssm") or find_spec("causal_conv1d"):
+        pytest.skip("the real mamba_ssm or causal_conv1d is installed")
+    folder = tmp_path_factory.mktemp("models")
+    running = {
+        how: subprocess.Popen([sys.executable, WORKER, how, folder / how], stderr=subprocess.PIPE)
+        for how in ("plain", "install")
+    }
+    for process in running.values():
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err.decode()
+    return {how: torch.load(folder / how) for how in running}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_transformers_gives_the_same_on_the_fast_path(results, family):
+    plain, fast = results["plain"][family], results["install"][family]
+    for name in ("logits", "cached logits", "loss"):
+        assert distance(fast[name], plain[name]) <= 1e-4, name
+    assert torch.equal(fast["tokens"], plain["tokens"])
+    assert len(plain["tokens"][:, 11:].unique()) > 4
+    assert fast["gradients"].keys() == plain["gradients"].keys()
+    for name, gradient in plain["gradients"].items():
+        scale = gradient.norm() + 1e-6  # some are zero but for rounding
+        assert (fast["gradients"][name] - gradient).norm() <= 1e-4 * scale, name
+    assert sum(SLOW in message for message in plain["messages"]) == 5  # operators
+    assert fast["messages"] == []
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_do_not_see_each_other(results, family, mode):
+    packed = results["install"][family]["packed"]
+    together, alone = packed["together", mode], packed["alone", mode]
+    assert distance(together[0], alone[0]) <= 1e-4
+    for name, gradient in alone[1].items():
+        scale = gradient.norm() + 1e-6
+        assert (together[1][name] - gradient).norm() <= 1e-4 * scale, name
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_can_be_imported():
+    python("""
+import importlib.util, inspect, pickle
+import ysnake_kernels.dropin as dropin
+dropin.install()
+dropin.install()
+import causal_conv1d, mamba_ssm
+from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
+from mamba_ssm import Mamba2
+from mamba_ssm.modules.mamba2 import Mamba2 as same
+from mamba_ssm.ops.triton.layernorm_gated import RMSNorm, rmsnorm_fn
+from mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+assert Mamba2 is same and mamba_ssm.ops.triton.layernorm_gated.RMSNorm is RMSNorm
+for module in (causal_conv1d, mamba_ssm):
+    assert importlib.util.find_spec(module.__name__).name == module.__name__
+    assert module.__file__ and not hasattr(module, "__wrapped__")
+for function in (causal_conv1d_fn, mamba_chunk_scan_combined, Mamba2):
+    kinds = {p.kind.name for p in inspect.signature(function).parameters.values()}
+    assert kinds == {"POSITIONAL_OR_KEYWORD"}
+assert pickle.loads(pickle.dumps(selective_state_update)) is selective_state_update
+
+for statement in (
+    "from mamba_ssm import selective_scan_fn",
+    "from mamba_ssm.ops.triton.layernorm_gated import LayerNorm",
+    "import mamba_ssm.ops.selective_scan_interface",
+    "from mamba_ssm.ops.selective_scan_interface import selective_scan_fn",
+    "from mamba_ssm.utils.generation import InferenceParams",
+    "from causal_conv1d import causal_conv1d_varlen_states",
+):
+    try:
+        exec(statement)
+    except ImportError as error:
+        assert "not offered by ysnake_kernels.dropin" in str(error), error
+    else:
+        raise AssertionError(statement)
+""")
+
+
+def test_the_real_packages_come_first_unless_forced(tmp_path):
+    (tmp_path / "mamba_ssm.py").write_text("real = True\n")
+    python(f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import ysnake_kernels.dropin as dropin
+dropin.install()
+import causal_conv1d, mamba_ssm
+assert mamba_ssm.real and causal_conv1d.causal_conv1d_fn
+try:
+    dropin.install(force=True)
+except RuntimeError as error:
+    assert "mamba_ssm has been imported already" in str(error)
+else:
+    raise AssertionError
+del sys.modules["mamba_ssm"]
+dropin.install(force=True)
+from mamba_ssm import Mamba2
+""")
+
+
+def test_installing_after_a_model_was_imported_raises(results):
+    message = "transformers.models.mamba2.modeling_mamba2 has been imported already"
+    assert message in results["plain"]["too late"]
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+@pytest.mark.parametrize("size", [3, 4, 7])
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_convolution_token_by_token_equals_the_sequence(size, width, tokens):
+    x, weight, bias = random(3, 5, 18), random(5, width, seed=1), random(5, seed=2)
+    expected, last = f.causal_conv1d_fn(x, weight, bias, None, None, True, activation="silu")
+    rows = torch.tensor([4, 0, 2], dtype=torch.int32)
+    states, ring = torch.zeros(6, 5, size), torch.zeros(3, 5, size)
+    shared, many = [], []
+    for start in range(0, 18, tokens):
+        piece = x[:, :, start : start + tokens]
+        piece = piece[:, :, 0] if tokens == 1 else piece
+        shared.append(
+            f.causal_conv1d_update(
+                piece, states, weight, bias, "silu", conv_state_indices=rows
+            ).view(3, 5, -1)
+        )
+        seen = torch.full((3,), start, dtype=torch.int32)
+        y = f.causal_conv1d_update(piece, ring, weight, bias, "silu", cache_seqlens=seen)
+        many.append(y.view(3, 5, -1))
+    torch.testing.assert_close(torch.cat(shared, 2), expected)
+    torch.testing.assert_close(torch.cat(many, 2), expected)
+    torch.testing.assert_close(states[rows.long()], x[:, :, -size:])
+    torch.testing.assert_close(ring.roll(-(18 % size), 2), x[:, :, -size:])
+    assert not states[[1, 3, 5]].any()
+    torch.testing.assert_close(last, x[:, :, 1 - width :])
+    out = torch.empty_like(last)
+    y, same = f.causal_conv1d_fn(x, weight, bias, None, None, True, out, "silu")
+    assert same is out
+    torch.testing.assert_close(out, last)
+
+
+def heads(batch=3, h=4, p=6, n=5, g=2):
+    x, z, dt = (random(batch, h, p, seed=s) for s in (0, 1, 2))
+    B, C = (random(batch, g, n, seed=s) for s in (3, 4))
+    A, D, bias = -random(h, p, n, seed=5).exp(), random(h, p, seed=6), random(h, p, seed=7)
+    return random(batch, h, p, n, seed=8), x, dt, A, B, C, D, z, bias
+
+
+def by_hand(state, x, dt, A, B, C, D, z, bias):
+    """Every channel by itself, in loops; all of shape (batch, channels, ...)."""
+    dt = torch.nn.functional.softplus(dt + bias)
+    S = torch.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B
+    return ((S * C).sum(-1) + D * x) * torch.nn.functional.silu(z), S
+
+
+def test_state_update_with_one_decay_per_channel():
+    state, x, dt, A, B, C, D, z, bias = heads()
+    wide = [t.repeat_interleave(2, 1)[:, :, None] for t in (B, C)]
+    y, S = by_hand(state, x, dt, A, *wide, D, z, bias)
+    rows, more = torch.tensor([5, 1, 2]), torch.zeros(6, 4, 6, 5)
+    more[rows] = state
+    ours = f.selective_state_update(more, x, dt, A, B, C, D, z, bias, True, rows)
+    torch.testing.assert_close(ours, y)
+    torch.testing.assert_close(more[rows], S)
+    assert not more[[0, 3, 4]].any()
+
+
+def test_state_update_of_mamba_1():
+    state, x, dt, A, _, _, D, z, bias = (t[:, 0] if t.ndim > 2 else t[0] for t in heads())
+    A = -random(6, 5, seed=5).exp()
+    B, C = random(3, 5, seed=3), random(3, 5, seed=4)
+    y, S = by_hand(state, x, dt, A, B[:, None], C[:, None], D, z, bias)
+    state = state.clone()
+    torch.testing.assert_close(f.selective_state_update(state, x, dt, A, B, C, D, z, bias, True), y)
+    torch.testing.assert_close(state, S)
+    grouped = f.selective_state_update(
+        S.clone(), x, dt, A, B[:, None], C[:, None], D, z, bias, True
+    )
+    torch.testing.assert_close(
+        grouped, f.selective_state_update(S, x, dt, A, B, C, D, z, bias, True)
+    )
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_state_update_with_repeated_decays_is_one_step_of_the_scan(strided):
+    state, x, dt, A, B, C, D, z, bias = heads()
+    dt, A, bias = dt[..., 0], A[:, 0, 0], bias[:, 0]
+    expected = state.clone()
+    y = ssd_step(expected, x, dt, A, B, C, D, z, bias, True)
+    if strided:
+        state = state.transpose(2, 3).contiguous().transpose(2, 3)
+    ours = f.selective_state_update(
+        state,
+        x,
+        dt[..., None].expand(-1, -1, 6),
+        A[:, None, None].expand(-1, 6, 5),
+        B,
+        C,
+        D,
+        z,
+        bias[:, None].expand(-1, 6),
+        True,
+    )
+    torch.testing.assert_close(ours, y)
+    torch.testing.assert_close(state, expected)
+
+
+def test_scan_with_states_after_each_packed_sequence():
+    x, dt = random(1, 20, 4, 6), random(1, 20, 4, seed=1)
+    A, B, C = -random(4, seed=2).exp(), random(1, 20, 2, 5, seed=3), random(1, 20, 2, 5, seed=4)
+    bounds = torch.tensor([0, 7, 8, 20], dtype=torch.int32)
+    seq_idx = torch.tensor([[0] * 7 + [1] + [2] * 12], dtype=torch.int32)
+    expected, states = ssd_scan(
+        x, dt, A, B, C, cu_seqlens=bounds, dt_softplus=True, return_final_states=True
+    )
+    shared = {"chunk_size": 256, "dt_softplus": True}
+    for options in ({}, {"seq_idx": seq_idx}):
+        y, final, each = f.mamba_chunk_scan_combined(
+            x,
+            dt,
+            A,
+            B,
+            C,
+            cu_seqlens=bounds,
+            return_final_states=True,
+            return_varlen_states=True,
+            **shared,
+            **options,
+        )
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(each, states)
+        torch.testing.assert_close(final, states[-1:])
+    y = f.mamba_chunk_scan_combined(x, dt, A, B, C, seq_idx=seq_idx, **shared)
+    torch.testing.assert_close(y, expected)
+    with pytest.raises(ValueError, match="return_varlen_states: expected cu_seqlens"):
+        f.mamba_chunk_scan_combined(x, dt, A, B, C, return_varlen_states=True, **shared)
+
+
+class Remembered:
+    """What mamba_ssm's InferenceParams are to a layer."""
+
+    def __init__(self):
+        self.key_value_memory_dict, self.seqlen_offset = {}, 0
+
+
+BLOCKS = {
+    "default": {},
+    "groups, no norm": {"ngroups": 2, "rmsnorm": False, "bias": True, "conv_bias": False},
+    "D for every channel": {"D_has_hdim": True, "norm_before_gate": True},
+    "half a gated unit": {"d_ssm": 32, "conv_init": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+def test_mamba2_block_as_a_whole_in_parts_and_token_by_token(options):
+    torch.manual_seed(0)
+    block = Mamba2(32, d_state=16, headdim=8, layer_idx=0, **options)
+    u = random(2, 12, 32)
+    whole = block(u)
+    whole.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in block.named_parameters()}
+    assert all(g.any() for g in gradients.values())
+    block.zero_grad()
+    block.use_mem_eff_path = False
+    parts = block(u.flatten(0, 1), seqlen=12).view_as(whole)
+    parts.square().sum().backward()
+    torch.testing.assert_close(parts, whole)
+    for name, parameter in block.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        for first in (2, 7):  # fewer tokens than the convolution is wide, and more
+            memory = Remembered()
+            out = [block(u[:, :first], inference_params=memory)]
+            for t in range(first, 12):
+                memory.seqlen_offset = t
+                out.append(block(u[:, t : t + 1], inference_params=memory))
+            torch.testing.assert_close(torch.cat(out, 1), whole)
+
+
+def test_mamba2_block_with_packed_sequences():
+    block = Mamba2(32, d_state=16, headdim=8, layer_idx=0)
+    u, bounds = random(1, 12, 32), torch.tensor([0, 2, 12], dtype=torch.int32)
+    alone = torch.cat([block(u[:, :2]), block(u[:, 2:])], 1)
+    seq_idx = torch.tensor([[0] * 2 + [1] * 10], dtype=torch.int32)
+    torch.testing.assert_close(block(u, seq_idx=seq_idx), alone)
+    torch.testing.assert_close(block(u, cu_seqlens=bounds), alone)
+    with torch.no_grad():
+        memory, one, other = Remembered(), Remembered(), Remembered()
+        block(u, cu_seqlens=bounds, inference_params=memory)
+        block(u[:, :2], inference_params=one)
+        block(u[:, 2:], inference_params=other)
+        memory.seqlen_offset = one.seqlen_offset = other.seqlen_offset = 12
+        nexts = random(2, 1, 32, seed=3)
+        both = block(nexts, inference_params=memory)
+        torch.testing.assert_close(both[:1], block(nexts[:1], inference_params=one))
+        torch.testing.assert_close(both[1:], block(nexts[1:], inference_params=other))
+
+
+def test_names_and_shapes_of_a_block_are_those_of_a_checkpoint():
+    block = Mamba2(64, d_state=16, headdim=8, ngroups=2)
+    assert {name: tuple(p.shape) for name, p in block.named_parameters()} == {
+        "in_proj.weight": (2 * 128 + 2 * 2 * 16 + 16, 64),
+        "conv1d.weight": (128 + 2 * 2 * 16, 1, 4),
+        "conv1d.bias": (128 + 2 * 2 * 16,),
+        "dt_bias": (16,),
+        "A_log": (16,),
+        "D": (16,),
+        "norm.weight": (128,),
+        "out_proj.weight": (64, 128),
+    }
+    assert list(RMSNorm(8).state_dict()) == ["weight"]
+    with pytest.raises(NotImplementedError, match="process_group"):
+        Mamba2(64, process_group=object())
