@@ -200,7 +200,7 @@ def modelfile(file: Path) -> str:
 
 def main(argv: list[str]) -> int:
     """Export as the command line says; returns the exit code."""
-    options = cli.parse(Options, argv)
+    options = cli.parse(Options, argv, "export")
 
     from ysnake import checkpoint
 

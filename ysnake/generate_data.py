@@ -521,7 +521,7 @@ def check(options: Options) -> None:
 
 def main(argv: list[str]) -> int:
     """Write a corpus as the command line says; returns the exit code."""
-    options = cli.parse(Options, argv)
+    options = cli.parse(Options, argv, "generate_data")
     check(options)
     console = cli.console()
     shelves, code = [], cli.DONE
