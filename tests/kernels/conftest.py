@@ -8,6 +8,9 @@ import torch
 if not torch.cuda.is_available():  # read where a kernel is defined, so before any import of ours
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+with torch.device("cpu"):  # torch looks up once which functions obey this: before we replace some
+    torch.empty(0)
+
 
 def _poisoned(make):
     def empty(*args, **kwargs):
