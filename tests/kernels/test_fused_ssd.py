@@ -289,3 +289,13 @@ def test_float32_precision_follows_torch(monkeypatch):
     assert fused_tiles.arithmetic(x, x, x)["PRECISION"] == "ieee"
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert fused_tiles.arithmetic(x, x, x)["PRECISION"] == "tf32"
+
+
+@pytest.mark.parametrize("softplus", [False, True])
+def test_a_nan_in_dt_is_not_hidden(softplus):
+    tensors = {k: t.to(DEVICE) for k, t in inputs(**SMALL).items()}
+    tensors["dt"][0, 3, 1] = torch.nan
+    with backend("fused"):
+        y = ssd_scan(**tensors, dt_softplus=softplus)
+    assert y[0, 3:, 1].isnan().all()
+    assert y[0, :, 0].isfinite().all()

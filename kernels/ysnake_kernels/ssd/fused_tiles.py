@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ysnake_kernels.triton_math import clamp, softplus
+
 LARGEST = 256  # head size and state size
 MOST_SEGMENTS = 32
 SHORTEST_SEGMENT = 512  # tokens; shorter ones spend their time on the states between them
@@ -90,14 +92,10 @@ def step_sizes(
     slope = tl.full(q.shape, 1.0, ACC)
     if SOFTPLUS:
         slope = sigmoid(step)
-        e = tl.exp(tl.minimum(step, 20.0))
-        u = 1.0 + e  # rounds: e log(u) / (u - 1) is log(1 + e) to the last digits
-        rounded = u == 1.0
-        soft = tl.where(rounded, e, e * tl.log(u) / tl.where(rounded, 1.0, u - 1.0))
-        step = tl.where(step > 20.0, step, soft)
+        step = softplus(step)
     low, high = tl.full([], LOW, ACC), tl.full([], HIGH, ACC)
     slope = tl.where(inside & (step >= low) & (step <= high), slope, 0.0)
-    return tl.where(inside, tl.minimum(tl.maximum(step, low), high), 0.0), slope
+    return tl.where(inside, clamp(step, LOW, HIGH), 0.0), slope
 
 
 @triton.jit

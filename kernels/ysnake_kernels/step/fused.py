@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator
+from ysnake_kernels.triton_math import clamp, softplus
 
 TILE = 2048  # elements of the state per program: 8 KB in float32, small enough for batch 1
 MAX_STATE = 4096  # N, a row of the tile
@@ -40,15 +41,6 @@ def step(
         )
     low, high = dt_limit
     return _step(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus, low, high)
-
-
-@triton.jit
-def softplus(v):
-    """log(1 + exp(v)), accurate where exp(v) is tiny."""
-    e = tl.exp(-tl.abs(v))
-    u = 1 + e  # its rounding error cancels in log(u) e / (u - 1)
-    log1p = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1, u - 1)))
-    return tl.where(v > 0, v, 0) + log1p
 
 
 @triton.jit
@@ -96,8 +88,7 @@ def _kernel(
         step += tl.load(dt_bias + head).to(ACC)
     if SOFTPLUS:
         step = softplus(step)
-    step = tl.where(step < LOW, tl.full([], LOW, ACC), step)  # a NaN stays one
-    step = tl.where(step > HIGH, tl.full([], HIGH, ACC), step)
+    step = clamp(step, LOW, HIGH)
     decay = tl.exp(step * tl.load(A + head).to(ACC))
 
     xs = tl.load(x + batch * x_batch + head * x_head + p, p < P, other=0.0).to(ACC)  # [P]

@@ -1,0 +1,20 @@
+"""Functions of numbers that several Triton kernels use."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def softplus(v):
+    """log(1 + exp(v)), accurate where exp(v) is tiny."""
+    e = tl.exp(-tl.abs(v))
+    u = 1 + e  # its rounding error cancels in log(u) e / (u - 1)
+    log1p = tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1, u - 1)))
+    return tl.where(v > 0, v, 0) + log1p
+
+
+@triton.jit
+def clamp(v, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """v within the limits; unlike with tl.minimum and tl.maximum, a NaN stays one."""
+    v = tl.where(v < LOW, tl.full([], LOW, v.dtype), v)
+    return tl.where(v > HIGH, tl.full([], HIGH, v.dtype), v)
