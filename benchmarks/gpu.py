@@ -133,7 +133,7 @@ def measurements(names: list[str], device: str, dry: bool, deadline: float) -> I
                         raise TimeoutError("no time left")
                     row["seconds"], row["peak"] = measure(name, op, mode, given[op], device)
                 except Exception as error:  # one that does not run hides none of the others
-                    row["failed"] = f"{type(error).__name__}: {error}"[:200]
+                    row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 yield row
 
 
@@ -147,12 +147,14 @@ def first_call(name: str, dry: bool) -> dict:
         command += ["--dry-run"] * dry
         spent = []
         for _ in range(2):
-            options = {"capture_output": True, "text": True, "timeout": 120}
+            options = {"capture_output": True, "text": True, "timeout": 60}
             try:
                 done = subprocess.run(command, env=os.environ | more, **options)
-                spent.append(float(done.stdout))
-            except (ValueError, subprocess.TimeoutExpired) as error:
-                return {"by": name, "failed": str(error)[:200]}
+            except subprocess.TimeoutExpired:
+                return {"by": name, "failed": "more than 60"}
+            if done.returncode:
+                return {"by": name, "failed": done.stderr.strip().splitlines()[-1][:200]}
+            spent.append(float(done.stdout.split()[-1]))
         kernels = sum(len(list(Path(cache).rglob(f"*.{end}"))) for end in ("cubin", "hsaco"))
         return {"by": name, "empty": spent[0], "filled": spent[1], "kernels": kernels}
 
@@ -195,9 +197,11 @@ def main() -> int:
     names = ["fused", "eager"]
     if not dry and find_spec("mamba_ssm") and find_spec("causal_conv1d"):
         names.insert(1, "mamba_ssm")
+    s = TINY if dry else Shape()
+    shape = f"{s.heads} heads of size {s.head_dim}, state {s.state}, {s.groups} group"
     card = "CPU, a dry run" if dry else torch.cuda.get_device_name()
     result = {"card": card, "torch": torch.__version__, "triton": triton.__version__}
-    result |= {"copy_bandwidth": copy_bandwidth(device), "checks": [], "times": []}
+    result |= {"shape": shape, "copy_bandwidth": copy_bandwidth(device), "checks": [], "times": []}
     result["first_call"] = [first_call(name, dry) for name in names if name != "eager"]
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -208,13 +212,13 @@ def main() -> int:
 
     for row in checks(device, dry):
         result["checks"].append(row)
-    save()  # lest a kernel that crashes the device take the rest with it
+    save()  # lest one that hangs later take the rest with it
     for row in measurements(names, device, dry, began + 60 * args.minutes):
         if row["by"] == "fused" and "seconds" in row:
             row["bandwidth"] = row["bytes"] / row["seconds"]
             row["share"] = row["bandwidth"] / result["copy_bandwidth"]
         result["times"].append(row)
-    save()
+        save()
     print((args.out / "gpu.md").read_text())
     if find_spec("matplotlib"):
         gpu_report.pictures(result, names, args.out)

@@ -47,8 +47,8 @@ def markdown(result: dict, names: list[str]) -> str:
     parts = [
         f"# {result['card']}\n",
         f"torch {result['torch']}, Triton {result['triton']}; a copy moves {speed:.0f} GB/s; "
-        f"took {result['took']:.0f} s. Times in bfloat16; 24 heads of size 64, state 128, one "
-        "group; MiB are the most that a call needs besides its arguments.\n",
+        f"took {result['took']:.0f} s. Times in bfloat16; "
+        f"{result['shape']}; MiB are the most that a call needs besides its arguments.\n",
         "## Against the reference in float64\n",
         table(["case", "dtype", "outputs", "gradients", "farthest", "within"], checks),
         "## First forward and backward of a new process, seconds\n",
