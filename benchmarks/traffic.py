@@ -6,8 +6,6 @@ group or by neighbouring programs is taken to come from the cache after the firs
 
 from dataclasses import dataclass, replace
 
-import tyro
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -241,4 +239,6 @@ def main(shape: Shape, card: Card) -> None:
 
 
 if __name__ == "__main__":
+    import tyro  # here, since benchmarks.gpu has no need of it
+
     tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))
