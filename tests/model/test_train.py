@@ -77,7 +77,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 @pytest.mark.parametrize("lr", [1e-3, 1e-2])
 def test_no_step_is_skipped_at_any_batch_size(tmp_path, batch_size, lr):
-    options = ("--batch-size", batch_size, "--lr", lr, "--seq-len", 12, "--warmup-steps", 10)
+    options = ("--batch-size", batch_size, "--lr", lr, "--seq-len", 6, "--warmup-steps", 10)
     run = fit(tmp_path, "--max-steps", 300, "--eval-every", 1000, *options)
     losses = [m["train_loss"] for m in metrics(run)]
     assert metrics(run)[-1]["skipped"] == 0
@@ -177,9 +177,9 @@ def test_stopped_between_micro_batches_and_resumed_is_the_same(tmp_path, monkeyp
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
 def test_interrupted_process_resumes_bit_for_bit(tmp_path, number):
-    corpus(tmp_path)
-    command = [*COMMAND, "--max-steps", "60", "--eval-every", "20", "--run"]
-    assert python(*command, "whole", cwd=tmp_path).returncode == 0
+    options = ["--max-steps", "60", "--eval-every", "30"]
+    whole = fit(tmp_path, *options)
+    command = [*COMMAND, *options, "--run"]
     process = subprocess.Popen(
         [sys.executable, "-m", *command, "stopped"],
         cwd=tmp_path,
@@ -193,15 +193,14 @@ def test_interrupted_process_resumes_bit_for_bit(tmp_path, number):
     process.send_signal(number)
     assert process.wait(60) == 130
     assert len(metrics(tmp_path / "stopped")) < 60
-    again = python("ysnake.train", "--run", "stopped", "--resume", cwd=tmp_path)
-    assert again.returncode == 0
-    assert same_training(tmp_path / "whole", tmp_path / "stopped")
+    assert train.main(["--run", str(tmp_path / "stopped"), "--resume"]) == 0
+    assert same_training(whole, tmp_path / "stopped")
 
 
 def test_killed_process_resumes_from_its_last_checkpoint(tmp_path):
-    corpus(tmp_path)
-    command = [*COMMAND, "--max-steps", "40", "--checkpoint-every", "7", "--run"]
-    assert python(*command, "whole", cwd=tmp_path).returncode == 0
+    options = ["--max-steps", "40", "--checkpoint-every", "7"]
+    whole = fit(tmp_path, *options)
+    command = [*COMMAND, *options, "--run"]
     process = subprocess.Popen(
         [sys.executable, "-m", *command, "killed"],
         cwd=tmp_path,
@@ -214,8 +213,8 @@ def test_killed_process_resumes_from_its_last_checkpoint(tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert python("ysnake.train", "--run", "killed", "--resume", cwd=tmp_path).returncode == 0
-    assert same_training(tmp_path / "whole", tmp_path / "killed")
+    assert train.main(["--run", str(tmp_path / "killed"), "--resume"]) == 0
+    assert same_training(whole, tmp_path / "killed")
 
 
 def test_a_run_that_is_done_stays_done_and_can_be_prolonged(tmp_path):
