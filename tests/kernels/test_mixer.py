@@ -199,7 +199,8 @@ def test_autocast_reaches_the_projection_and_its_gradient():
         assert y.dtype == torch.bfloat16
         results.append([y, *torch.autograd.grad(y.float().square().sum(), [*leaves.values()])])
     for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+        assert distance(a, b) <= 2e-2
 
 
 def test_repeats_to_the_bit():
@@ -217,8 +218,10 @@ def test_repeats_to_the_bit():
         assert torch.equal(gradient, runs[1][1][key])
 
 
-@pytest.mark.parametrize("name", [FUSED])
-def test_compiles_whole(name):
+@pytest.mark.parametrize(
+    ("name", "fullgraph"), [("eager", False), pytest.param("fused", True, marks=FUSED.marks)]
+)
+def test_under_compile(name, fullgraph):
     tensors = on_device(inputs(dtype=torch.float32))
     tensors = {k: t.requires_grad_() for k, t in tensors.items()}
 
@@ -230,7 +233,7 @@ def test_compiles_whole(name):
 
     with backend(name):
         expected = torch.autograd.grad(loss(tensors), [*tensors.values()])
-        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(tensors)
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=fullgraph)(tensors)
         got = torch.autograd.grad(compiled, [*tensors.values()])
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)

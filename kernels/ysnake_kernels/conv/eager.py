@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ysnake_kernels.backend import uncompiled
 from ysnake_kernels.numerics import accumulator
 
 BLOCK_ELEMENTS = 256 * 1024  # of a block: a megabyte in float32
@@ -23,7 +24,7 @@ def conv(
     activation: str | None,
 ) -> Tensor:
     """Arguments as `causal_conv1d` has checked them."""
-    return _Conv.apply(x, weight, bias, seq_idx, initial_states, activation)
+    return uncompiled(_Conv.apply)(x, weight, bias, seq_idx, initial_states, activation)
 
 
 def conv_step(
@@ -127,7 +128,7 @@ class _Blocks:
         return parts
 
     def of_same(self, t: Tensor, k: int, start: int, tokens: slice) -> Tensor:
-        """t [batch tokens channels], zero where the token k places before is of another document."""
+        """t [batch tokens channels]; zero where the k-th token before is of another document."""
         if self.same is None:
             return t
         same = self.same[k - 1][:, start + tokens.start : start + tokens.stop, None]
@@ -152,17 +153,24 @@ def forward(
     initial_states: Tensor | None,
     y: Tensor,
     activation: str | None,
+    sums: Tensor | None = None,
 ) -> None:
-    """Writes y; x and y are [batch length channels], initial_states [batch width-1 channels]."""
+    """Writes y; x and y are [batch length channels], initial_states [batch width-1 channels].
+
+    `sums`, if given, gets what the activation is applied to, in float32 or float64.
+    """
     blocks = _Blocks(x, weight, bias, seq_idx, initial_states)
+    buffer = blocks.buffer() if sums is None else None
     for start, end in blocks.spans():
         block = y[:, start:end]
-        out = block if y.dtype == blocks.acc else torch.empty_like(block, dtype=blocks.acc)
+        out = _part(buffer, block) if sums is None else sums[:, start:end]
         blocks.sums(start, end, out)
-        if activation is not None:
-            F.silu(out, inplace=True)
-        if out is not block:
+        if activation is None:
             block.copy_(out)
+        elif y.dtype == out.dtype:
+            torch.ops.aten.silu.out(out, out=block)
+        else:
+            block.copy_(F.silu(out))
 
 
 def backward(
@@ -174,19 +182,24 @@ def backward(
     dy: Tensor,
     dx: Tensor,
     activation: str | None,
+    sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Writes dx; returns the gradients of weight, bias and initial_states. Layouts as `forward`."""
+    """Writes dx; returns the gradients of weight, bias and initial_states. Layouts as `forward`.
+
+    `sums` are as `forward` gave them; None computes them again.
+    """
     blocks = _Blocks(x, weight, bias, seq_idx, initial_states)
     exact = dx if dx.dtype == blocks.acc else torch.empty_like(dx, dtype=blocks.acc)
     dtaps = torch.zeros_like(blocks.taps)
     dbias = torch.zeros_like(blocks.taps[0])
     dinitial = None if initial_states is None else torch.zeros_like(blocks.initial)
-    buffer, sums_buffer = blocks.buffer(), blocks.buffer()
+    buffer, grads = blocks.buffer(), blocks.buffer()
     for start, end in blocks.spans():
         grad = dy[:, start:end].to(blocks.acc)
         if activation is not None:
-            sums = blocks.sums(start, end, _part(sums_buffer, grad))
-            grad = torch.ops.aten.silu_backward.grad_input(grad, sums, grad_input=sums)
+            out = _part(grads, grad)
+            before = blocks.sums(start, end, out) if sums is None else sums[:, start:end]
+            grad = torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=out)
         dbias += grad.sum((0, 1))
         torch.mul(grad, blocks.taps[0], out=exact[:, start:end])
         product = torch.mul(x[:, start:end].to(blocks.acc), grad, out=_part(buffer, grad))

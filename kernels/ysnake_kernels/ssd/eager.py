@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ysnake_kernels.backend import uncompiled
 from ysnake_kernels.numerics import accumulator, step_sizes, step_sizes_backward
 
 CPU_CHUNK = 64  # 32 to 64 measured best on two cores, 128 and above lost
@@ -41,7 +42,7 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Arguments as `ssd_scan` has checked them."""
     options = (chunk_size, dt_softplus, dt_limit)
-    return _Scan.apply(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options)
+    return uncompiled(_Scan.apply)(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options)
 
 
 def _fold(t: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -309,10 +310,9 @@ def backward(
             dD += torch.mul(xc, G, out=sweep.buffer("V", *xc.shape)).sum(1)
         place = dx[:, span].unflatten(2, (sweep.groups, -1))
         du = torch.mul(du, dtc[..., None], out=u)
-        if D is None:
-            place.copy_(sweep.unfold(du))
-        else:
-            torch.addcmul(*map(sweep.unfold, (du, G, sweep.D)), out=place)
+        if D is not None:
+            du.addcmul_(G, sweep.D)
+        place.copy_(sweep.unfold(du))
         dB[:, span] = _unfold(dBc[:, :, None], sweep.groups)
         dC[:, span] = _unfold(dCc[:, :, None], sweep.groups)
 
