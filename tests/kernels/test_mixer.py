@@ -16,6 +16,7 @@ from ysnake_kernels import (
     rms_norm_gated,
     ssd_scan,
 )
+from ysnake_kernels.mixer import eager as mixer_eager
 
 FUSED = pytest.param(
     "fused",
@@ -133,6 +134,19 @@ def test_equals_reference(name):
     options = {"chunk_size": 8, "return_final_states": True, "norm_before_gate": False}
     tensors = on_device(inputs(dtype=torch.float32, initial_states=True))
     assert_equals_reference(mamba_split_conv1d_scan_combined, tensors, options, name)
+
+
+@pytest.mark.parametrize("case", ["everything", "two groups", "documents"])
+def test_rows_of_a_large_batch_go_in_groups(case, monkeypatch):
+    case, options = CASES[case]
+    extra = {"chunk_size": 8, "return_final_states": True, **options}
+    whole = outputs_and_gradients(mamba_split_conv1d_scan_combined, inputs(**case), extra, None)
+    monkeypatch.setattr(mixer_eager, "CHUNK_ELEMENTS", 1)
+    each = outputs_and_gradients(mamba_split_conv1d_scan_combined, inputs(**case), extra, whole[2])
+    for a, b in zip(each[0], whole[0], strict=True):
+        assert distance(a, b) < 1e-14
+    for key, gradient in whole[1].items():
+        assert distance(each[1][key], gradient) < 1e-13, key
 
 
 def test_output_alone():

@@ -330,6 +330,13 @@ def backward(
     return dA, dD, dinitial, dbias
 
 
+def gate_backward(y: Tensor, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of y and z from that of y silu(z), and y silu(z); all in y's dtype."""
+    z, grad = z.to(y.dtype), grad.to(y.dtype)
+    gate = F.silu(z)
+    return grad * gate, torch.ops.aten.silu_backward(grad * y, z), y * gate
+
+
 class _Scan(torch.autograd.Function):
     """Saves its inputs; recomputes everything else in backward."""
 
@@ -358,10 +365,8 @@ class _Scan(torch.autograd.Function):
         def gradient(span: slice, y: Callable[[], Tensor]) -> Tensor:
             if z is None:
                 return dout[:, span]
-            yc = y()
-            zc, G = z[:, span].to(yc.dtype), dout[:, span].to(yc.dtype)
-            dz[:, span] = torch.ops.aten.silu_backward(G * yc, zc)
-            return G * F.silu(zc)
+            G, dz[:, span], _ = gate_backward(y(), z[:, span], dout[:, span])
+            return G
 
         arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, ctx.options)
         grads = backward(*arguments, gradient, dstates, dx, ddt, dB, dC)
