@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ysnake import cli
+from ysnake import cli, memory
 from ysnake import settings as settings_of
 from ysnake.config import PRESETS, InputError, ModelConfig, model_config
 from ysnake.settings import SHIPPED, Settings
@@ -95,16 +95,18 @@ def start(settings: Settings, console: "Console") -> Run:
     files = data.find_files(settings.data)
     device = cli.pick_device(settings.device)
 
-    model = None
     if settings.from_ is not None:
         source = checkpoint.resolve(settings.from_)
         tokenizer, model = checkpoint.load_tokenizer(source), checkpoint.load(source)
         if settings.chunk_size is not None:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
+        memory.fit(settings, model.config)
     else:
         tokenizer = train_tokenizer(settings, files, console)
+        config = _config(settings, tokenizer)
+        memory.fit(settings, config)
         torch.manual_seed(settings.seed)
-        model = Model(_config(settings, tokenizer), settings.init)
+        model = Model(config, settings.init)
 
     new = settings.run.with_name(f".{settings.run.name}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -135,6 +137,22 @@ def start(settings: Settings, console: "Console") -> Run:
     run = _assemble(settings, model.to(device), tokenizer, Progress())
     save_last(run)
     return run
+
+
+def plan(settings: Settings, console: "Console") -> Any:
+    """The table of --plan; the documents are read only if they decide the vocabulary."""
+    from ysnake import checkpoint, data
+
+    if settings.resume or settings.from_ is not None:
+        source = settings.run / "last" if settings.resume else settings.from_
+        config = checkpoint.load_config(checkpoint.resolve(source))
+        config = replace(config, chunk_size=settings.chunk_size, output_size=settings.output_size)
+    elif settings.vocab_size is not None:
+        config = model_config(settings, settings.vocab_size, 0)
+    else:
+        tokenizer = train_tokenizer(settings, data.find_files(settings.data), console)
+        config = _config(settings, tokenizer)
+    return memory.table(config, settings)
 
 
 def _config(settings: Settings, tokenizer: "Tokenizer") -> ModelConfig:
@@ -239,6 +257,7 @@ def _assemble(
         Tokens.open(settings.run / "data" / f"{side}.tokens", *framing) for side in ("train", "val")
     )
     progress.threads = torch.get_num_threads()
+    model.backbone.recompute = settings.recompute
     carried = model.empty_state(settings.batch_size) if settings.carry_state else None
     optimizer = make_optimizer(model, settings.weight_decay)
     return Run(settings, model, tokenizer, optimizer, train, val, progress, carried)
@@ -549,6 +568,10 @@ def main(argv: list[str]) -> int:
     import torch
 
     console = cli.console()
+    if settings.plan:
+        console.print(plan(settings, console))
+        return cli.DONE
+    memory.keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     stop = Stop()
