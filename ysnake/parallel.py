@@ -7,12 +7,14 @@ every batch, so that together they take the steps of one process. Started alone,
 
 import io
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -33,6 +35,7 @@ TORCHRUN = "torchrun --nproc-per-node N -m ysnake.train ..."
 STUCK_AFTER = timedelta(minutes=10)  # an exchange that takes longer is an error
 FOR_EVER = timedelta(days=30)  # how long the others wait while the first rank works alone
 TO_BE_NAMED = 10  # seconds in which torchrun names the rank that failed first, and ends the others
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
 
 
 def launched() -> bool:
@@ -248,6 +251,14 @@ class Ranks:
 
         Gradients are averaged over the ranks in backward.
         """
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+            for layer in model.backbone.layers:
+                fully_shard(layer)
+            fully_shard(model)
+            register_fsdp_forward_method(model, "loss")
+            return model.loss
         if self.size == 1:
             return model.loss
         from torch import nn
@@ -271,4 +282,79 @@ class Ranks:
 
     def whole(self, model: "Model") -> "Model | None":
         """The model with all its weights on the first rank; None on the others."""
+        if self.sharded:
+            import torch
+            from torch.distributed.checkpoint.state_dict import (
+                StateDictOptions,
+                get_model_state_dict,
+            )
+
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(model, options=options)
+            if self.first:
+                with torch.device("meta"):
+                    model = type(model)(model.config)
+                model.load_state_dict(weights, assign=True)
         return model if self.first else None
+
+    # The optimizer's memory: in last/ as it is or, sharded, in a folder that all ranks write.
+
+    def save_optimizer(self, model: "Model", optimizer: Any, folder: Path) -> dict[str, Any]:
+        """What resuming needs, on the first rank; sharded, it leads to files in `folder`."""
+        if not self.sharded:
+            return optimizer.state_dict()
+        from torch.distributed import checkpoint
+
+        self.alone(lambda: shutil.rmtree(folder, ignore_errors=True))
+        if not optimizer.state:  # before the first step
+            return {"steps": 0}
+        moments = {
+            f"{moment}.{name}": optimizer.state[parameter][moment]
+            for name, parameter in model.named_parameters()
+            for moment in MOMENTS
+        }
+        # safetensors: torch's own format would be read with pickle
+        writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        checkpoint.save(moments, storage_writer=writer)
+        return {"steps": next(iter(optimizer.state.values()))["step"].item()}
+
+    def load_optimizer(
+        self, model: "Model", optimizer: Any, saved: dict[str, Any], folder: Path
+    ) -> None:
+        """Take over what `save_optimizer` returned and wrote, on any number of ranks."""
+        import torch
+        from torch.distributed import checkpoint
+        from torch.distributed.tensor import distribute_tensor
+
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if "state" in saved and not self.sharded:
+            optimizer.load_state_dict(saved)
+        elif "state" in saved:
+            for i, memory in saved["state"].items():
+                p = parameters[i]
+                spread = (p.device_mesh, p.placements)
+                optimizer.state[p] = {
+                    k: distribute_tensor(v.to(p.device), *spread, src_data_rank=None)
+                    if v.ndim
+                    else v
+                    for k, v in memory.items()
+                }
+        elif saved["steps"]:
+            moments = {
+                f"{moment}.{name}": torch.zeros_like(p, requires_grad=False)
+                for name, p in model.named_parameters()
+                for moment in MOMENTS
+            }
+            checkpoint.load(
+                moments, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder))
+            )
+            for name, p in model.named_parameters():
+                optimizer.state[p] = {m: moments[f"{m}.{name}"] for m in MOMENTS}
+                optimizer.state[p]["step"] = torch.tensor(saved["steps"], device=p.device)
+
+
+def number(tensor: "torch.Tensor") -> float:
+    """The value of a scalar, whether every rank has it or a share."""
+    from torch.distributed.tensor import DTensor
+
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).item()

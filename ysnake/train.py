@@ -204,8 +204,10 @@ def _tokenise(
 
 def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
     """Take up the run in settings.run where its last/ stands."""
+    from ysnake import checkpoint
+
     device = cli.pick_device(settings.device)
-    model, tokenizer, saved = ranks.together(lambda: _read_last(settings))
+    last, model, tokenizer, saved = ranks.together(lambda: _read_last(settings))
     progress = Progress(**saved["progress"])
     before, now = _workers(progress.processes, progress.threads), _workers(ranks.size)
     if before != now and settings.resume:
@@ -216,7 +218,8 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
     if progress.ended == "interrupted":
         progress.ended = None
     run = _assemble(settings, model.to(device), tokenizer, progress, ranks)
-    run.optimizer.load_state_dict(saved["optimizer"])
+    where = last / checkpoint.OPTIMIZER
+    ranks.load_optimizer(run.model, run.optimizer, saved["optimizer"], where)
     if settings.carry_state:
         rows = ranks.rows(settings.batch_size)
         for layer, (conv, ssm) in zip(run.carried, saved["carried"], strict=True):
@@ -235,7 +238,7 @@ def _workers(processes: int, threads: int | None = None) -> str:
     return of_each if processes == 1 else f"{processes} processes of {of_each}"
 
 
-def _read_last(settings: Settings) -> tuple["Model", "Tokenizer", dict[str, Any]]:
+def _read_last(settings: Settings) -> tuple[Path, "Model", "Tokenizer", dict[str, Any]]:
     from ysnake import checkpoint
 
     last = checkpoint.find(settings.run / "last")
@@ -244,7 +247,7 @@ def _read_last(settings: Settings) -> tuple["Model", "Tokenizer", dict[str, Any]
     if settings.output_size is not None:
         model = checkpoint.with_factors(model, saved["head"], settings.output_size)
     model.use_config(replace(model.config, chunk_size=settings.chunk_size))
-    return model, checkpoint.load_tokenizer(last), saved
+    return last, model, checkpoint.load_tokenizer(last), saved
 
 
 def _forget_metrics_after(path: Path, step: int) -> None:
@@ -303,7 +306,11 @@ def save_last(run: Run) -> None:
     from ysnake import checkpoint
 
     ranks = run.ranks
-    training = {"optimizer": run.optimizer.state_dict(), "progress": asdict(run.progress)}
+    shards = run.folder / f".{checkpoint.OPTIMIZER}.new"
+    training = {
+        "optimizer": ranks.save_optimizer(run.model, run.optimizer, shards),
+        "progress": asdict(run.progress),
+    }
     if run.carried is not None:
         training["carried"] = [
             (ranks.all_rows(layer.conv), ranks.all_rows(layer.ssm)) for layer in run.carried
@@ -313,7 +320,8 @@ def save_last(run: Run) -> None:
 
     def write() -> None:
         training["head"] = checkpoint.head_factors(model)
-        checkpoint.save(run.folder / "last", model, run.tokenizer, training, progress)
+        parts = shards if shards.exists() else None
+        checkpoint.save(run.folder / "last", model, run.tokenizer, training, progress, parts)
 
     ranks.alone(write)
 
@@ -401,7 +409,7 @@ def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
             (loss * run.ranks.size).backward()  # ranks average, and here is a share of the loss
         total += loss.detach()
     loss = run.ranks.total(total)
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP).item()
+    norm = parallel.number(torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP))
 
     lr = learning_rate(settings, progress)
     if math.isfinite(loss) and math.isfinite(norm):
