@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from ysnake import cli
-from ysnake.config import IGNORED, InputError
+from ysnake.config import IGNORED, InputError, ModelConfig
 from ysnake.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from ysnake.data import Batch
-    from ysnake.model import Model
+    from ysnake.model import LayerState, Mixer, Model
 
 T = TypeVar("T")
 TORCHRUN = "torchrun --nproc-per-node N -m ysnake.train ..."
@@ -81,6 +81,11 @@ def check(settings: Settings) -> None:
         raise InputError(
             f"--seq-len: {settings.seq_len} tokens cannot be split evenly over the {context} "
             "processes of --context-parallel"
+        )
+    if settings.seq_len // context < ModelConfig.conv_width - 1:
+        raise InputError(
+            f"--seq-len: {settings.seq_len // context} tokens for each of {context} processes are "
+            "fewer than the convolution reaches back"
         )
     if settings.batch_size % (size // context):
         raise InputError(
@@ -251,6 +256,12 @@ class Ranks:
 
         Gradients are averaged over the ranks in backward.
         """
+        if self.context > 1:
+            import torch.distributed as dist
+
+            line = _Line(self, dist.new_subgroups(self.context)[0])
+            for layer in model.backbone.layers:
+                _split_sequences(layer.mixer, line)
         if self.sharded:
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -351,6 +362,83 @@ class Ranks:
             for name, p in model.named_parameters():
                 optimizer.state[p] = {m: moments[f"{m}.{name}"] for m in MOMENTS}
                 optimizer.state[p]["step"] = torch.tensor(saved["steps"], device=p.device)
+
+
+class _Line:
+    """The ranks that share a sequence, in its order: the `Neighbours` of ysnake_kernels."""
+
+    def __init__(self, ranks: Ranks, group: "dist.ProcessGroup"):
+        place = ranks.rank % ranks.context
+        last = place + 1 == ranks.context
+        self.beside = {1: None if last else ranks.rank + 1, -1: ranks.rank - 1 if place else None}
+        self.group = group
+        self.on_the_way: list[tuple[Any, torch.Tensor]] = []
+
+    def exchange(self, tensor: "torch.Tensor", step: int) -> "torch.Tensor | None":
+        import torch
+        import torch.distributed as dist
+
+        to, source = self.beside[step], self.beside[-step]
+        tensor, received = tensor.contiguous(), None
+        passing = []
+        if to is not None:
+            passing.append(dist.P2POp(dist.isend, tensor, to, self.group))
+        if source is not None:
+            received = torch.empty_like(tensor)
+            passing.append(dist.P2POp(dist.irecv, received, source, self.group))
+        for work in dist.batch_isend_irecv(passing):
+            work.wait()
+        return received
+
+    def receive(self, like: "torch.Tensor", step: int) -> "torch.Tensor | None":
+        import torch
+        import torch.distributed as dist
+
+        if self.beside[-step] is None:
+            return None
+        received = torch.empty_like(like)
+        dist.recv(received, self.beside[-step], self.group)
+        return received
+
+    def send(self, tensor: "torch.Tensor", step: int) -> None:
+        import torch.distributed as dist
+
+        if self.beside[step] is not None:
+            self.on_the_way = [(w, t) for w, t in self.on_the_way if not w.is_completed()]
+            self.on_the_way.append((dist.isend(tensor, self.beside[step], self.group), tensor))
+
+
+def _split_sequences(mixer: "Mixer", line: _Line) -> None:
+    """Let the mixer read its part of sequences, unless it is given a state to read on from."""
+    from ysnake_kernels.mixer.part import mixer_part
+
+    read_on = mixer.forward
+
+    def forward(
+        u: "torch.Tensor", seq_idx: "torch.Tensor | None", state: "LayerState | None"
+    ) -> "torch.Tensor":
+        if state is not None:
+            return read_on(u, seq_idx, state)
+        c = mixer.config
+        return mixer_part(
+            mixer.in_proj(u),
+            mixer.conv1d.weight[:, 0],
+            mixer.conv1d.bias,
+            mixer.dt_bias,
+            -mixer.A_log.float().exp(),
+            mixer.D,
+            c.chunk_size,
+            line,
+            seq_idx,
+            c.dt_limit,
+            mixer.norm.weight,
+            c.norm_eps,
+            mixer.out_proj.weight,
+            mixer.out_proj.bias,
+            c.n_groups,
+        )
+
+    mixer.forward = forward
 
 
 def number(tensor: "torch.Tensor") -> float:
