@@ -68,10 +68,9 @@ def check(settings: Settings) -> None:
     """Raise InputError where these settings cannot be shared out to the processes there are."""
     size, context = int(os.environ.get("WORLD_SIZE", 1)), settings.context_parallel
     if not launched():
-        for name in ("shard", "context_parallel"):
-            if getattr(settings, name) not in (False, 1):
-                option = "--" + name.replace("_", "-")
-                raise InputError(f"{option}: needs several processes; start them with {TORCHRUN}")
+        if settings.shard or context > 1:
+            option = "--shard" if settings.shard else "--context-parallel"
+            raise InputError(f"{option}: needs several processes; start them with {TORCHRUN}")
         return
     if size % context:
         raise InputError(
@@ -116,7 +115,9 @@ def joined(settings: Settings) -> Iterator["Ranks"]:
             raise InputError(f"--nproc-per-node: {here} processes, but {gpus} GPUs here")
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=STUCK_AFTER)
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=STUCK_AFTER)
     rank, size, context = dist.get_rank(), dist.get_world_size(), settings.context_parallel
     patient = dist.new_group(backend="gloo", timeout=FOR_EVER)
     try:
@@ -133,7 +134,8 @@ def joined(settings: Settings) -> Iterator["Ranks"]:
             )
         _wait_to_be_ended(cli.FAILED, error)
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -356,9 +358,8 @@ class Ranks:
                 for name, p in model.named_parameters()
                 for moment in MOMENTS
             }
-            checkpoint.load(
-                moments, storage_reader=checkpoint.HuggingFaceStorageReader(str(folder))
-            )
+            reader = checkpoint.HuggingFaceStorageReader(str(folder))
+            checkpoint.load(moments, storage_reader=reader, no_dist=self.size == 1)
             for name, p in model.named_parameters():
                 optimizer.state[p] = {m: moments[f"{m}.{name}"] for m in MOMENTS}
                 optimizer.state[p]["step"] = torch.tensor(saved["steps"], device=p.device)
