@@ -267,6 +267,7 @@ def test_a_long_context_on_four_ranks_takes_a_quarter_of_the_memory(tmp_path):
     expected = torch.load(tmp_path / "one.0.grads", weights_only=True)
     for rank in range(4):
         four = json.loads((tmp_path / f"four.{rank}.json").read_text())
+        print(one, four)
         assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert four["kept"] < 0.26 * one["kept"]
         assert four["grown"] < 0.4 * one["grown"]
