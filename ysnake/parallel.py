@@ -196,14 +196,9 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        if self.size == 1:
-            return flag
         import torch
-        import torch.distributed as dist
 
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags)
+        return self.total(torch.tensor(float(flag))) > 0
 
     def total(self, share: "torch.Tensor") -> float:
         """The sum of every rank's share of a number."""
@@ -253,7 +248,7 @@ class Ranks:
 
     # A model on all ranks.
 
-    def spread(self, model: "Model") -> Callable[..., "torch.Tensor"]:
+    def spread(self, model: "Model", device: str) -> Callable[..., "torch.Tensor"]:
         """Put the model to work on all ranks; returns what takes the place of its `loss`.
 
         Gradients are averaged over the ranks in backward.
@@ -265,13 +260,15 @@ class Ranks:
             for layer in model.backbone.layers:
                 _split_sequences(layer.mixer, line)
         if self.sharded:
+            from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-            for layer in model.backbone.layers:
-                fully_shard(layer)
-            fully_shard(model)
+            mesh = init_device_mesh(device, (self.size,))
+            for module in (*model.backbone.layers, model):  # each moves its weights to the device
+                fully_shard(module, mesh=mesh)
             register_fsdp_forward_method(model, "loss")
             return model.loss
+        model.to(device)
         if self.size == 1:
             return model.loss
         from torch import nn
@@ -328,7 +325,7 @@ class Ranks:
         }
         # safetensors: torch's own format would be read with pickle
         writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        checkpoint.save(moments, storage_writer=writer)
+        checkpoint.save(moments, storage_writer=writer, process_group=self.patient)
         return {"steps": next(iter(optimizer.state.values()))["step"].item()}
 
     def load_optimizer(

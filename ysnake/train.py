@@ -147,7 +147,7 @@ def start(settings: Settings, console: "Console") -> Run:
         f"({counts.train_words:,} words, {counts.train_tokens:,} tokens), "
         f"{counts.val_documents} held out; {model.n_parameters():,} parameters on {device}"
     )
-    run = _assemble(settings, model.to(device), tokenizer, Progress(), Ranks())
+    run = _assemble(settings, model, tokenizer, Progress(), Ranks())
     save_last(run)
     return run
 
@@ -217,7 +217,7 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
         )
     if progress.ended == "interrupted":
         progress.ended = None
-    run = _assemble(settings, model.to(device), tokenizer, progress, ranks)
+    run = _assemble(settings, model, tokenizer, progress, ranks)
     where = last / checkpoint.OPTIMIZER
     ranks.load_optimizer(run.model, run.optimizer, saved["optimizer"], where)
     if settings.carry_state:
@@ -275,7 +275,7 @@ def _assemble(
         Tokens.open(settings.run / "data" / f"{side}.tokens", *framing) for side in ("train", "val")
     )
     progress.threads, progress.processes = torch.get_num_threads(), ranks.size
-    loss = ranks.spread(model)
+    loss = ranks.spread(model, cli.pick_device(settings.device))
     optimizer = make_optimizer(model, settings.weight_decay)
     run = Run(settings, model, tokenizer, optimizer, train, val, progress, ranks, loss, None)
     _forget_carried(run)

@@ -22,8 +22,8 @@ from ysnake.data import Batch
 from ysnake.parallel import Ranks
 
 
-def trained(rank, size, argv, stop_after=None):
-    """Train; with `stop_after` one rank alone is asked to stop when it has done so many steps."""
+def trained(rank, size, argv, stop_after=None, poisoned=None):
+    """Train; one rank alone is asked to stop in one pass, or has NaN for its loss in another."""
     real = train.batch_loss
     calls = 0
 
@@ -32,7 +32,8 @@ def trained(rank, size, argv, stop_after=None):
         calls += 1
         if rank == size - 1 and calls == stop_after:
             signal.raise_signal(signal.SIGTERM)
-        return real(*arguments)
+        loss = real(*arguments)
+        return loss * torch.nan if rank == size - 1 and calls == poisoned else loss
 
     train.batch_loss = stopping
     try:
@@ -53,7 +54,7 @@ def gradients(rank, size, out, context, documents, length, sharded=False, counte
 
     spread = copy.deepcopy(whole)
     spread.zero_grad()
-    loss_of = ranks.spread(spread)
+    loss_of = ranks.spread(spread, "cpu")
     part = ranks.part(pieces)
     tensors = [torch.from_numpy(a) for a in (part.ids, part.targets, part.seq_idx)]
     loss = loss_of(*tensors)
@@ -100,7 +101,7 @@ def memory(rank, size, out, context, length, **sizes):
     torch.manual_seed(0)
     model = tiny_model(**sizes)
     ranks = Ranks(rank, size, context, False, None)
-    loss_of = ranks.spread(model)
+    loss_of = ranks.spread(model, "cpu")
     part = ranks.part(a_batch(1, length, 3))
     tensors = [torch.from_numpy(a) for a in (part.ids, part.targets, part.seq_idx)]
     short = [t[:, :64] for t in tensors[:2]] + [tensors[2][:, : 64 + (context > 1)]]

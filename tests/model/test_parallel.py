@@ -73,6 +73,7 @@ BY_TWO = [
     training("two-context", "--context-parallel", 2),
     training("two-stopped", *OTHER, stop_after=17),
     training("two-shard-stopped", *OTHER, "--shard", stop_after=23),
+    training("two-poisoned", "--max-steps", 3, poisoned=2),
 ]
 BY_FOUR = [
     training("four-ddp"),
@@ -117,6 +118,15 @@ def test_many_processes_train_as_one(runs, one, many):
         assert weights[0].keys() == weights[1].keys()
         for name, p in weights[0].items():
             assert torch.allclose(p, weights[1][name], atol=1e-4), name
+
+
+def test_all_skip_the_step_that_one_rank_cannot_take(runs):
+    one, two = metrics(runs / "one")[:3], metrics(runs / "two-poisoned")
+    assert [m["skipped"] for m in two] == [0, 1, 1]
+    assert two[1]["train_loss"] is None
+    assert two[2]["train_loss"] == pytest.approx(one[2]["train_loss"], rel=0.01)
+    model = checkpoint.load(runs / "two-poisoned/last")
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_the_first_rank_alone_writes(runs):
@@ -260,14 +270,13 @@ def test_errors_reach_the_screen_once(tmp_path, options, message):
 
 @pytest.mark.slow
 def test_a_long_context_on_four_ranks_takes_a_quarter_of_the_memory(tmp_path):
-    sizes = {"length": 65_536, "d_model": 64, "n_layers": 2, "d_state": 16, "head_dim": 16}
+    sizes = {"length": 65_536, "d_model": 64, "n_layers": 4, "d_state": 16, "head_dim": 16}
     done(1, [["memory", {"out": "one", "context": 1, **sizes}]], tmp_path)
     done(4, [["memory", {"out": "four", "context": 4, **sizes}]], tmp_path)
     one = json.loads((tmp_path / "one.0.json").read_text())
     expected = torch.load(tmp_path / "one.0.grads", weights_only=True)
     for rank in range(4):
         four = json.loads((tmp_path / f"four.{rank}.json").read_text())
-        print(one, four)
         assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert four["kept"] < 0.26 * one["kept"]
         assert four["grown"] < 0.4 * one["grown"]
