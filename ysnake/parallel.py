@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
@@ -55,7 +56,9 @@ def heard_once() -> Iterator[None]:
         except InputError as error:
             _wait_to_be_ended(cli.WRONG_INPUT, error)
         except SystemExit as error:
-            _wait_to_be_ended(error.code, error)
+            if error.code:
+                _wait_to_be_ended(error.code, error)
+            raise
 
 
 def _wait_to_be_ended(code: Any, cause: BaseException) -> None:
@@ -216,6 +219,8 @@ class Ranks:
         A batch of any number of rows: what is missing is made up with rows that do not count. Of
         tokens that are split, seq_idx has the one before them too.
         """
+        if self.size == 1:
+            return batch
         rows = self.rows(len(batch.ids))
         counts = rows < len(batch.ids)
         rows = rows % len(batch.ids)
@@ -332,31 +337,34 @@ class Ranks:
         self, model: "Model", optimizer: Any, saved: dict[str, Any], folder: Path
     ) -> None:
         """Take over what `save_optimizer` returned and wrote, on any number of ranks."""
+        if "state" in saved and not self.sharded:
+            optimizer.load_state_dict(saved)
+            return
         import torch
         from torch.distributed import checkpoint
         from torch.distributed.tensor import distribute_tensor
 
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if "state" in saved and not self.sharded:
-            optimizer.load_state_dict(saved)
-        elif "state" in saved:
+        if "state" in saved:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for i, memory in saved["state"].items():
                 p = parameters[i]
-                spread = (p.device_mesh, p.placements)
-                optimizer.state[p] = {
-                    k: distribute_tensor(v.to(p.device), *spread, src_data_rank=None)
-                    if v.ndim
-                    else v
-                    for k, v in memory.items()
+                spread = {
+                    m: distribute_tensor(
+                        memory[m].to(p.device), p.device_mesh, p.placements, src_data_rank=None
+                    )
+                    for m in MOMENTS
                 }
+                optimizer.state[p] = spread | {"step": memory["step"].to(p.device)}
         elif saved["steps"]:
             moments = {
-                f"{moment}.{name}": torch.zeros_like(p, requires_grad=False)
+                f"{m}.{name}": torch.zeros_like(p, requires_grad=False)
                 for name, p in model.named_parameters()
-                for moment in MOMENTS
+                for m in MOMENTS
             }
             reader = checkpoint.HuggingFaceStorageReader(str(folder))
-            checkpoint.load(moments, storage_reader=reader, no_dist=self.size == 1)
+            with warnings.catch_warnings():  # about loading in a single process
+                warnings.simplefilter("ignore", UserWarning)
+                checkpoint.load(moments, storage_reader=reader, process_group=self.patient)
             for name, p in model.named_parameters():
                 optimizer.state[p] = {m: moments[f"{m}.{name}"] for m in MOMENTS}
                 optimizer.state[p]["step"] = torch.tensor(saved["steps"], device=p.device)
@@ -441,6 +449,4 @@ def _split_sequences(mixer: "Mixer", line: _Line) -> None:
 
 def number(tensor: "torch.Tensor") -> float:
     """The value of a scalar, whether every rank has it or a share."""
-    from torch.distributed.tensor import DTensor
-
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).item()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).item()
