@@ -52,8 +52,11 @@ class _SummedLoss(torch.autograd.Function):
                 p.mul_(counts / scale)
                 p.scatter_add_(1, target, -counts.to(exact))
                 p = p.to(h.dtype)
-                dhidden[i : i + rows] = p @ weight
-                dweight += p.t() @ h
+                torch.mm(p, weight, out=dhidden[i : i + rows])
+                if p.dtype == exact:
+                    dweight.addmm_(p.t(), h)
+                else:
+                    dweight += p.t() @ h
         if differentiated:
             ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
         return total

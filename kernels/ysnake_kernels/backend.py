@@ -6,7 +6,7 @@
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -73,3 +73,11 @@ def _choose(device: torch.device) -> str:
                 "TRITON_INTERPRET=1 runs it on a CPU, slowly"
             )
     return name
+
+
+def uncompiled(function: Callable) -> Callable:
+    """The function, called as it is where torch.compile traces.
+
+    For loops over chunks and blocks with memory of their own, which a compiler would unroll.
+    """
+    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function

@@ -29,6 +29,23 @@ def step_sizes(
     return dt.clamp(*dt_limit)
 
 
+def step_sizes_backward(
+    grad: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """The gradient of dt, in grad's dtype, from that of `step_sizes`; dt_bias has its sum."""
+    dt = dt.to(grad.dtype)
+    if dt_bias is not None:
+        dt = dt + dt_bias.to(grad.dtype)
+    sizes = F.softplus(dt) if dt_softplus else dt
+    low, high = dt_limit
+    grad = grad * ((sizes >= low) & (sizes <= high))
+    return grad * torch.sigmoid(dt) if dt_softplus else grad
+
+
 def common_unit(*strides: int) -> int:
     """The largest power of two up to 16 that divides all strides."""
     return math.gcd(16, *strides)

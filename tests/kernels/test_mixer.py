@@ -16,6 +16,7 @@ from ysnake_kernels import (
     rms_norm_gated,
     ssd_scan,
 )
+from ysnake_kernels.mixer import eager as mixer_eager
 
 FUSED = pytest.param(
     "fused",
@@ -135,6 +136,19 @@ def test_equals_reference(name):
     assert_equals_reference(mamba_split_conv1d_scan_combined, tensors, options, name)
 
 
+@pytest.mark.parametrize("case", ["everything", "two groups", "documents"])
+def test_rows_of_a_large_batch_go_in_groups(case, monkeypatch):
+    case, options = CASES[case]
+    extra = {"chunk_size": 8, "return_final_states": True, **options}
+    whole = outputs_and_gradients(mamba_split_conv1d_scan_combined, inputs(**case), extra, None)
+    monkeypatch.setattr(mixer_eager, "CHUNK_ELEMENTS", 1)
+    each = outputs_and_gradients(mamba_split_conv1d_scan_combined, inputs(**case), extra, whole[2])
+    for a, b in zip(each[0], whole[0], strict=True):
+        assert distance(a, b) < 1e-14
+    for key, gradient in whole[1].items():
+        assert distance(each[1][key], gradient) < 1e-13, key
+
+
 def test_output_alone():
     tensors = inputs()
     y = mamba_split_conv1d_scan_combined(**tensors, chunk_size=8)
@@ -199,7 +213,8 @@ def test_autocast_reaches_the_projection_and_its_gradient():
         assert y.dtype == torch.bfloat16
         results.append([y, *torch.autograd.grad(y.float().square().sum(), [*leaves.values()])])
     for a, b in zip(*results, strict=True):
-        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+        assert distance(a, b) <= 2e-2
 
 
 def test_repeats_to_the_bit():
@@ -217,8 +232,10 @@ def test_repeats_to_the_bit():
         assert torch.equal(gradient, runs[1][1][key])
 
 
-@pytest.mark.parametrize("name", [FUSED])
-def test_compiles_whole(name):
+@pytest.mark.parametrize(
+    ("name", "fullgraph"), [("eager", False), pytest.param("fused", True, marks=FUSED.marks)]
+)
+def test_under_compile(name, fullgraph):
     tensors = on_device(inputs(dtype=torch.float32))
     tensors = {k: t.requires_grad_() for k, t in tensors.items()}
 
@@ -230,7 +247,7 @@ def test_compiles_whole(name):
 
     with backend(name):
         expected = torch.autograd.grad(loss(tensors), [*tensors.values()])
-        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(tensors)
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=fullgraph)(tensors)
         got = torch.autograd.grad(compiled, [*tensors.values()])
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)

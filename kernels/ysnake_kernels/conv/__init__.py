@@ -44,16 +44,7 @@ def causal_conv1d(
 
     Source: the convolution of the Mamba-2 block, arXiv 2405.21060, section 7.
     """
-    check_rank("x", x, "batch, channels, length")
-    batch, channels, length = x.shape
-    if length < 1:
-        raise ValueError("x: expected a length of at least 1, got 0")
-    width = _check_weight(x, weight, bias, activation)
-    if seq_idx is not None:
-        check("seq_idx", seq_idx, (batch, length), x, dtypes=INTEGERS)
-        check_seq_idx(seq_idx)
-    if initial_states is not None:
-        check("initial_states", initial_states, (batch, channels, width - 1), x)
+    width = check_conv(x, weight, bias, seq_idx, initial_states, activation)
     name = choose(x)
     tensors = (x, weight, bias, seq_idx, initial_states)
     with torch.autocast(x.device.type, enabled=False):
@@ -66,6 +57,28 @@ def causal_conv1d(
         if not return_final_states:
             return y
         return y, _last_tokens(x, initial_states, seq_idx, width)
+
+
+def check_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    activation: str | None,
+) -> int:
+    """The width of the convolution, after the checks of `causal_conv1d`'s arguments."""
+    check_rank("x", x, "batch, channels, length")
+    batch, channels, length = x.shape
+    if length < 1:
+        raise ValueError("x: expected a length of at least 1, got 0")
+    width = _check_weight(x, weight, bias, activation)
+    if seq_idx is not None:
+        check("seq_idx", seq_idx, (batch, length), x, dtypes=INTEGERS)
+        check_seq_idx(seq_idx)
+    if initial_states is not None:
+        check("initial_states", initial_states, (batch, channels, width - 1), x)
+    return width
 
 
 def _last_tokens(

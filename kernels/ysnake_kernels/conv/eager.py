@@ -1,16 +1,18 @@
-"""The causal depthwise convolution in pure torch, a block of tokens at a time.
+"""The causal depthwise convolution in pure torch, channel-last, a block of tokens at a time.
 
-Each block is copied once, with the tokens before it, into a channel-last buffer that stays in the
-cache; taps, SiLU and their gradients work on it in place. Backward recomputes from the inputs.
+The tokens that a tap sees are a slice of the input, so nothing is copied or padded, and what a
+block needs stays in the cache. `forward` and `backward` are plain functions, for the mixer too.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ysnake_kernels.backend import uncompiled
 from ysnake_kernels.numerics import accumulator
 
-BLOCK_ELEMENTS = 128 * 1024  # of a buffer: half a megabyte in float32
+BLOCK_ELEMENTS = 256 * 1024  # of a block: a megabyte in float32
 
 
 def conv(
@@ -22,7 +24,7 @@ def conv(
     activation: str | None,
 ) -> Tensor:
     """Arguments as `causal_conv1d` has checked them."""
-    return _Conv.apply(x, weight, bias, seq_idx, initial_states, activation is not None)
+    return uncompiled(_Conv.apply)(x, weight, bias, seq_idx, initial_states, activation)
 
 
 def conv_step(
@@ -42,64 +44,8 @@ def conv_step(
     if bias is not None:
         y += bias.to(acc)
     if activation is not None:
-        y = torch.nn.functional.silu(y, inplace=True)
+        y = F.silu(y, inplace=True)
     return y.to(x.dtype)
-
-
-class _Blocks:
-    """x cut into blocks of tokens, channel-last, each with the width - 1 tokens before it."""
-
-    def __init__(self, x, weight, seq_idx, initial_states, acc):
-        self.batch, self.channels, self.length = x.shape
-        self.back = weight.shape[1] - 1
-        self.x, self.acc = x.transpose(1, 2), acc
-        self.taps = weight.to(acc).t().contiguous()  # [width channels]
-        self.initial_states = initial_states
-        self.size = min(self.length, max(1, BLOCK_ELEMENTS // (self.batch * self.channels)))
-        self.same = None
-        if seq_idx is not None:  # same[k]: the token k places before belongs to the same document
-            self.same = [torch.ones_like(seq_idx, dtype=torch.bool)]
-            for k in range(1, self.back + 1):
-                first = seq_idx[:, :1].expand(-1, k)
-                shifted = torch.cat([first, seq_idx], 1)[:, : self.length]
-                self.same.append(seq_idx == shifted)
-
-    def spans(self) -> list[slice]:
-        starts = range(0, self.length, self.size)
-        return [slice(s, min(s + self.size, self.length)) for s in starts]
-
-    def buffer(self, extra: int = 0) -> Tensor:
-        shape = (self.batch, self.size + extra, self.channels)
-        return torch.empty(shape, dtype=self.acc, device=self.x.device)
-
-    def load(self, buffer: Tensor, span: slice) -> Tensor:
-        """The block's tokens behind those before it, [batch (back + tokens) channels]."""
-        block = buffer[:, : self.back + span.stop - span.start]
-        before = min(span.start, self.back)  # tokens before the block that x itself has
-        missing = self.back - before
-        if missing and self.initial_states is None:
-            block[:, :missing] = 0
-        elif missing:
-            block[:, :missing] = self.initial_states[:, :, before:].transpose(1, 2)
-        block[:, missing:] = self.x[:, span.start - before : span.stop]
-        return block
-
-    def tap(self, block: Tensor, k: int, span: slice) -> Tensor:
-        """What tap k multiplies: the tokens back - k places before, zero in another document."""
-        tokens = block[:, k : k + span.stop - span.start]
-        if self.same is not None and k < self.back:
-            tokens = tokens * self.same[self.back - k][:, span, None]
-        return tokens
-
-    def sums(self, block: Tensor, bias: Tensor | None, span: slice, out: Tensor) -> Tensor:
-        """The convolution of a block before the activation, [batch tokens channels]."""
-        out = out[:, : span.stop - span.start]
-        torch.mul(self.tap(block, self.back, span), self.taps[self.back], out=out)
-        if bias is not None:
-            out += bias.to(self.acc)
-        for k in range(self.back):
-            out.addcmul_(self.tap(block, k, span), self.taps[k])
-        return out
 
 
 class _Conv(torch.autograd.Function):
@@ -109,57 +55,20 @@ class _Conv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, seq_idx, initial_states, activation):
         ctx.save_for_backward(x, weight, bias, seq_idx, initial_states)
         ctx.activation = activation
-        acc = accumulator(x, weight, bias, initial_states)
-        blocks = _Blocks(x, weight, seq_idx, initial_states, acc)
-        tokens, sums = blocks.buffer(extra=blocks.back), blocks.buffer()
         y = _like(x)
-        for span in blocks.spans():
-            out = blocks.sums(blocks.load(tokens, span), bias, span, sums)
-            if activation:
-                torch.nn.functional.silu(out, inplace=True)
-            y[:, :, span] = out.transpose(1, 2)
+        forward(*_channel_last(x, weight, bias, seq_idx, initial_states, y), activation)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, seq_idx, initial_states = ctx.saved_tensors
-        acc = accumulator(x, weight, bias, initial_states)
-        blocks = _Blocks(x, weight, seq_idx, initial_states, acc)
-        tokens, sums = blocks.buffer(extra=blocks.back), blocks.buffer()
-        grads, grad_in = blocks.buffer(), blocks.buffer(extra=blocks.back)
         dx = _like(x)
-        dtaps = torch.zeros_like(blocks.taps)
-        dbias = torch.zeros_like(blocks.taps[0])
-        # Walking backward, each block also holds the gradient of the tokens before it.
-        carried = torch.zeros_like(grad_in[:, : blocks.back])
-        for span in reversed(blocks.spans()):
-            size = span.stop - span.start
-            block = blocks.load(tokens, span)
-            grad = grads[:, :size]
-            grad.copy_(dy[:, :, span].transpose(1, 2))
-            if ctx.activation:
-                out = blocks.sums(block, bias, span, sums)
-                gate = torch.sigmoid(out)
-                grad.mul_(gate)  # silu'(v) = sigmoid(v) (1 + v (1 - sigmoid(v)))
-                grad.mul_(gate.neg_().add_(1).mul_(out).add_(1))
-            dbias += grad.sum((0, 1))
-            dtokens = grad_in[:, : blocks.back + size]
-            dtokens[:, :size].zero_()
-            dtokens[:, size:].copy_(carried)
-            for k in range(blocks.back + 1):
-                dtaps[k] += (blocks.tap(block, k, span) * grad).sum((0, 1))
-                part = grad
-                if blocks.same is not None and k < blocks.back:
-                    part = grad * blocks.same[blocks.back - k][:, span, None]
-                dtokens[:, k : k + size].addcmul_(part, blocks.taps[k])
-            dx[:, :, span] = dtokens[:, blocks.back :].transpose(1, 2)
-            carried.copy_(dtokens[:, : blocks.back])
-        dweight = dtaps.t().to(weight.dtype)
-        dbias = None if bias is None else dbias.to(bias.dtype)
-        dinitial = None
-        if initial_states is not None:
-            dinitial = carried.transpose(1, 2).to(initial_states.dtype)
+        *arguments, dx_last = _channel_last(x, weight, bias, seq_idx, initial_states, dx)
+        dy = dy.transpose(1, 2)
+        dweight, dbias, dinitial = backward(*arguments, dy, dx_last, ctx.activation)
+        if dinitial is not None:
+            dinitial = dinitial.transpose(1, 2)
         return dx, dweight, dbias, None, dinitial, None
 
 
@@ -169,3 +78,148 @@ def _like(x: Tensor) -> Tensor:
     if x.stride(1) == 1:
         return torch.empty(batch, length, channels, dtype=x.dtype, device=x.device).transpose(1, 2)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _channel_last(x, weight, bias, seq_idx, initial_states, y):
+    if initial_states is not None:
+        initial_states = initial_states.transpose(1, 2)
+    return x.transpose(1, 2), weight, bias, seq_idx, initial_states, y.transpose(1, 2)
+
+
+class _Blocks:
+    """What each tap sees of x [batch length channels], one block of tokens after another."""
+
+    def __init__(self, x, weight, bias, seq_idx, initial_states):
+        self.acc = accumulator(x, weight, bias, initial_states)
+        self.x, self.back = x, weight.shape[1] - 1
+        self.taps = weight.to(self.acc).t().flip(0).contiguous()  # [k channels]: k tokens ago
+        self.bias = None if bias is None else bias.to(self.acc)
+        self.initial = None if initial_states is None else initial_states.to(self.acc)
+        self.size = min(x.shape[1], max(1, BLOCK_ELEMENTS // (x.shape[0] * x.shape[2])))
+        self.same = None
+        if seq_idx is not None:  # same[k - 1]: the token k places before is of the same document
+            padded = torch.cat([seq_idx[:, :1].expand(-1, self.back), seq_idx], 1)
+            starts = range(self.back - 1, -1, -1)
+            self.same = [seq_idx == padded[:, s : s + x.shape[1]] for s in starts]
+            self.masked = self.buffer()
+
+    def buffer(self) -> Tensor:
+        """Flat memory for a block's values."""
+        batch, _, channels = self.x.shape
+        return torch.empty(batch * self.size * channels, dtype=self.acc, device=self.x.device)
+
+    def spans(self) -> list[tuple[int, int]]:
+        length = self.x.shape[1]
+        return [(s, min(s + self.size, length)) for s in range(0, length, self.size)]
+
+    def seen(self, k: int, start: int, end: int) -> list[tuple[slice, Tensor, slice | None]]:
+        """What lies k tokens before [start, end): (tokens of the block, values, place in x).
+
+        The place is None, and the values of the initial states, for what lies before x.
+        """
+        parts = []
+        first = min(max(start, k), end)  # before it, the token k places ago is not of x
+        if start < first and self.initial is not None:
+            values = self.initial[:, start + self.back - k : first + self.back - k]
+            parts.append((slice(0, first - start), values, None))
+        if first < end:
+            place = slice(first - k, end - k)
+            parts.append((slice(first - start, end - start), self.x[:, place].to(self.acc), place))
+        return parts
+
+    def of_same(self, t: Tensor, k: int, start: int, tokens: slice) -> Tensor:
+        """t [batch tokens channels]; zero where the k-th token before is of another document."""
+        if self.same is None:
+            return t
+        same = self.same[k - 1][:, start + tokens.start : start + tokens.stop, None]
+        return torch.mul(t, same, out=_part(self.masked, t))
+
+    def sums(self, start: int, end: int, out: Tensor) -> Tensor:
+        """The convolution of a block before the activation, written to out."""
+        torch.mul(self.x[:, start:end].to(self.acc), self.taps[0], out=out)
+        if self.bias is not None:
+            out += self.bias
+        for k in range(1, self.back + 1):
+            for tokens, values, _ in self.seen(k, start, end):
+                out[:, tokens].addcmul_(self.of_same(values, k, start, tokens), self.taps[k])
+        return out
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    y: Tensor,
+    activation: str | None,
+    sums: Tensor | None = None,
+) -> None:
+    """Writes y; x and y are [batch length channels], initial_states [batch width-1 channels].
+
+    `sums`, if given, gets what the activation is applied to, in float32 or float64.
+    """
+    blocks = _Blocks(x, weight, bias, seq_idx, initial_states)
+    buffer = blocks.buffer() if sums is None else None
+    for start, end in blocks.spans():
+        block = y[:, start:end]
+        out = _part(buffer, block) if sums is None else sums[:, start:end]
+        blocks.sums(start, end, out)
+        if activation is None:
+            block.copy_(out)
+        elif y.dtype == out.dtype:
+            torch.ops.aten.silu.out(out, out=block)
+        else:
+            block.copy_(F.silu(out))
+
+
+def backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    dy: Tensor,
+    dx: Tensor,
+    activation: str | None,
+    sums: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Writes dx; returns the gradients of weight, bias and initial_states. Layouts as `forward`.
+
+    `sums` are as `forward` gave them; None computes them again.
+    """
+    blocks = _Blocks(x, weight, bias, seq_idx, initial_states)
+    exact = dx if dx.dtype == blocks.acc else torch.empty_like(dx, dtype=blocks.acc)
+    dtaps = torch.zeros_like(blocks.taps)
+    dbias = torch.zeros_like(blocks.taps[0])
+    dinitial = None if initial_states is None else torch.zeros_like(blocks.initial)
+    buffer, grads = blocks.buffer(), blocks.buffer()
+    for start, end in blocks.spans():
+        grad = dy[:, start:end].to(blocks.acc)
+        if activation is not None:
+            out = _part(grads, grad)
+            before = blocks.sums(start, end, out) if sums is None else sums[:, start:end]
+            grad = torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=out)
+        dbias += grad.sum((0, 1))
+        torch.mul(grad, blocks.taps[0], out=exact[:, start:end])
+        product = torch.mul(x[:, start:end].to(blocks.acc), grad, out=_part(buffer, grad))
+        dtaps[0] += product.sum((0, 1))
+        for k in range(1, blocks.back + 1):
+            for tokens, values, place in blocks.seen(k, start, end):
+                part = blocks.of_same(grad[:, tokens], k, start, tokens)
+                product = torch.mul(values, part, out=_part(buffer, part))
+                dtaps[k] += product.sum((0, 1))
+                to = exact[:, place]
+                if place is None:
+                    to = dinitial[:, start + tokens.start + blocks.back - k :][:, : part.shape[1]]
+                to.addcmul_(part, blocks.taps[k])
+    if exact is not dx:
+        dx.copy_(exact)
+    dweight = dtaps.flip(0).t().to(weight.dtype)
+    dbias = None if bias is None else dbias.to(bias.dtype)
+    return dweight, dbias, None if dinitial is None else dinitial.to(initial_states.dtype)
+
+
+def _part(buffer: Tensor, like: Tensor) -> Tensor:
+    """Memory of a flat buffer in the shape of another tensor; contiguous, so that sums are fast."""
+    return buffer[: like.numel()].view(like.shape)

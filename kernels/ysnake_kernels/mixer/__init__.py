@@ -1,19 +1,20 @@
 """The whole mixer from its input projection on: convolution, scan, gated norm, output projection.
 
-It is made of the other operators, so it has no implementations of its own. Of all that is computed
-on the way it keeps nothing for backward, which computes it again.
+Of all that is computed on the way it keeps nothing for backward, which computes it again. On a GPU
+it is `composed` of the other operators; on a CPU `eager` is one function, with fewer passes.
 """
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from functools import partial
 
-from ysnake_kernels.backend import backend, choose
+import torch
+from torch import Tensor
+
+from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import FLOATS, check, check_rank
-from ysnake_kernels.conv import causal_conv1d
-from ysnake_kernels.norm import rms_norm_gated
-from ysnake_kernels.ssd import ssd_scan
+from ysnake_kernels.conv import check_conv
+from ysnake_kernels.mixer import composed, eager
+from ysnake_kernels.mixer.composed import scan_inputs
+from ysnake_kernels.ssd import check_scan
 
 
 def mamba_split_conv1d_scan_combined(
@@ -84,48 +85,29 @@ def mamba_split_conv1d_scan_combined(
             check("outproj_bias", outproj_bias, shape[:1], zxbcdt, "outproj_weight", dtypes)
     elif outproj_bias is not None:
         raise ValueError("outproj_bias: expected an outproj_weight with it, got None")
-    name = choose(zxbcdt)
-
-    def mixer(zxbcdt, weight, bias, dt_bias, A, D, states, seq_idx, norm, projection, shift):
-        z, xBC, dt = zxbcdt.split(sizes, dim=-1)
-        xBC = causal_conv1d(xBC.transpose(1, 2), weight, bias, seq_idx, activation=activation)
-        n = (sizes[1] - d_inner) // 2
-        x, B, C = xBC.transpose(1, 2).split([d_inner, n, n], dim=-1)
-        y, states = ssd_scan(
-            x.unflatten(-1, (sizes[2], -1)),
-            dt,
-            A,
-            B.unflatten(-1, (ngroups, -1)),
-            C.unflatten(-1, (ngroups, -1)),
-            chunk_size,
-            D=D,
-            z=z.unflatten(-1, (sizes[2], -1)) if norm is None else None,
-            dt_bias=dt_bias,
-            initial_states=states,
-            seq_idx=seq_idx,
-            dt_softplus=True,
-            dt_limit=dt_limit,
-            return_final_states=True,
-        )
-        y = y.flatten(2)
-        if norm is not None:
-            group_size = d_inner // ngroups
-            y = rms_norm_gated(y, norm, None, z, rmsnorm_eps, group_size, norm_before_gate)
-        if projection is not None:
-            y = F.linear(y, projection, shift)
-        return y, states
-
-    def as_chosen(*tensors):
-        with backend(name):  # backward may run in a thread that does not know of an override
-            return mixer(*tensors)
-
-    y, states = checkpoint(
-        mixer if torch.compiler.is_compiling() else as_chosen,
-        *(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, initial_states, seq_idx),
-        *(rmsnorm_weight, outproj_weight, outproj_bias),
-        use_reentrant=False,
-        preserve_rng_state=False,
+    xBC = zxbcdt[..., d_inner : -sizes[2]]  # of the shape that the convolution gives it back
+    check_conv(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, None, activation)
+    x, B, C = scan_inputs(xBC, sizes, ngroups)
+    check_scan(
+        *(x, zxbcdt[..., -sizes[2] :], A, B, C, chunk_size, D, None, dt_bias),
+        *(initial_states, seq_idx, None, dt_limit),
     )
+    device = zxbcdt.device.type
+    autocast = torch.is_autocast_enabled(device)
+    name = choose(zxbcdt)
+    mixer = eager.mixer if name == "eager" else partial(composed.mixer, name)
+    with torch.autocast(device, enabled=False):
+        y, states = mixer(
+            *(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, initial_states, seq_idx),
+            *(rmsnorm_weight, outproj_weight, outproj_bias),
+            sizes,
+            ngroups,
+            activation,
+            (chunk_size, True, dt_limit),
+            (rmsnorm_eps, d_inner // ngroups, norm_before_gate),
+            return_final_states,
+            torch.get_autocast_dtype(device) if autocast else zxbcdt.dtype,
+        )
     return (y, states) if return_final_states else y
 
 

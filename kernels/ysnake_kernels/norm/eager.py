@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ysnake_kernels.backend import uncompiled
 from ysnake_kernels.numerics import accumulator
 
 BLOCK_ELEMENTS = 128 * 1024  # of a temporary: half a megabyte in float32
@@ -23,7 +24,35 @@ def norm(
     norm_before_gate: bool,
 ) -> Tensor:
     """Arguments as `rms_norm_gated` has checked them."""
-    return _Norm.apply(x, weight, bias, z, (eps, group_size, norm_before_gate))
+    return uncompiled(_Norm.apply)(x, weight, bias, z, (eps, group_size, norm_before_gate))
+
+
+class _Norm(torch.autograd.Function):
+    """Saves its inputs; recomputes everything else in backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, z, options):
+        ctx.save_for_backward(x, weight, bias, z)
+        ctx.options = options
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for xb, zb, yb in _rows(x, z, y):
+            yb.copy_(forward(xb, weight, bias, zb, *options))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, z = ctx.saved_tensors
+        acc = accumulator(x, weight, bias, z)
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        dw, db = torch.zeros_like(weight, dtype=acc), torch.zeros_like(weight, dtype=acc)
+        for xb, zb, gb, dxb, dzb in _rows(x, z, dy, dx, dz):
+            grad, dzs, _ = backward(xb, weight, bias, zb, gb, dw, db, *ctx.options)
+            dxb.copy_(grad)
+            if dzb is not None:
+                dzb.copy_(dzs)
+        return dx, dw.to(weight.dtype), None if bias is None else db.to(bias.dtype), dz, None
 
 
 def _rows(*tensors: Tensor | None) -> list[list[Tensor | None]]:
@@ -35,71 +64,76 @@ def _rows(*tensors: Tensor | None) -> list[list[Tensor | None]]:
     return [[None if t is None else t[span] for t in flat] for span in spans]
 
 
-def _normalised(v: Tensor, eps: float, group_size: int) -> tuple[Tensor, Tensor]:
-    """v / rms(v), [rows features], and 1 / rms(v), [rows groups 1]."""
+def _unit(v: Tensor, eps: float, group_size: int) -> tuple[Tensor, Tensor]:
+    """v / rms(v) and 1 / rms(v), by group: [... groups group_size] and [... groups 1]."""
     groups = v.unflatten(-1, (-1, group_size))
-    rstd = groups.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (groups * rstd).flatten(-2), rstd
+    norm = torch.linalg.vector_norm(groups, dim=-1, keepdim=True)
+    rstd = norm.square_().div_(group_size).add_(eps).rsqrt_()
+    return groups * rstd, rstd
 
 
-class _Norm(torch.autograd.Function):
-    """Saves its inputs; recomputes everything else in backward."""
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    """The norm of a block in float32 or float64, [... features]; new memory."""
+    acc = accumulator(x, weight, bias, z)
+    v = x.to(acc)
+    gate = None if z is None else F.silu(z.to(acc))
+    if gate is not None and not norm_before_gate:
+        v = gate.mul_(v)
+    v = _unit(v, eps, group_size)[0].flatten(-2).mul_(weight.to(acc))
+    if bias is not None:
+        v += bias.to(acc)
+    if gate is not None and norm_before_gate:
+        v *= gate
+    return v
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, z, options):
-        ctx.save_for_backward(x, weight, bias, z)
-        ctx.options = options
-        eps, group_size, norm_before_gate = options
-        acc = accumulator(x, weight, bias, z)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for xb, zb, yb in _rows(x, z, y):
-            v = xb.to(acc)
-            gate = None if zb is None else F.silu(zb.to(acc))
-            if gate is not None and not norm_before_gate:
-                v = v * gate
-            v = _normalised(v, eps, group_size)[0].mul_(weight.to(acc))
-            if bias is not None:
-                v += bias.to(acc)
-            if gate is not None and norm_before_gate:
-                v *= gate
-            yb.copy_(v)
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, bias, z = ctx.saved_tensors
-        eps, group_size, norm_before_gate = ctx.options
-        acc = accumulator(x, weight, bias, z)
-        w = weight.to(acc)
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
-        dw, db = torch.zeros_like(w), torch.zeros_like(w)
-        for xb, zb, gb, dxb, dzb in _rows(x, z, dy, dx, dz):
-            xb, grad = xb.to(acc), gb.to(acc)
-            v = xb
-            if zb is not None:
-                zb = zb.to(acc)
-                sigmoid = torch.sigmoid(zb)
-                gate = zb * sigmoid
-                slope = sigmoid * (1 + zb * (1 - sigmoid))  # of silu
-                if not norm_before_gate:
-                    v = xb * gate
-            unit, rstd = _normalised(v, eps, group_size)
-            if zb is not None and norm_before_gate:
-                affine = unit * w if bias is None else (unit * w).add_(bias.to(acc))
-                dzb.copy_(affine.mul_(grad).mul_(slope))
-                grad = grad * gate
-            dw += (grad * unit).sum(0)
-            if bias is not None:
-                db += grad.sum(0)
-            # through v / rms(v): remove the part of the gradient along v
-            g = (grad * w).unflatten(-1, (-1, group_size))
-            u = unit.unflatten(-1, (-1, group_size))
-            dv = ((g - u * (g * u).mean(-1, keepdim=True)) * rstd).flatten(-2)
-            if zb is not None and not norm_before_gate:
-                dzb.copy_(xb.mul(dv).mul_(slope))
-                dv = dv.mul_(gate)
-            dxb.copy_(dv)
-        db = None if bias is None else db.to(bias.dtype)
-        return dx, dw.to(weight.dtype), db, dz, None
+def backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    dy: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    want_y: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x and z of a block, and y if wanted; adds to dw and, with a bias, to db."""
+    acc = accumulator(x, weight, bias, z)
+    x, grad, w = x.to(acc), dy.to(acc), weight.to(acc)
+    v = x
+    if z is not None:
+        z = z.to(acc)
+        gate = F.silu(z)
+        if not norm_before_gate:
+            v = x * gate
+    unit, rstd = _unit(v, eps, group_size)
+    flat = unit.flatten(-2)
+    y = dz = None
+    if want_y or (z is not None and norm_before_gate):
+        y = flat * w if bias is None else torch.addcmul(bias.to(acc), flat, w)
+        if z is not None and norm_before_gate:
+            dz = torch.ops.aten.silu_backward(grad * y, z)
+            grad, y = grad * gate, y.mul_(gate)
+    every = tuple(range(x.ndim - 1))
+    dw += (grad * flat).sum(every)
+    if bias is not None:
+        db += grad.sum(every)
+    # through v / rms(v): remove the part of the gradient along v
+    g = (grad * w).unflatten(-1, (-1, group_size))
+    along = torch.linalg.vecdot(g, unit).div_(group_size)[..., None]
+    dv = g.addcmul_(unit, along, value=-1).mul_(rstd).flatten(-2)
+    if z is None or norm_before_gate:
+        return dv, dz, y
+    dz = torch.ops.aten.silu_backward(x * dv, z)
+    return dv.mul_(gate), dz, y

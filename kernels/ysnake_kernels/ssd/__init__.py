@@ -74,6 +74,42 @@ def ssd_scan(
 
     Source: Dao and Gu, arXiv 2405.21060, section 6 (block decomposition of SSD).
     """
+    check_scan(
+        *(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_limit)
+    )
+    arguments = (x, dt, A, B, C, chunk_size, D, z, initial_states, seq_idx)
+    options = (dt_bias, dt_softplus, dt_limit)
+    name = choose(x)
+    with torch.autocast(x.device.type, enabled=False):
+        if name == "fused":
+            from ysnake_kernels.ssd import fused  # only where it runs: it needs triton
+
+            y, states = fused.scan(*arguments, *options, cu_seqlens=cu_seqlens)
+        else:
+            scan = reference.scan if name == "reference" else eager.scan
+            if cu_seqlens is None:
+                y, states = scan(*arguments, *options)
+            else:
+                y, states = _scan_each(scan, cu_seqlens, *arguments, *options)
+    return (y, states) if return_final_states else y
+
+
+def check_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int | None,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dt_limit: tuple[float, float],
+) -> None:
+    """The checks of `ssd_scan`'s arguments."""
     check_rank("x", x, "batch, length, heads, P")
     batch, length, heads, head_dim = x.shape
     if length < 1:
@@ -106,22 +142,6 @@ def ssd_scan(
     if seq_idx is not None:
         check("seq_idx", seq_idx, (batch, length), x, dtypes=INTEGERS)
         check_seq_idx(seq_idx)
-
-    arguments = (x, dt, A, B, C, chunk_size, D, z, initial_states, seq_idx)
-    options = (dt_bias, dt_softplus, dt_limit)
-    name = choose(x)
-    with torch.autocast(x.device.type, enabled=False):
-        if name == "fused":
-            from ysnake_kernels.ssd import fused  # only where it runs: it needs triton
-
-            y, states = fused.scan(*arguments, *options, cu_seqlens=cu_seqlens)
-        else:
-            scan = reference.scan if name == "reference" else eager.scan
-            if cu_seqlens is None:
-                y, states = scan(*arguments, *options)
-            else:
-                y, states = _scan_each(scan, cu_seqlens, *arguments, *options)
-    return (y, states) if return_final_states else y
 
 
 def _scan_each(

@@ -2,22 +2,27 @@
 
 A sweep carries the state from chunk to chunk as the fused kernel does, so that its temporaries
 are a chunk's and stay in the cache. Heads of a group share B and C: the products with the state
-are single matrix products over all heads of a group. Symbols are those of the paper (arXiv
-2405.21060); b is batch times groups, q the tokens of a chunk, r the heads of a group, p the head
-size, n the state size.
+are single matrix products over all heads of a group. `forward` and `backward` hand over a chunk's
+outputs while they are there, so that what follows the scan, a gate here and the norm in the mixer,
+needs no sweep of its own. Symbols are those of the paper (arXiv 2405.21060); b is batch times
+groups, q the tokens of a chunk, r the heads of a group, p the head size, n the state size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ysnake_kernels.numerics import accumulator, step_sizes
+from ysnake_kernels.backend import uncompiled
+from ysnake_kernels.numerics import accumulator, step_sizes, step_sizes_backward
 
 CPU_CHUNK = 64  # 32 to 64 measured best on two cores, 128 and above lost
 GPU_CHUNK = 128
+FLOOR = -60.0  # of an exponent: e^-60 is as good as zero, and smaller numbers slow a CPU tenfold
 
 
 def scan(
@@ -36,11 +41,8 @@ def scan(
     dt_limit: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """Arguments as `ssd_scan` has checked them."""
-    if chunk_size is None:
-        chunk_size = CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK
-    chunk_size = min(chunk_size, x.shape[1])
     options = (chunk_size, dt_softplus, dt_limit)
-    return _Scan.apply(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options)
+    return uncompiled(_Scan.apply)(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options)
 
 
 def _fold(t: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
@@ -71,27 +73,35 @@ def _unfold_state(S: Tensor, groups: int, heads: int) -> Tensor:
 class _Decays:
     """The decays inside one chunk; all exponents are <= 0, and zero stands for another document."""
 
-    L: Tensor  # [b r i j] exp(cs_i - cs_j) for j <= i, else 0
+    L: Tensor | None  # [b r i j] exp(cs_i - cs_j) for j <= i, else 0
     entry: Tensor  # [b q r] exp(cs_i): from the entering state to token i
     exit: Tensor  # [b q r] exp(cs_last - cs_j): from token j to the leaving state
     whole: Tensor  # [b 1 r] exp(cs_last): from the entering to the leaving state
 
 
 class _Sweep:
-    """The inputs folded by group, cut into chunks, with the buffers that the chunks share."""
+    """The inputs folded by group, cut into chunks, with the buffers that the chunks share.
 
-    def __init__(self, x, dt, A, B, C, seq_idx, chunk_size, acc):
+    A state is [b n (r p)], or None for one of zeros, which costs nothing.
+    """
+
+    def __init__(self, x, dt, A, B, C, D, seq_idx, chunk_size, acc):
         self.batch, self.length, self.heads, self.head_dim = x.shape
         self.groups, self.n = B.shape[2:]
         self.r = self.heads // self.groups
         self.b = self.batch * self.groups
-        self.acc, self.chunk_size = acc, chunk_size
+        if chunk_size is None:
+            chunk_size = CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK
+        self.acc, self.chunk_size = acc, min(chunk_size, self.length)
         self.x, self.dt, self.B, self.C = x, dt, B, C
-        A = A.to(acc).view(1, self.groups, 1, self.r)
-        self.A = A.expand(self.batch, -1, -1, -1).flatten(0, 1)  # [b 1 r]
+        self.A = self._by_head(A)[..., 0]  # [b 1 r]
+        self.D = None if D is None else self._by_head(D)  # [b 1 r p] or [b 1 r 1]
         self.seq_idx = seq_idx
-        self.upper = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).triu(1)
         self.buffers: dict[str, Tensor] = {}
+
+    def _by_head(self, t: Tensor) -> Tensor:
+        t = t.to(self.acc).view(1, self.groups, 1, self.r, -1)
+        return t.expand(self.batch, -1, -1, -1, -1).flatten(0, 1)
 
     def spans(self) -> list[slice]:
         starts = range(0, self.length, self.chunk_size)
@@ -108,22 +118,28 @@ class _Sweep:
     def fold(self, t: Tensor, span: slice) -> Tensor:
         return _fold(t[:, span], self.groups, self.acc)
 
-    def fold_bc(self, span: slice) -> tuple[Tensor, Tensor]:
-        """B and C of a chunk, [b q n] each."""
-        return tuple(self.fold(t, span)[:, :, 0] for t in (self.B, self.C))
+    def unfold(self, t: Tensor) -> Tensor:
+        """[b q k ...] -> [batch q g k ...], a view."""
+        return t.unflatten(0, (-1, self.groups)).transpose(1, 2)
 
-    def decays(self, dt: Tensor, span: slice, with_L: bool = True) -> _Decays:
-        """dt is the chunk's, [b q r]."""
+    def chunk(self, span: slice, with_L: bool = True) -> tuple[Tensor, ...]:
+        """x, dt and u = dt x of a chunk, [b q r (p)], B and C, [b q n], and its decays."""
+        x, dt = self.fold(self.x, span), self.fold(self.dt, span)
+        B, C = (self.fold(t, span)[:, :, 0] for t in (self.B, self.C))
+        u = torch.mul(x, dt[..., None], out=self.buffer("u", *x.shape))
+        return x, dt, u, B, C, self.decays(dt, span, with_L)
+
+    def decays(self, dt: Tensor, span: slice, with_L: bool) -> _Decays:
         cs = (dt * self.A).cumsum(1)
-        entry, whole, exit = cs.exp(), cs[:, -1:].exp(), (cs[:, -1:] - cs).exp_()
+        entry, exit = cs.clamp(min=FLOOR).exp_(), (cs[:, -1:] - cs).clamp_(min=FLOOR).exp_()
+        whole = entry[:, -1:]
+        L = None
         if with_L:
             q = dt.shape[1]
             rows = cs.transpose(1, 2).contiguous()  # [b r q]
             L = self.buffer("L", self.b, self.r, q, q)
             torch.sub(rows[..., :, None], rows[..., None, :], out=L)
-            L.masked_fill_(self.upper[:q, :q], -torch.inf).exp_()
-        else:
-            L = None
+            L.clamp_(FLOOR, 0).exp_().tril_()
         if self.seq_idx is not None:
             seq = self.seq_idx[:, span].repeat_interleave(self.groups, 0)  # [b q]
             before = self.seq_idx[:, max(span.start - 1, 0)].repeat_interleave(self.groups, 0)
@@ -134,11 +150,22 @@ class _Sweep:
                 L.mul_((seq[:, :, None] == seq[:, None, :])[:, None])
         return _Decays(L, entry, exit, whole)
 
-    def advance(self, S: Tensor, x: Tensor, dt: Tensor, B: Tensor, decays: _Decays) -> None:
-        """S [b n (r p)], the entering state, becomes the leaving state in place."""
-        V = torch.mul(x, (dt * decays.exit)[..., None], out=self.buffer("V", *x.shape))
-        S.view(self.b, self.n, self.r, -1).mul_(decays.whole[..., None])
-        S.baddbmm_(B.transpose(1, 2), V.flatten(2))
+    def leaving(self, S: Tensor | None, u: Tensor, B: Tensor, decays: _Decays, out: Tensor) -> None:
+        """Writes the state after a chunk that S enters; out may be S."""
+        V = torch.mul(u, decays.exit[..., None], out=self.buffer("V", *u.shape)).flatten(2)
+        if S is None:
+            torch.bmm(B.transpose(1, 2), V, out=out)
+        else:
+            torch.mul(self.by_head(S), decays.whole[..., None], out=self.by_head(out))
+            out.baddbmm_(B.transpose(1, 2), V)
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """Inner products along the last dimension."""
+        return torch.mul(a, b, out=self.buffer("dot", *a.shape)).sum(-1)
+
+    def by_head(self, S: Tensor) -> Tensor:
+        """[b n (r p)] -> [b n r p]."""
+        return S.view(self.b, self.n, self.r, self.head_dim)
 
     def per_head(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """Products [r i k] x [r k j] for each b: left [b r i k], right [b r k j], any strides."""
@@ -147,159 +174,201 @@ class _Sweep:
             torch.bmm(left[i], right[i], out=out[i])
         return out
 
+    def outputs(
+        self, W: Tensor, x: Tensor, u: Tensor, CS: Tensor | None, decays: _Decays
+    ) -> Tensor:
+        """y of a chunk, [batch q heads p]: W u + exp(cs) C S + D x."""
+        y = self.per_head("inside", W, u.transpose(1, 2)).transpose(1, 2)  # [b q r p]
+        if CS is not None:
+            entered = torch.mul(CS, decays.entry[..., None], out=self.buffer("V", *x.shape))
+            y = entered.add_(y)
+        if self.D is not None:
+            y = torch.addcmul(y, x, self.D, out=self.buffer("V", *x.shape))
+        return _unfold(y, self.groups)
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_states: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    options: tuple[int | None, bool, tuple[float, float]],
+    finish: Callable[[slice, Tensor], None],
+    want_states: bool = True,
+) -> Tensor | None:
+    """One sweep; `finish(span, y)` gets each chunk's y, [batch q heads p], before any gate.
+
+    y is memory that the next chunk uses again. Returns the final states if they are wanted.
+    """
+    chunk_size, *step_options = options
+    acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
+    dts = step_sizes(dt, dt_bias, *step_options, acc)
+    sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
+    S = None if initial_states is None else _fold_state(initial_states.to(acc), sweep.groups)
+    memory = sweep.buffer("S", sweep.b, sweep.n, sweep.r * sweep.head_dim)
+    spans = sweep.spans()
+    for span in spans:
+        xc, _, u, Bc, Cc, decays = sweep.chunk(span)
+        W = decays.L.mul_(torch.bmm(Cc, Bc.transpose(1, 2))[:, None])
+        CS = None if S is None else torch.bmm(Cc, S).view(xc.shape)
+        finish(span, sweep.outputs(W, xc, u, CS, decays))
+        if want_states or span is not spans[-1]:
+            sweep.leaving(S, u, Bc, decays, memory)
+            S = memory
+    return _unfold_state(S, sweep.groups, sweep.heads) if want_states else None
+
+
+def backward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_states: Tensor | None,
+    dt_bias: Tensor | None,
+    seq_idx: Tensor | None,
+    options: tuple[int | None, bool, tuple[float, float]],
+    gradient: Callable[[slice, Callable[[], Tensor]], Tensor],
+    dstates: Tensor | None,
+    dx: Tensor,
+    ddt: Tensor,
+    dB: Tensor,
+    dC: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """The sweep forward for the entering states, and one back; writes dx, ddt, dB and dC.
+
+    `gradient(span, y)` returns that of a chunk's y, both [batch q heads p]; y() computes y, as
+    `forward` handed it over. Returns the gradients of A, D, initial_states and dt_bias.
+    """
+    chunk_size, *step_options = options
+    acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
+    dts = step_sizes(dt, dt_bias, *step_options, acc)
+    sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
+    spans = sweep.spans()
+
+    S = None if initial_states is None else _fold_state(initial_states.to(acc), sweep.groups)
+    memory = sweep.buffer("S", len(spans), sweep.b, sweep.n, sweep.r * sweep.head_dim)
+    entering = [S, *memory[1:]]
+    for c, span in enumerate(spans[:-1]):
+        _, _, u, Bc, _, decays = sweep.chunk(span, with_L=False)
+        sweep.leaving(entering[c], u, Bc, decays, entering[c + 1])
+
+    dS = None if dstates is None else _fold_state(dstates.to(acc), sweep.groups).clone()
+    dts_grad = torch.empty_like(dts)
+    dl = torch.empty_like(dts)  # gradient of dt * A
+    dD = None if D is None else torch.zeros(sweep.b, sweep.r, sweep.head_dim).to(dts)
+    for span in reversed(spans):
+        S = entering.pop()
+        xc, dtc, u, Bc, Cc, decays = sweep.chunk(span)
+        CB = torch.bmm(Cc, Bc.transpose(1, 2))
+        W = torch.mul(decays.L, CB[:, None], out=sweep.buffer("W", *decays.L.shape))
+        CS = None if S is None else torch.bmm(Cc, S).view(xc.shape)
+        y = partial(sweep.outputs, W, xc, u, CS, decays)
+        G = _fold(gradient(span, y), sweep.groups, acc)
+
+        # Inside the chunk: y_i = sum_j W_ij u_j, with u = dt x.
+        Gr = G.transpose(1, 2)  # [b r q p]
+        T = sweep.per_head("T", Gr, u.permute(0, 2, 3, 1)).mul_(decays.L)  # dL/dCB_ij by head
+        du = sweep.per_head("inside", W.transpose(2, 3), Gr).transpose(1, 2)
+        dCB = T.sum(1)
+        M = T.mul_(CB.tril_(-1)[:, None])  # dL/d(cs_i - cs_j), j < i strictly
+        dcs = (M.sum(3) - M.sum(2)).transpose(1, 2)  # [b q r]
+        dCc, dBc = torch.bmm(dCB, Bc), torch.bmm(dCB.transpose(1, 2), Cc)
+
+        # Across its edges: y_i += exp(cs_i) C_i S, and S' = exp(cs_last) S + sum_j V_j B_j.
+        if S is not None:
+            dcs += decays.entry * sweep.dot(CS, G)
+            Gs = torch.mul(G, decays.entry[..., None], out=sweep.buffer("Gs", *G.shape)).flatten(2)
+            dCc.baddbmm_(Gs, S.transpose(1, 2))
+        dlc = dcs.flip(1).cumsum(1).flip(1)  # sum over i >= t
+        if dS is not None:
+            left = torch.bmm(Bc, dS).view(xc.shape).mul_(decays.exit[..., None])
+            q = sweep.dot(left, u)
+            dlc += q.cumsum(1) - q
+            du = left.add_(du)
+            V = torch.mul(u, decays.exit[..., None], out=sweep.buffer("V", *u.shape)).flatten(2)
+            dBc.baddbmm_(V, dS.transpose(1, 2))
+        if S is not None and dS is not None:
+            through = sweep.dot(sweep.by_head(dS), sweep.by_head(S)).sum(1)  # [b r]
+            dlc += decays.whole * through[:, None]
+        if S is not None:
+            if dS is None:
+                dS = torch.bmm(Cc.transpose(1, 2), Gs)
+            else:
+                sweep.by_head(dS).mul_(decays.whole[..., None])
+                dS.baddbmm_(Cc.transpose(1, 2), Gs)
+
+        dl[:, span] = _unfold(dlc, sweep.groups)
+        dts_grad[:, span] = _unfold(sweep.dot(xc, du), sweep.groups)
+        if D is not None:
+            dD += torch.mul(xc, G, out=sweep.buffer("V", *xc.shape)).sum(1)
+        place = dx[:, span].unflatten(2, (sweep.groups, -1))
+        du = torch.mul(du, dtc[..., None], out=u)
+        if D is not None:
+            du.addcmul_(G, sweep.D)
+        place.copy_(sweep.unfold(du))
+        dB[:, span] = _unfold(dBc[:, :, None], sweep.groups)
+        dC[:, span] = _unfold(dCc[:, :, None], sweep.groups)
+
+    dA = (dl * dts).sum((0, 1)).to(A.dtype)
+    dts_grad.addcmul_(dl, A.to(acc))
+    draw = step_sizes_backward(dts_grad, dt, dt_bias, *step_options)
+    ddt.copy_(draw)
+    dbias = None if dt_bias is None else draw.sum((0, 1)).to(dt_bias.dtype)
+    if D is not None:
+        dD = dD.view(sweep.batch, sweep.heads, -1).sum(0)
+        dD = (dD if D.ndim == 2 else dD.sum(1)).to(D.dtype)
+    dinitial = None
+    if initial_states is not None:
+        dinitial = _unfold_state(dS, sweep.groups, sweep.heads).to(initial_states.dtype)
+    return dA, dD, dinitial, dbias
+
+
+def gate_backward(y: Tensor, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of y and z from that of y silu(z), and y silu(z); all in y's dtype."""
+    z, grad = z.to(y.dtype), grad.to(y.dtype)
+    gate = F.silu(z)
+    return grad * gate, torch.ops.aten.silu_backward(grad * y, z), y * gate
+
 
 class _Scan(torch.autograd.Function):
     """Saves its inputs; recomputes everything else in backward."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options):
-        chunk_size, dt_softplus, dt_limit = options
-        acc = accumulator(x, dt, A, B, C, D, z, initial_states, dt_bias)
         ctx.save_for_backward(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx)
-        ctx.options, ctx.acc = options, acc
+        ctx.options = options
         ctx.set_materialize_grads(False)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-        dts = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)
-        sweep = _Sweep(x, dts, A, B, C, seq_idx, chunk_size, acc)
-        S = _entering(sweep, initial_states)
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for span in sweep.spans():
-            xc, dtc = sweep.fold(x, span), sweep.fold(dts, span)
-            Bc, Cc = sweep.fold_bc(span)
-            decays = sweep.decays(dtc, span)
-            W = decays.L.mul_(torch.bmm(Cc, Bc.transpose(1, 2))[:, None])
-            yc = _outputs(sweep, W, xc, dtc, torch.bmm(Cc, S).view(xc.shape), decays)
-            if D is not None:
-                yc.addcmul_(xc, _per_head(D, sweep))
-            yc = _unfold(yc, sweep.groups)
-            if z is not None:
-                yc = yc * F.silu(z[:, span].to(acc))
-            y[:, span] = yc
-            sweep.advance(S, xc, dtc, Bc, decays)
-        return y, _unfold_state(S, sweep.groups, sweep.heads)
+        def finish(span: slice, y: Tensor) -> None:
+            out[:, span] = y if z is None else y * F.silu(z[:, span].to(y.dtype))
+
+        arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, options)
+        return out, forward(*arguments, finish)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy, dstates):
+    def backward(ctx, dout, dstates):
         x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx = ctx.saved_tensors
-        chunk_size, dt_softplus, dt_limit = ctx.options
-        acc = ctx.acc
-        dts = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)
-        sweep = _Sweep(x, dts, A, B, C, seq_idx, chunk_size, acc)
-        spans = sweep.spans()
-        if dy is None:
-            dy = torch.zeros_like(x)
-
-        # Forward once more, for the state that enters each chunk.
-        entering = torch.empty(
-            len(spans), sweep.b, sweep.n, sweep.r * sweep.head_dim, dtype=acc, device=x.device
-        )
-        entering[0] = _entering(sweep, initial_states)
-        for c, span in enumerate(spans[:-1]):
-            xc, dtc = sweep.fold(x, span), sweep.fold(dts, span)
-            Bc, _ = sweep.fold_bc(span)
-            entering[c + 1] = entering[c]
-            decays = sweep.decays(dtc, span, with_L=False)
-            sweep.advance(entering[c + 1], xc, dtc, Bc, decays)
-
-        dx, dB, dC = torch.empty_like(x), torch.empty_like(B), torch.empty_like(C)
-        ddt = torch.empty_like(dts)
-        dl = torch.empty_like(dts)  # gradient of dt * A
+        if dout is None:
+            dout = torch.zeros_like(x)
+        dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
         dz = None if z is None else torch.empty_like(z)
-        dD = None if D is None else torch.zeros(sweep.b, sweep.r, sweep.head_dim).to(dts)
-        if dstates is None:
-            dS = torch.zeros_like(entering[0])
-        else:
-            dS = _fold_state(dstates.to(acc), sweep.groups)
 
-        for c in reversed(range(len(spans))):
-            span, S = spans[c], entering[c]
-            xc, dtc, G = sweep.fold(x, span), sweep.fold(dts, span), sweep.fold(dy, span)
-            Bc, Cc = sweep.fold_bc(span)
-            decays = sweep.decays(dtc, span)
-            CB = torch.bmm(Cc, Bc.transpose(1, 2))
-            W = torch.mul(decays.L, CB[:, None], out=sweep.buffer("W", *decays.L.shape))
-            CS = torch.bmm(Cc, S).view(xc.shape)  # [b q r p]
-            if z is not None:
-                yc = _outputs(sweep, W, xc, dtc, CS.clone(), decays)
-                if D is not None:
-                    yc.addcmul_(xc, _per_head(D, sweep))
-                zc = sweep.fold(z, span)
-                gate = torch.sigmoid(zc)
-                slope = gate * (1 + zc * (1 - gate))  # of silu
-                dz[:, span] = _unfold(G * yc * slope, sweep.groups)
-                G = G * (zc * gate)
-            if D is not None:
-                dD += (xc * G).sum(1)
+        def gradient(span: slice, y: Callable[[], Tensor]) -> Tensor:
+            if z is None:
+                return dout[:, span]
+            G, dz[:, span], _ = gate_backward(y(), z[:, span], dout[:, span])
+            return G
 
-            # Inside the chunk: y_i = sum_j W_ij u_j, with u = dt x.
-            Gr = G.transpose(1, 2)  # [b r q p]
-            u = torch.mul(xc, dtc[..., None], out=sweep.buffer("u", *xc.shape))
-            T = sweep.per_head("T", Gr, u.permute(0, 2, 3, 1)).mul_(decays.L)  # dL/dCB_ij by head
-            du = torch.empty_like(xc)
-            du.copy_(sweep.per_head("WG", W.transpose(2, 3), Gr).transpose(1, 2))
-            dCB = T.sum(1)
-            M = T.mul_(CB[:, None].tril(-1))  # dL/d(cs_i - cs_j), j < i strictly
-            local = (M.sum(3) - M.sum(2)).transpose(1, 2)  # [b q r]
-
-            # Across its edges: y_i += exp(cs_i) C_i S, and S' = exp(cs_last) S + sum_j V_j B_j.
-            p = decays.entry * torch.linalg.vecdot(CS, G)
-            BdS = torch.bmm(Bc, dS).view(xc.shape).mul_(decays.exit[..., None])
-            q = torch.linalg.vecdot(BdS, u)
-            du += BdS
-            Gs = (G * decays.entry[..., None]).flatten(2)  # [b q (r p)]
-            V = torch.mul(u, decays.exit[..., None], out=sweep.buffer("V", *u.shape)).flatten(2)
-            dCc = torch.bmm(dCB, Bc).baddbmm_(Gs, S.transpose(1, 2))
-            dBc = torch.bmm(dCB.transpose(1, 2), Cc).baddbmm_(V, dS.transpose(1, 2))
-            through = (dS * S).view(sweep.b, sweep.n, sweep.r, -1).sum((1, 3))  # [b r]
-            through = decays.whole * through[:, None]
-            dS.view(sweep.b, sweep.n, sweep.r, -1).mul_(decays.whole[..., None])
-            dS.baddbmm_(Cc.transpose(1, 2), Gs)
-
-            later = (local + p).flip(1).cumsum(1).flip(1)  # sum over i >= t
-            dl[:, span] = _unfold(later + (q.cumsum(1) - q) + through, sweep.groups)
-            ddt[:, span] = _unfold(torch.linalg.vecdot(xc, du), sweep.groups)
-            du.mul_(dtc[..., None])
-            if D is not None:
-                du.addcmul_(G, _per_head(D, sweep))
-            dx[:, span] = _unfold(du, sweep.groups)
-            dB[:, span] = _unfold(dBc[:, :, None], sweep.groups)
-            dC[:, span] = _unfold(dCc[:, :, None], sweep.groups)
-
-        ddt.addcmul_(dl, A.to(acc))
-        dA = (dl * dts).sum((0, 1)).to(A.dtype)
-        with torch.enable_grad():
-            dt = dt.detach().requires_grad_()
-            leaves = [dt] if dt_bias is None else [dt, dt_bias.detach().requires_grad_()]
-            dts = step_sizes(*leaves, *([None] * (2 - len(leaves))), dt_softplus, dt_limit, acc)
-        ddt, ddt_bias = (*torch.autograd.grad(dts, leaves, ddt), None)[:2]
-        if D is not None:
-            dD = dD.view(sweep.batch, sweep.heads, -1).sum(0)
-            dD = (dD if D.ndim == 2 else dD.sum(1)).to(D.dtype)
-        dinitial = None
-        if initial_states is not None:
-            dinitial = _unfold_state(dS, sweep.groups, sweep.heads).to(initial_states.dtype)
-        return dx, ddt, dA, dB, dC, dD, dz, dinitial, ddt_bias, None, None
-
-
-def _entering(sweep: _Sweep, initial_states: Tensor | None) -> Tensor:
-    """The state before the first token, [b n (r p)]."""
-    if initial_states is None:
-        shape = (sweep.b, sweep.n, sweep.r * sweep.head_dim)
-        return torch.zeros(shape, dtype=sweep.acc, device=sweep.x.device)
-    return _fold_state(initial_states.to(sweep.acc), sweep.groups).clone()
-
-
-def _per_head(D: Tensor, sweep: _Sweep) -> Tensor:
-    """D as it multiplies x of a chunk, [b 1 r p or 1]."""
-    D = D.to(sweep.acc).view(1, sweep.groups, 1, sweep.r, -1)
-    return D.expand(sweep.batch, -1, -1, -1, -1).flatten(0, 1)
-
-
-def _outputs(
-    sweep: _Sweep, W: Tensor, x: Tensor, dt: Tensor, CS: Tensor, decays: _Decays
-) -> Tensor:
-    """y of a chunk before skip and gate, [b q r p], written over CS = C S."""
-    u = torch.mul(x, dt[..., None], out=sweep.buffer("u", *x.shape))
-    inside = sweep.per_head("inside", W, u.transpose(1, 2))  # [b r q p]
-    return CS.mul_(decays.entry[..., None]).add_(inside.transpose(1, 2))
+        arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, ctx.options)
+        grads = backward(*arguments, gradient, dstates, dx, ddt, dB, dC)
+        dA, dD, dinitial, dbias = grads
+        return dx, ddt, dA, dB, dC, dD, dz, dinitial, dbias, None, None

@@ -1,0 +1,208 @@
+"""The mixer in pure torch, as one function: what a CPU trains with.
+
+Saves its arguments. Backward goes over the convolution once more and over the chunks of the scan
+once forward, for the states, and once back; the norm and its gradient are taken chunk by chunk, so
+that neither the scan's output nor its gradient ever exists as a whole. The gradients of z, of the
+convolution's input and of dt are written where they belong in the gradient of zxbcdt. All this is
+done for a few rows of the batch at a time, so that a chunk stays in the cache.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ysnake_kernels.backend import uncompiled
+from ysnake_kernels.conv import eager as conv
+from ysnake_kernels.mixer.composed import scan_inputs
+from ysnake_kernels.norm import eager as norm
+from ysnake_kernels.numerics import accumulator
+from ysnake_kernels.ssd import eager as ssd
+
+CHUNK_ELEMENTS = 512 * 1024  # of a chunk of z: two megabytes in float32
+
+
+def mixer(*arguments) -> tuple[Tensor, Tensor | None]:
+    """Arguments as `composed.mixer`'s without its first."""
+    return uncompiled(_Mixer.apply)(*arguments)
+
+
+class _Mixer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        zxbcdt,
+        conv_weight,
+        conv_bias,
+        dt_bias,
+        A,
+        D,
+        initial_states,
+        seq_idx,
+        norm_weight,
+        out_weight,
+        out_bias,
+        *options,
+    ):
+        parameters = (conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, out_bias)
+        ctx.save_for_backward(zxbcdt, initial_states, seq_idx, *parameters)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        sizes, *_, return_states, dtype = options
+        if out_weight is None:
+            features, dtype = sizes[0], zxbcdt.dtype
+        else:
+            features = out_weight.shape[0]
+        out = torch.empty(*zxbcdt.shape[:2], features, dtype=dtype, device=zxbcdt.device)
+        states = []
+        for rows in _row_groups(zxbcdt, options):
+            inputs = [None if t is None else t[rows] for t in (zxbcdt, initial_states, seq_idx)]
+            states.append(_forward(*inputs, *parameters, *options, out[rows]))
+        return out, torch.cat(states) if return_states else None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout, dstates):
+        zxbcdt, initial_states, seq_idx, *parameters = ctx.saved_tensors
+        dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
+        dinitial = []
+        totals = [None] * len(parameters)
+        for rows in _row_groups(zxbcdt, ctx.options):
+            tensors = (zxbcdt, initial_states, seq_idx)
+            inputs = [None if t is None else t[rows] for t in tensors]
+            outer = [None if t is None else t[rows] for t in (dout, dstates)]
+            arguments = (*inputs, *parameters, *ctx.options, *outer, dzxbcdt[rows])
+            initial, *grads = _backward(*arguments)
+            dinitial.append(initial)
+            totals = [g if t is None else t.add_(g) for t, g in zip(totals, grads, strict=True)]
+        dinitial = None if initial_states is None else torch.cat(dinitial)
+        given = [
+            None if p is None or g is None else g.to(p.dtype)
+            for p, g in zip(parameters, totals, strict=True)
+        ]
+        nones = [None] * len(ctx.options)
+        return dzxbcdt, *given[:5], dinitial, None, *given[5:], *nones
+
+
+def _row_groups(zxbcdt: Tensor, options: tuple) -> list[slice]:
+    """The rows of the batch in groups whose chunks stay in the cache."""
+    batch, length, _ = zxbcdt.shape
+    sizes, scan_options = options[0], options[3]
+    chunk_size = min(scan_options[0] or ssd.CPU_CHUNK, length)
+    size = max(1, CHUNK_ELEMENTS // (sizes[0] * chunk_size))
+    return [slice(start, start + size) for start in range(0, batch, size)]
+
+
+def _forward(
+    zxbcdt,
+    initial_states,
+    seq_idx,
+    conv_weight,
+    conv_bias,
+    dt_bias,
+    A,
+    D,
+    norm_weight,
+    out_weight,
+    out_bias,
+    sizes,
+    ngroups,
+    activation,
+    scan_options,
+    norm_options,
+    return_states,
+    dtype,
+    out,
+) -> Tensor | None:
+    """Writes out; returns the final states."""
+    z, xBC, dt = zxbcdt.split(sizes, dim=-1)
+    mixed = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
+    conv.forward(xBC, conv_weight, conv_bias, seq_idx, None, mixed, activation)
+    x, B, C = scan_inputs(mixed, sizes, ngroups)
+    done = out
+    if out_weight is not None:
+        done = torch.empty(z.shape, dtype=dtype, device=z.device)
+
+    def finish(span: slice, y: Tensor) -> None:
+        y, zs = y.flatten(2), z[:, span]
+        if norm_weight is None:
+            done[:, span] = y * F.silu(zs.to(y.dtype))
+        else:
+            done[:, span] = norm.forward(y, norm_weight, None, zs, *norm_options)
+
+    scan = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, scan_options)
+    states = ssd.forward(*scan, finish, return_states)
+    if out_weight is not None:
+        rows = out.view(-1, out.shape[-1])
+        torch.mm(done.flatten(0, 1), out_weight.to(dtype).t(), out=rows)
+        if out_bias is not None:
+            rows += out_bias.to(dtype)
+    return states
+
+
+def _backward(
+    zxbcdt,
+    initial_states,
+    seq_idx,
+    conv_weight,
+    conv_bias,
+    dt_bias,
+    A,
+    D,
+    norm_weight,
+    out_weight,
+    out_bias,
+    sizes,
+    ngroups,
+    activation,
+    scan_options,
+    norm_options,
+    return_states,
+    dtype,
+    dout,
+    dstates,
+    dzxbcdt,
+) -> tuple[Tensor | None, ...]:
+    """Writes dzxbcdt; returns the gradients of initial_states and of the parameters."""
+    z, xBC, dt = zxbcdt.split(sizes, dim=-1)
+    dz, dxBC, ddt = dzxbcdt.split(sizes, dim=-1)
+    dprojected = done = dnorm_weight = dout_weight = dout_bias = None
+    if dout is None:
+        dout = torch.zeros_like(z)
+    elif out_weight is not None:
+        dprojected = dout.to(dtype)
+        dout = (dprojected @ out_weight.to(dtype)).to(z.dtype)
+        done = torch.empty(z.shape, dtype=dtype, device=z.device)
+    if norm_weight is not None:
+        dnorm_weight = torch.zeros_like(norm_weight, dtype=accumulator(z, norm_weight))
+
+    acc = accumulator(xBC, conv_weight, conv_bias)
+    sums = torch.empty(xBC.shape, dtype=acc, device=xBC.device)
+    mixed, dmixed = (torch.empty_like(sums, dtype=xBC.dtype) for _ in "xy")
+    conv_arguments = (xBC, conv_weight, conv_bias, seq_idx, None)
+    conv.forward(*conv_arguments, mixed, activation, sums)
+    x, B, C = scan_inputs(mixed, sizes, ngroups)
+    dx, dB, dC = scan_inputs(dmixed, sizes, ngroups)
+
+    def gradient(span: slice, y: Callable[[], Tensor]) -> Tensor:
+        yc, zc, grad = y().flatten(2), z[:, span], dout[:, span]
+        if norm_weight is not None:
+            arguments = (yc, norm_weight, None, zc, grad, dnorm_weight, None, *norm_options)
+            dy, dz[:, span], finished = norm.backward(*arguments, want_y=True)
+        else:
+            dy, dz[:, span], finished = ssd.gate_backward(yc, zc, grad)
+        if done is not None:
+            done[:, span] = finished
+        return dy.unflatten(2, (sizes[2], -1))
+
+    scan = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, scan_options)
+    dA, dD, dinitial, ddt_bias = ssd.backward(*scan, gradient, dstates, dx, ddt, dB, dC)
+    dconv_weight, dconv_bias, _ = conv.backward(*conv_arguments, dmixed, dxBC, activation, sums)
+    if done is not None:
+        rows = dprojected.flatten(0, 1)
+        dout_weight = rows.t() @ done.flatten(0, 1)
+        dout_bias = rows.sum(0)
+    grads = (dconv_weight, dconv_bias, ddt_bias, dA, dD, dnorm_weight, dout_weight, dout_bias)
+    return dinitial, *grads
