@@ -17,6 +17,7 @@ from ysnake_kernels.backend import backend, choose
 from ysnake_kernels.checks import INTEGERS, check
 from ysnake_kernels.conv import causal_conv1d
 from ysnake_kernels.mixer import check_sizes
+from ysnake_kernels.mixer.composed import scan_inputs
 from ysnake_kernels.norm import rms_norm_gated
 from ysnake_kernels.numerics import accumulator, step_sizes
 from ysnake_kernels.ssd import ssd_scan
@@ -96,12 +97,8 @@ class _Part:
         return z, xBC.transpose(1, 2), dt
 
     def convolve(self, xBC, weight, bias, edge, docs) -> tuple[Tensor, Tensor, Tensor]:
-        d_inner, channels, heads = self.sizes
-        n = (channels - d_inner) // 2
-        xBC = causal_conv1d(xBC, weight, bias, docs, edge, activation="silu").transpose(1, 2)
-        x, B, C = xBC.split([d_inner, n, n], dim=-1)
-        B, C = (t.unflatten(-1, (self.ngroups, -1)) for t in (B, C))
-        return x.unflatten(-1, (heads, -1)), B, C
+        mixed = causal_conv1d(xBC, weight, bias, docs, edge, activation="silu")
+        return scan_inputs(mixed.transpose(1, 2), self.sizes, self.ngroups)
 
     def scan(self, x, dt, A, B, C, D, dt_bias, state, docs) -> tuple[Tensor, Tensor]:
         return ssd_scan(
