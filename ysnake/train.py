@@ -320,7 +320,7 @@ def save_last(run: Run) -> None:
 
     def write() -> None:
         training["head"] = checkpoint.head_factors(model)
-        parts = shards if shards.exists() else None
+        parts = shards if ranks.sharded and shards.exists() else None
         checkpoint.save(run.folder / "last", model, run.tokenizer, training, progress, parts)
 
     ranks.alone(write)
