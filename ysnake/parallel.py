@@ -18,13 +18,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from ysnake import cli
 from ysnake.config import IGNORED, InputError, ModelConfig
 from ysnake.settings import Settings
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     import torch.distributed as dist
 
@@ -221,6 +220,8 @@ class Ranks:
         """
         if self.size == 1:
             return batch
+        import numpy as np
+
         rows = self.rows(len(batch.ids))
         counts = rows < len(batch.ids)
         rows = rows % len(batch.ids)
@@ -235,8 +236,10 @@ class Ranks:
             parts["seq_idx"] = parts["seq_idx"][:, before]
         return replace(batch, **parts)
 
-    def rows(self, n_rows: int) -> np.ndarray:
+    def rows(self, n_rows: int) -> "np.ndarray":
         """The numbers of this rank's rows among n_rows; as many on every rank, so maybe beyond."""
+        import numpy as np
+
         share = -(-n_rows // self.data_size)
         return self.rank // self.context * share + np.arange(share)
 
