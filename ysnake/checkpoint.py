@@ -28,6 +28,7 @@ WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"  # of others: the list of several such files
 PICKLED = "pytorch_model.bin"  # of others: written by torch.save
 STATE = "training_state.pt"
+OPTIMIZER = "optimizer"  # of a sharded run: a folder of its own
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"  # SHA-256 of every file of the folder
 
@@ -38,6 +39,7 @@ def save(
     tokenizer: Tokenizer | None = None,
     training: dict[str, Any] | None = None,
     progress: dict[str, Any] | None = None,
+    optimizer: Path | None = None,
 ) -> None:
     """Write a checkpoint folder; one of that name is replaced once the new one is whole.
 
@@ -47,6 +49,7 @@ def save(
         tokenizer: saved beside it.
         training: what resuming needs, tensors and plain values; read back by `load_training`.
         progress: the same for people: plain values.
+        optimizer: a folder that becomes a part of this one.
     """
     folder = Path(folder)
     new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
@@ -61,8 +64,12 @@ def save(
         torch.save(training, new / STATE)
     if progress is not None:
         _write_json(new / PROGRESS, progress)
-    _write_json(new / MANIFEST, {path.name: _sha256(path) for path in sorted(new.iterdir())})
-    for path in [*new.iterdir(), new]:
+    if optimizer is not None:
+        optimizer.rename(new / OPTIMIZER)
+    files = sorted(path for path in new.rglob("*") if path.is_file())
+    hashes = {path.relative_to(new).as_posix(): _sha256(path) for path in files}
+    _write_json(new / MANIFEST, hashes)
+    for path in [*new.rglob("*"), new]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -214,7 +221,8 @@ def load_training(folder: Path | str) -> dict[str, Any]:
     path = find(folder) / STATE
     if not path.is_file():
         raise InputError(f"{path}: no such file, so training cannot be resumed from here")
-    _verify(path)
+    for file in (path, *path.parent.glob(f"{OPTIMIZER}/*")):
+        _verify(file, path.parent)
     try:
         return torch.load(path, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -261,13 +269,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _verify(path: Path) -> None:
-    """Raise InputError if a manifest beside the file says that it is not the one that was saved."""
-    manifest = path.with_name(MANIFEST)
+def _verify(path: Path, folder: Path | None = None) -> None:
+    """Raise InputError if the manifest of its folder says that it is not the file saved there."""
+    folder = folder or path.parent
+    manifest = folder / MANIFEST
     if not manifest.is_file():
         return  # a checkpoint of somebody else's
     try:
-        saved = json.loads(manifest.read_text()).get(path.name)
+        saved = json.loads(manifest.read_text()).get(path.relative_to(folder).as_posix())
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise InputError(f"{manifest}: damaged ({error})") from error
     if saved is not None and saved != _sha256(path):

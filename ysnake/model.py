@@ -249,10 +249,11 @@ class Model(nn.Module):
         """The state before the first token."""
         c, weight = self.config, self.backbone.embeddings.weight
         exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        conv, ssm = (c.d_conv, c.conv_width - 1), (c.n_heads, c.head_dim, c.d_state)
         return [
             LayerState(
-                weight.new_zeros(batch, c.d_conv, c.conv_width - 1),
-                weight.new_zeros(batch, c.n_heads, c.head_dim, c.d_state, dtype=exact),
+                torch.zeros(batch, *conv, dtype=weight.dtype, device=weight.device),
+                torch.zeros(batch, *ssm, dtype=exact, device=weight.device),
             )
             for _ in range(c.n_layers)
         ]

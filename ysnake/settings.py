@@ -45,7 +45,7 @@ class Settings:
     seq_len: int = 256
     """Tokens trained on at a time. Running has no such limit."""
     batch_size: int = 16
-    """Sequences per forward pass."""
+    """Sequences per forward pass, those of all processes together."""
     accumulate: int = 1
     """Forward passes per step of the optimiser."""
     carry_state: bool = False
@@ -109,13 +109,21 @@ class Settings:
     """auto: bfloat16 autocast on CUDA, float32 elsewhere. State and decay are float32 always."""
     threads: int | None = None
     """Threads on the CPU; by default one for each core."""
+    shard: bool = False
+    """Under torchrun: spread weights, gradients and optimizer over the processes (FSDP2). Say it
+    again with --resume."""
+    context_parallel: Annotated[int, arg(metavar="K")] = 1
+    """Under torchrun: split each sequence over K processes. Say it again with --resume."""
 
 
 # What may differ when a run is resumed; the rest decides its weights.
 FREE_ON_RESUME = (
     *("run", "resume", "max_steps", "max_minutes", "stop_at_loss", "patience"),
-    *("eval_every", "checkpoint_every", "device", "threads", "recompute", "plan"),
+    *("eval_every", "checkpoint_every", "device", "threads", "recompute"),
+    *("plan", "shard", "context_parallel"),
 )
+# What a launch decides anew.
+OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
 MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
 
 
@@ -171,6 +179,7 @@ def check(settings: Settings) -> None:
     least: dict[str, float] = {
         **dict.fromkeys(("seq_len", "batch_size", "accumulate", "max_steps", "patience"), 1),
         **dict.fromkeys(("eval_every", "checkpoint_every", "threads", "max_documents"), 1),
+        "context_parallel": 1,
         **dict.fromkeys(("vocab_size", *MODEL_SIZES, "chunk_size", "output_size"), 1),
         **dict.fromkeys(("lr", "weight_decay", "warmup_steps", "stop_at_loss", "seed"), 0),
         "max_minutes": 0,
@@ -205,7 +214,7 @@ def read(folder: Path) -> Settings:
         values = json.loads(path.read_text())
         values["data"] = tuple(map(Path, values["data"]))
         values["from_"] = values["from_"] and Path(values["from_"])
-        return Settings(**values | {"run": folder, "resume": False, "plan": False})
+        return Settings(**values | {"run": folder} | OF_A_LAUNCH)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file, so there is no run to resume") from error
     except (json.JSONDecodeError, TypeError, KeyError) as error:

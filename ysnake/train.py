@@ -6,19 +6,21 @@ never had been. The functions here can be called one by one; `main` only strings
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ysnake import cli, memory
+from ysnake import cli, memory, parallel
 from ysnake import settings as settings_of
 from ysnake.config import PRESETS, InputError, ModelConfig, model_config
+from ysnake.parallel import Ranks
 from ysnake.settings import SHIPPED, Settings
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Progress:
     best_val_loss: float | None = None
     evaluations_since_best: int = 0
     threads: int = 0
+    processes: int = 1
     ended: str | None = None  # steps, time, loss, patience, interrupted or diverged
 
     @property
@@ -68,6 +71,8 @@ class Run:
     train: "Tokens"
     val: "Tokens"
     progress: Progress
+    ranks: Ranks
+    loss: "Callable[..., torch.Tensor]"  # the model's, of this rank's part of a batch
     carried: "State | None"  # the state that the next step starts from, with carry_state
 
     @property
@@ -79,8 +84,24 @@ class Run:
         return self.model.backbone.embeddings.weight.device
 
 
-def start(settings: Settings, console: "Console") -> Run:
-    """Make the folder of a new run: tokenizer, tokens on disk, first weights; all or nothing."""
+def open_run(settings: Settings, ranks: Ranks, console: "Console") -> Run:
+    """The run that the settings mean, a new one or one to go on with, on every rank."""
+    if not settings.resume:
+        run = ranks.alone(lambda: start(settings, console, ranks))
+        if ranks.size == 1:
+            return run
+        decided = ("run", "batch_size", "accumulate", "recompute")
+        for name, value in ranks.as_first({n: getattr(settings, n) for n in decided}).items():
+            setattr(settings, name, value)
+    return resume(settings, ranks, console)
+
+
+def start(settings: Settings, console: "Console", ranks: Ranks | None = None) -> Run:
+    """Make the folder of a new run: tokenizer, tokens on disk, first weights; all or nothing.
+
+    `ranks` will share the run's work; --memory is what each of them may take.
+    """
+    ranks = ranks or Ranks()
     import torch
 
     from ysnake import checkpoint, data
@@ -100,11 +121,11 @@ def start(settings: Settings, console: "Console") -> Run:
         tokenizer, model = checkpoint.load_tokenizer(source), checkpoint.load(source)
         if settings.chunk_size is not None:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
-        memory.fit(settings, model.config)
+        memory.fit(settings, model.config, ranks.data_size, ranks.context)
     else:
         tokenizer = train_tokenizer(settings, files, console)
         config = _config(settings, tokenizer)
-        memory.fit(settings, config)
+        memory.fit(settings, config, ranks.data_size, ranks.context)
         torch.manual_seed(settings.seed)
         model = Model(config, settings.init)
 
@@ -134,7 +155,7 @@ def start(settings: Settings, console: "Console") -> Run:
         f"({counts.train_words:,} words, {counts.train_tokens:,} tokens), "
         f"{counts.val_documents} held out; {model.n_parameters():,} parameters on {device}"
     )
-    run = _assemble(settings, model.to(device), tokenizer, Progress())
+    run = _assemble(settings, model, tokenizer, Progress(), Ranks())
     save_last(run)
     return run
 
@@ -205,35 +226,52 @@ def _tokenise(
         )
 
 
-def resume(settings: Settings, console: "Console") -> Run:
+def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
     """Take up the run in settings.run where its last/ stands."""
+    from ysnake import checkpoint
+
+    device = cli.pick_device(settings.device)
+    last, model, tokenizer, saved = ranks.together(lambda: _read_last(settings))
+    progress = Progress(**saved["progress"])
+    before, now = _workers(progress.processes, progress.threads), _workers(ranks.size)
+    if before != now and settings.resume:
+        console.print(
+            f"warning: started with {before}, goes on with {now}; the weights will differ in the "
+            "last bits"
+        )
+    if progress.ended == "interrupted":
+        progress.ended = None
+    run = _assemble(settings, model, tokenizer, progress, ranks)
+    where = last / checkpoint.OPTIMIZER
+    ranks.load_optimizer(run.model, run.optimizer, saved["optimizer"], where)
+    if settings.carry_state:
+        rows = ranks.rows(settings.batch_size)
+        for layer, (conv, ssm) in zip(run.carried, saved["carried"], strict=True):
+            layer.conv, layer.ssm = conv[rows].to(device), ssm[rows].to(device)
+    if settings.resume:
+        if ranks.first:
+            _forget_metrics_after(run.folder / "metrics.jsonl", progress.step)
+        console.print(f"[bold]{run.folder}[/]: goes on after step {progress.step}")
+    return run
+
+
+def _workers(processes: int, threads: int | None = None) -> str:
     import torch
 
+    of_each = f"{threads or torch.get_num_threads()} threads"
+    return of_each if processes == 1 else f"{processes} processes of {of_each}"
+
+
+def _read_last(settings: Settings) -> tuple[Path, "Model", "Tokenizer", dict[str, Any]]:
     from ysnake import checkpoint
 
     last = checkpoint.find(settings.run / "last")
-    device = cli.pick_device(settings.device)
     saved = checkpoint.load_training(last)
     model = checkpoint.load(last)
     if settings.output_size is not None:
         model = checkpoint.with_factors(model, saved["head"], settings.output_size)
     model.use_config(replace(model.config, chunk_size=settings.chunk_size))
-    progress = Progress(**saved["progress"])
-    if progress.threads != torch.get_num_threads():
-        console.print(
-            f"warning: started with {progress.threads} threads, goes on with "
-            f"{torch.get_num_threads()}; the weights will differ in the last bits"
-        )
-    if progress.ended == "interrupted":
-        progress.ended = None
-    run = _assemble(settings, model.to(device), checkpoint.load_tokenizer(last), progress)
-    run.optimizer.load_state_dict(saved["optimizer"])
-    if settings.carry_state:
-        for layer, (conv, ssm) in zip(run.carried, saved["carried"], strict=True):
-            layer.conv, layer.ssm = conv.to(device), ssm.to(device)
-    _forget_metrics_after(run.folder / "metrics.jsonl", progress.step)
-    console.print(f"[bold]{run.folder}[/]: goes on after step {progress.step}")
-    return run
+    return last, model, checkpoint.load_tokenizer(last), saved
 
 
 def _forget_metrics_after(path: Path, step: int) -> None:
@@ -245,7 +283,11 @@ def _forget_metrics_after(path: Path, step: int) -> None:
 
 
 def _assemble(
-    settings: Settings, model: "Model", tokenizer: "Tokenizer", progress: Progress
+    settings: Settings,
+    model: "Model",
+    tokenizer: "Tokenizer",
+    progress: Progress,
+    ranks: Ranks,
 ) -> Run:
     import torch
 
@@ -256,11 +298,18 @@ def _assemble(
     train, val = (
         Tokens.open(settings.run / "data" / f"{side}.tokens", *framing) for side in ("train", "val")
     )
-    progress.threads = torch.get_num_threads()
+    progress.threads, progress.processes = torch.get_num_threads(), ranks.size
     model.backbone.recompute = settings.recompute
-    carried = model.empty_state(settings.batch_size) if settings.carry_state else None
+    loss = ranks.spread(model, cli.pick_device(settings.device))
     optimizer = make_optimizer(model, settings.weight_decay)
-    return Run(settings, model, tokenizer, optimizer, train, val, progress, carried)
+    run = Run(settings, model, tokenizer, optimizer, train, val, progress, ranks, loss, None)
+    _forget_carried(run)
+    return run
+
+
+def _forget_carried(run: Run) -> None:
+    if run.settings.carry_state:
+        run.carried = run.model.empty_state(len(run.ranks.rows(run.settings.batch_size)))
 
 
 def make_optimizer(model: "Model", weight_decay: float) -> "torch.optim.Optimizer":
@@ -281,15 +330,25 @@ def save_last(run: Run) -> None:
     """Write last/: the model, and all that resuming needs."""
     from ysnake import checkpoint
 
+    ranks = run.ranks
+    shards = run.folder / f".{checkpoint.OPTIMIZER}.new"
     training = {
-        "optimizer": run.optimizer.state_dict(),
+        "optimizer": ranks.save_optimizer(run.model, run.optimizer, shards),
         "progress": asdict(run.progress),
-        "head": checkpoint.head_factors(run.model),
     }
     if run.carried is not None:
-        training["carried"] = [(layer.conv, layer.ssm) for layer in run.carried]
+        training["carried"] = [
+            (ranks.all_rows(layer.conv), ranks.all_rows(layer.ssm)) for layer in run.carried
+        ]
     progress = {k: v for k, v in asdict(run.progress).items() if k != "recent"}
-    checkpoint.save(run.folder / "last", run.model, run.tokenizer, training, progress)
+    model = ranks.whole(run.model)
+
+    def write() -> None:
+        training["head"] = checkpoint.head_factors(model)
+        parts = shards if ranks.sharded and shards.exists() else None
+        checkpoint.save(run.folder / "last", model, run.tokenizer, training, progress, parts)
+
+    ranks.alone(write)
 
 
 def learning_rate(settings: Settings, progress: Progress) -> float:
@@ -304,20 +363,21 @@ def learning_rate(settings: Settings, progress: Progress) -> float:
 
 
 def batch_loss(run: Run, batch: "Batch", state: "State | None" = None) -> "torch.Tensor":
-    """Summed loss of a batch, in nats."""
+    """Summed loss of this rank's part of a batch, in nats."""
     import torch
 
+    batch = run.ranks.part(batch)
     ids, targets, seq_idx = (
         torch.from_numpy(array).to(run.device)
         for array in (batch.ids, batch.targets, batch.seq_idx)
     )
-    if not seq_idx.any():
+    if bool((seq_idx == seq_idx[:, :1]).all()):
         seq_idx = None  # one document in each window
     precision = run.settings.precision
     lower = precision == "bfloat16" or (precision == "auto" and run.device.type == "cuda")
     autocast = torch.autocast(run.device.type, torch.bfloat16) if lower else nullcontext()
     with autocast:
-        return run.model.loss(ids, targets, seq_idx, state)
+        return run.loss(ids, targets, seq_idx, state)
 
 
 class Stop:
@@ -362,18 +422,19 @@ def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
 
     run.optimizer.zero_grad()
     total = torch.zeros((), device=run.device)
-    for batch in batches:
-        if stop.requested:
+    for i, batch in enumerate(batches, 1):
+        if run.ranks.any(stop.requested):
             return None
         for layer in state or ():  # lanes whose window begins a document forget
-            keep = torch.from_numpy(~batch.starts_anew).to(layer.conv)
+            keep = torch.from_numpy(~run.ranks.part(batch).starts_anew).to(layer.conv)
             layer.conv = layer.conv * keep[:, None, None]
             layer.ssm = layer.ssm * keep[:, None, None, None].to(layer.ssm)
-        loss = batch_loss(run, batch, state) / n_targets
-        loss.backward()
+        with run.ranks.exchanging(run.loss, now=i == len(batches)):
+            loss = batch_loss(run, batch, state) / n_targets
+            (loss * run.ranks.size).backward()  # ranks average, and here is a share of the loss
         total += loss.detach()
-    loss = total.item()
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP).item()
+    loss = run.ranks.total(total)
+    norm = parallel.number(torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP))
 
     lr = learning_rate(settings, progress)
     if math.isfinite(loss) and math.isfinite(norm):
@@ -386,8 +447,7 @@ def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
     else:
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        if run.carried is not None:  # what made the step fail may be in the state
-            run.carried = run.model.empty_state(settings.batch_size)
+        _forget_carried(run)  # what made the step fail may be in the state
     progress.step += 1
     progress.tokens += settings.accumulate * settings.batch_size * settings.seq_len
     return {"train_loss": loss, "lr": lr, "grad_norm": norm}
@@ -400,17 +460,17 @@ def held_out_loss(run: Run) -> float | None:
     from ysnake import data
 
     settings = run.settings
-    loss, n_targets = 0.0, 0
+    loss, n_targets = torch.zeros((), dtype=torch.float64), 0
     with torch.no_grad():
         for batch in data.held_out_windows(
             run.val, settings.seq_len, settings.batch_size, VAL_TOKENS
         ):
             loss += batch_loss(run, batch).item()
             n_targets += batch.n_targets
-    return loss / n_targets if n_targets else None
+    return run.ranks.total(loss) / n_targets if n_targets else None
 
 
-def sample(run: Run, number: int) -> tuple[str, str]:
+def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
     """A prompt from the middle of a training document, and the model's own continuation."""
     from ysnake import data
     from ysnake.generate import Context, Sampling
@@ -419,10 +479,10 @@ def sample(run: Run, number: int) -> tuple[str, str]:
     length = min(SAMPLE_PROMPT, max(1, len(run.train) // 8))
     middles = data.middles(run.train, length) or [run.train.ids[1 : 1 + length].tolist()]
     prompt = middles[number % len(middles)]
-    context = Context(run.model, run.tokenizer.get_vocab_size())
-    context.feed([run.model.config.bos_id, *prompt])
+    context = Context(model, run.tokenizer.get_vocab_size())
+    context.feed([model.config.bos_id, *prompt])
     written = list(context.generate(Sampling(temperature=0), SAMPLE_TOKENS))
-    run.model.train()
+    model.train()
     return decode(run.tokenizer, prompt), decode(run.tokenizer, written)
 
 
@@ -451,18 +511,24 @@ def evaluate(run: Run, console: "Console") -> float | None:
 
     progress = run.progress
     loss = held_out_loss(run)
+    better = False
     if loss is not None and math.isfinite(loss):
-        if progress.best_val_loss is None or loss < progress.best_val_loss:
-            progress.best_val_loss, progress.evaluations_since_best = loss, 0
-            checkpoint.save(run.folder / "best", run.model, run.tokenizer)
-        else:
-            progress.evaluations_since_best += 1
-    prompt, written = sample(run, progress.step // run.settings.eval_every)
-    held_out = "" if loss is None else f", held-out loss {loss:.3f}"
-    head = f"step {progress.step}: loss {progress.mean_loss:.3f}{held_out}"
-    with (run.folder / "samples.txt").open("a") as file:
-        file.write(f"{head}\n{prompt} >>> {written}\n\n")
-    console.print(f"[bold]{head}[/]\n[dim]{escape(prompt)}[/]{escape(written)}\n")
+        better = progress.best_val_loss is None or loss < progress.best_val_loss
+        progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
+        progress.best_val_loss = loss if better else progress.best_val_loss
+    model = run.ranks.whole(run.model)
+
+    def write() -> None:
+        if better:
+            checkpoint.save(run.folder / "best", model, run.tokenizer)
+        prompt, written = sample(run, model, progress.step // run.settings.eval_every)
+        held_out = "" if loss is None else f", held-out loss {loss:.3f}"
+        head = f"step {progress.step}: loss {progress.mean_loss:.3f}{held_out}"
+        with (run.folder / "samples.txt").open("a") as file:
+            file.write(f"{head}\n{prompt} >>> {written}\n\n")
+        console.print(f"[bold]{head}[/]\n[dim]{escape(prompt)}[/]{escape(written)}\n")
+
+    run.ranks.alone(write)
     return loss
 
 
@@ -473,17 +539,18 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
     settings, progress = run.settings, run.progress
     speeds: deque[float] = deque(maxlen=MEAN_OVER)
     n_tokens = settings.accumulate * settings.batch_size * settings.seq_len
+    path = run.folder / "metrics.jsonl" if run.ranks.first else os.devnull
     with (
-        (run.folder / "metrics.jsonl").open("a", buffering=1) as metrics,
+        open(path, "a", buffering=1) as metrics,
         _bar(run, console) as show,
     ):
         while progress.ended is None:
             began = time.monotonic()
-            line = None if stop.requested else train_step(run, stop)
+            line = train_step(run, stop)
             if line is None:
                 progress.ended = "interrupted"
                 break
-            seconds = time.monotonic() - began
+            seconds = run.ranks.as_first(time.monotonic() - began)
             speeds.append(n_tokens / seconds)
             progress.elapsed += seconds
             progress.ended = reason_to_end(run)
@@ -492,17 +559,17 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
             if progress.step % settings.eval_every == 0 or progress.ended:
                 began = time.monotonic()
                 line["val_loss"] = evaluate(run, console)
-                progress.elapsed += time.monotonic() - began
+                progress.elapsed += run.ranks.as_first(time.monotonic() - began)
                 progress.ended = progress.ended or reason_to_end(run)
             finite = {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}
             metrics.write(json.dumps(finite) + "\n")
             show(sum(speeds) / len(speeds))
-            if "val_loss" in line:
+            if "val_loss" in line and run.ranks.first:
                 plot_loss(run.folder)
             if progress.step % settings.checkpoint_every == 0 and progress.ended is None:
                 save_last(run)
     save_last(run)
-    plot_loss(run.folder)
+    run.ranks.alone(lambda: plot_loss(run.folder))
 
 
 @contextmanager
@@ -521,7 +588,7 @@ def _bar(run: Run, console: "Console") -> Iterator[Any]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or console.quiet,
     )
     task = bar.add_task("", total=1.0, step=progress.step, loss=0.0, speed=0.0, memory="")
 
@@ -564,18 +631,28 @@ ENDINGS = {
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
-    settings = settings_of.parse(argv)
+    with parallel.heard_once():
+        settings = settings_of.parse(argv)
+        parallel.check(settings)
     import torch
 
-    console = cli.console()
     if settings.plan:
-        console.print(plan(settings, console))
+        with parallel.heard_once():
+            console = cli.console()
+            console.print(plan(settings, console))
         return cli.DONE
     memory.keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    with parallel.joined(settings) as ranks:
+        return _train(settings, ranks)
+
+
+def _train(settings: Settings, ranks: Ranks) -> int:
+    console = cli.console()
+    console.quiet = not ranks.first
     stop = Stop()
-    run = resume(settings, console) if settings.resume else start(settings, console)
+    run = open_run(settings, ranks, console)
     with stop.listening():
         if settings.resume:
             run.progress.ended = run.progress.ended and reason_to_end(run)

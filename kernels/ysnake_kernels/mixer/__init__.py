@@ -71,7 +71,7 @@ def mamba_split_conv1d_scan_combined(
 
     Source: arXiv 2405.21060, section 7.1 and figure 6 (the parallel Mamba block).
     """
-    sizes = _check(zxbcdt, conv1d_weight, A, headdim, ngroups)
+    sizes = check_sizes(zxbcdt, conv1d_weight, A, headdim, ngroups)
     d_inner = sizes[0]
     if rmsnorm_weight is not None:
         check("rmsnorm_weight", rmsnorm_weight, (d_inner,), zxbcdt, match="zxbcdt")
@@ -111,7 +111,7 @@ def mamba_split_conv1d_scan_combined(
     return (y, states) if return_final_states else y
 
 
-def _check(
+def check_sizes(
     zxbcdt: Tensor, conv1d_weight: Tensor, A: Tensor, headdim: int | None, ngroups: int
 ) -> list[int]:
     """The sizes of z, of the convolution's input and of dt, after the checks of what gives them."""

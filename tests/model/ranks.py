@@ -1,0 +1,140 @@
+"""What each rank of the tests of many processes does: run by torchrun with a list of tasks in JSON.
+
+Each task leaves a file of JSON per rank, or the run folder that a training leaves.
+"""
+
+import copy
+import json
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from small import model as tiny_model
+from torch.profiler import profile
+
+from ysnake import train
+from ysnake.config import IGNORED
+from ysnake.data import Batch
+from ysnake.parallel import Ranks
+
+
+def trained(rank, size, argv, stop_after=None, poisoned=None):
+    """Train; one rank alone is asked to stop in one pass, or has NaN for its loss in another."""
+    real = train.batch_loss
+    calls = 0
+
+    def stopping(*arguments):
+        nonlocal calls
+        calls += 1
+        if rank == size - 1 and calls == stop_after:
+            signal.raise_signal(signal.SIGTERM)
+        loss = real(*arguments)
+        return loss * torch.nan if rank == size - 1 and calls == poisoned else loss
+
+    train.batch_loss = stopping
+    try:
+        code = train.main(argv)
+    finally:
+        train.batch_loss = real
+    assert code == (0 if stop_after is None else 130)
+
+
+def gradients(rank, size, out, context, documents, length, sharded=False, counted=False, **sizes):
+    """Loss and gradients of the ranks together against those of one, and what goes between them."""
+    torch.manual_seed(0)
+    whole = tiny_model(**sizes).double()
+    ranks = Ranks(rank, size, context, sharded, None)
+    pieces = a_batch(2, length, documents)
+    expected = whole.loss(*map(torch.from_numpy, (pieces.ids, pieces.targets, pieces.seq_idx)))
+    expected.backward()
+
+    spread = copy.deepcopy(whole)
+    spread.zero_grad()
+    loss_of = ranks.spread(spread, "cpu")
+    part = ranks.part(pieces)
+    tensors = [torch.from_numpy(a) for a in (part.ids, part.targets, part.seq_idx)]
+    loss = loss_of(*tensors)
+    (loss * size).backward()
+    report = {"loss": abs(ranks.total(loss.detach().clone()) / expected.item() - 1)}
+    for (name, p), q in zip(whole.named_parameters(), spread.parameters(), strict=True):
+        report[name] = error(q.grad.full_tensor() if sharded else q.grad, p.grad)
+    write(out, rank, {"errors": report, "passed": passed(spread, tensors) if counted else None})
+
+
+def error(got, expected):
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def passed(model, tensors):
+    """The shapes of all tensors that go from rank to rank in a forward and a backward pass."""
+    shapes = {"other": []}
+    with profile(record_shapes=True) as forward:
+        loss = model.loss(*tensors)
+    with profile(record_shapes=True) as backward:
+        loss.backward()
+    for name, profiled in {"forward": forward, "backward": backward}.items():
+        shapes |= {f"{name} sent": [], f"{name} received": []}
+        for event in profiled.events():
+            if event.name.startswith("gloo:"):
+                way = {"gloo:send": f"{name} sent", "gloo:recv": f"{name} received"}
+                shapes[way.get(event.name, "other")] += event.input_shapes[:1]
+    return shapes
+
+
+def a_batch(batch, length, documents):
+    """Random tokens in documents of random lengths, many of which cross the ranks' borders."""
+    random = np.random.default_rng(1)
+    ids = random.integers(0, 300, (batch, length + 1))
+    begins = np.zeros((batch, length), dtype=bool)
+    for row in begins[:, 1:]:
+        row[random.choice(length - 1, documents - 1, replace=False)] = True
+    targets = np.where(np.roll(begins, -1, axis=1), IGNORED, ids[:, 1:])
+    return Batch(ids[:, :-1], targets, begins.cumsum(1).astype(np.int32), begins[:, 0])
+
+
+def memory(rank, size, out, context, length, **sizes):
+    """Bytes that a forward pass keeps for backward, and the growth of the process in both."""
+    torch.manual_seed(0)
+    model = tiny_model(**sizes)
+    ranks = Ranks(rank, size, context, False, None)
+    loss_of = ranks.spread(model, "cpu")
+    part = ranks.part(a_batch(1, length, 3))
+    tensors = [torch.from_numpy(a) for a in (part.ids, part.targets, part.seq_idx)]
+    short = [t[:, :64] for t in tensors[:2]] + [tensors[2][:, : 64 + (context > 1)]]
+    loss_of(*short).backward()  # so that the process has grown as much as it does by itself
+    model.zero_grad()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = loss_of(*tensors)
+    (loss * size).backward()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    saved = {name: p.grad for name, p in model.named_parameters()}
+    torch.save(saved, f"{out}.{rank}.grads")
+    write(
+        out, rank, {"kept": sum(kept.values()), "grown": grown, "loss": ranks.total(loss.detach())}
+    )
+
+
+def write(out, rank, content):
+    Path(f"{out}.{rank}.json").write_text(json.dumps(content))
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for task, arguments in json.loads(sys.argv[1]):
+        does = {"trained": trained, "gradients": gradients, "memory": memory}[task]
+        does(dist.get_rank(), dist.get_world_size(), **arguments)
+    dist.destroy_process_group()
