@@ -204,8 +204,8 @@ def main(argv: list[str]) -> int:
 
     from ysnake import checkpoint
 
-    folder = checkpoint.resolve(options.path or cli.newest_run(), options.checkpoint)
-    tokenizer, model = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
+    path = options.path or cli.newest_run()
+    folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint)
     name = folder.parent.name if folder.name in ("best", "last") else folder.name
     write_gguf(options.gguf, model, tokenizer, options.type, name)
     beside = options.gguf.with_name("Modelfile")

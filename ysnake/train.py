@@ -6,6 +6,7 @@ never had been. The functions here can be called one by one; `main` only strings
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -35,6 +36,7 @@ VAL_TOKENS = 1 << 15  # held-out tokens looked at while training
 CLIP = 1.0  # largest norm of a step's gradient
 DECAY_TO = 0.1  # the learning rate ends at this part of its peak
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
+WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png")  # in the folder of a run, as it goes
 
 
 @dataclass
@@ -97,8 +99,7 @@ def start(settings: Settings, console: "Console") -> Run:
 
     model = None
     if settings.from_ is not None:
-        source = checkpoint.resolve(settings.from_)
-        tokenizer, model = checkpoint.load_tokenizer(source), checkpoint.load(source)
+        _, tokenizer, model = checkpoint.load_all(settings.from_)
         if settings.chunk_size is not None:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
     else:
@@ -121,20 +122,23 @@ def start(settings: Settings, console: "Console") -> Run:
                 f"fewer than a window of {settings.seq_len} and the token after it"
             )
         settings_of.write(settings, new)
+        run = _assemble(replace(settings, run=new), model.to(device), tokenizer, Progress())
+        save_last(run)  # before the folder has its name, so that no run is there without one
+        checkpoint.sync(new)
         new.rename(settings.run)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(new)
         if first_run:
             new.parent.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"{settings.run}: {error.strerror}") from error
         raise
     console.print(
         f"[bold]{settings.run}[/]: {counts.train_documents} documents to learn "
         f"({counts.train_words:,} words, {counts.train_tokens:,} tokens), "
         f"{counts.val_documents} held out; {model.n_parameters():,} parameters on {device}"
     )
-    run = _assemble(settings, model.to(device), tokenizer, Progress())
-    save_last(run)
-    return run
+    return _assemble(settings, model, tokenizer, Progress())
 
 
 def _config(settings: Settings, tokenizer: "Tokenizer") -> ModelConfig:
@@ -188,15 +192,48 @@ def _tokenise(
 
 
 def resume(settings: Settings, console: "Console") -> Run:
-    """Take up the run in settings.run where its last/ stands."""
+    """Take up the run in settings.run where its last/ stands; the one before if it is damaged."""
+    from ysnake import checkpoint
+
+    def read(last: Path) -> tuple[dict[str, Any], "Model", "Tokenizer"]:
+        saved = checkpoint.load_training(last)
+        return saved, checkpoint.load(last), checkpoint.load_tokenizer(last)
+
+    folder = settings.run / "last"
+    for name in WRITTEN:
+        if (settings.run / name).is_symlink():
+            raise InputError(f"{settings.run / name}: a link; a run writes into its folder only")
+    device = cli.pick_device(settings.device)
+    last, (saved, model, tokenizer) = checkpoint.newest_good(folder, read)
+    try:
+        run = _resumed(settings, saved, model, tokenizer, device, console)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        path = last / checkpoint.STATE
+        said = str(error).partition("\n")[0]
+        raise InputError(f"{path}: not the state of this training run ({said})") from error
+    with cli.writing(settings.run):
+        if last != folder:
+            checkpoint.put_back(last, folder)
+        _forget_metrics_after(run.folder / "metrics.jsonl", run.progress.step)
+    console.print(f"[bold]{run.folder}[/]: goes on after step {run.progress.step}")
+    return run
+
+
+def _resumed(
+    settings: Settings,
+    saved: dict[str, Any],
+    model: "Model",
+    tokenizer: "Tokenizer",
+    device: str,
+    console: "Console",
+) -> Run:
+    """The run that a checkpoint was saved of, as it stood then."""
     import torch
 
     from ysnake import checkpoint
 
-    last = checkpoint.find(settings.run / "last")
-    device = cli.pick_device(settings.device)
-    saved = checkpoint.load_training(last)
-    model = checkpoint.load(last)
     if settings.output_size is not None:
         model = checkpoint.with_factors(model, saved["head"], settings.output_size)
     model.use_config(replace(model.config, chunk_size=settings.chunk_size))
@@ -208,22 +245,33 @@ def resume(settings: Settings, console: "Console") -> Run:
         )
     if progress.ended == "interrupted":
         progress.ended = None
-    run = _assemble(settings, model.to(device), checkpoint.load_tokenizer(last), progress)
+    run = _assemble(settings, model.to(device), tokenizer, progress)
+    for side, count in zip(("train", "val"), saved.get("corpus", ()), strict=False):
+        if len(getattr(run, side)) != count:
+            path = run.folder / "data" / f"{side}.tokens"
+            raise InputError(f"{path}: damaged, the run began with {count:,} tokens")
     run.optimizer.load_state_dict(saved["optimizer"])
     if settings.carry_state:
         for layer, (conv, ssm) in zip(run.carried, saved["carried"], strict=True):
-            layer.conv, layer.ssm = conv.to(device), ssm.to(device)
-    _forget_metrics_after(run.folder / "metrics.jsonl", progress.step)
-    console.print(f"[bold]{run.folder}[/]: goes on after step {progress.step}")
+            layer.conv, layer.ssm = conv.to(run.device), ssm.to(run.device)
     return run
 
 
 def _forget_metrics_after(path: Path, step: int) -> None:
     """Cut off what a killed run wrote after its last checkpoint; it will be written again."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+    if not path.exists():
+        return
+    kept = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):  # torn by a kill or a full disk
+            break
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{path}, line {number}: not the metrics of a step") from error
+        kept += len(line)
+    os.truncate(path, kept)
 
 
 def _assemble(
@@ -266,6 +314,7 @@ def save_last(run: Run) -> None:
         "optimizer": run.optimizer.state_dict(),
         "progress": asdict(run.progress),
         "head": checkpoint.head_factors(run.model),
+        "corpus": (len(run.train), len(run.val)),
     }
     if run.carried is not None:
         training["carried"] = [(layer.conv, layer.ssm) for layer in run.carried]
@@ -441,7 +490,8 @@ def evaluate(run: Run, console: "Console") -> float | None:
     prompt, written = sample(run, progress.step // run.settings.eval_every)
     held_out = "" if loss is None else f", held-out loss {loss:.3f}"
     head = f"step {progress.step}: loss {progress.mean_loss:.3f}{held_out}"
-    with (run.folder / "samples.txt").open("a") as file:
+    samples = run.folder / "samples.txt"
+    with cli.writing(samples), samples.open("a", encoding="utf-8") as file:
         file.write(f"{head}\n{prompt} >>> {written}\n\n")
     console.print(f"[bold]{head}[/]\n[dim]{escape(prompt)}[/]{escape(written)}\n")
     return loss
@@ -454,8 +504,10 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
     settings, progress = run.settings, run.progress
     speeds: deque[float] = deque(maxlen=MEAN_OVER)
     n_tokens = settings.accumulate * settings.batch_size * settings.seq_len
+    path = run.folder / "metrics.jsonl"
     with (
-        (run.folder / "metrics.jsonl").open("a", buffering=1) as metrics,
+        cli.writing(path),
+        path.open("a", buffering=1) as metrics,
         _bar(run, console) as show,
     ):
         while progress.ended is None:
@@ -481,7 +533,9 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
             if "val_loss" in line:
                 plot_loss(run.folder)
             if progress.step % settings.checkpoint_every == 0 and progress.ended is None:
+                os.fsync(metrics.fileno())
                 save_last(run)
+        os.fsync(metrics.fileno())
     save_last(run)
     plot_loss(run.folder)
 
@@ -546,11 +600,8 @@ ENDINGS = {
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
     settings = settings_of.parse(argv)
-    import torch
-
     console = cli.console()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    cli.use_threads(settings.threads)
     stop = Stop()
     run = resume(settings, console) if settings.resume else start(settings, console)
     with stop.listening():

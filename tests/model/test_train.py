@@ -57,7 +57,8 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     hugging_face = {"config.json", "generation_config.json", "model.safetensors"}
     hugging_face |= {"tokenizer.json", "tokenizer_config.json", "manifest.json"}
     assert {p.name for p in run.iterdir()} == {
-        *("settings.json", "metrics.jsonl", "loss.png", "samples.txt", "best", "last", "data")
+        *("settings.json", "metrics.jsonl", "loss.png", "samples.txt", "best", "last", "data"),
+        *("best.old", "last.old"),
     }
     assert {p.name for p in (run / "best").iterdir()} == hugging_face
     assert {p.name for p in (run / "last").iterdir()} - hugging_face == {
