@@ -221,6 +221,9 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     if path is None:
         raise InputError(f"{folder / WEIGHTS}: no such file")
     if path.name == PICKLED:
+        largest = 16 * config.n_in_matrices + HEADER  # float64, a tied embedding twice, and more
+        if path.stat().st_size > largest:
+            raise InputError(f"{path}: larger than the model that config.json describes")
         weights = _tensors(path, _read_pickled(path))
         shapes = {name: tuple(t.shape) for name, t in weights.items()}
         _check_shapes(path, shapes, config)
@@ -229,6 +232,8 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
         files = [folder / name for name in names]
         shapes = {name: shape for file in files for name, shape in _header(file).items()}
         _check_shapes(path, shapes, config)
+        for file in files:  # not before its size is known to be right
+            _verify(file)
         weights = {name: t for file in files for name, t in _read_safetensors(file).items()}
     for name, weight in weights.items():
         if not weight.is_floating_point() or weight.itemsize == 1:
@@ -248,15 +253,7 @@ def _check_shapes(path: Path, found: Shapes, config: ModelConfig) -> None:
             f"{path}: holds {len(found)} weights, too few for the {config.n_layers} layers that "
             "config.json asks for"
         )
-    with torch.device("meta"):
-        one = Model(replace(config, n_layers=1)).state_dict()
-    layer = "backbone.layers.0."
-    expected = {n: tuple(t.shape) for n, t in one.items() if not n.startswith(layer)}
-    for name, weight in one.items():
-        if name.startswith(layer):
-            rest = name.removeprefix(layer)
-            names = (f"backbone.layers.{i}.{rest}" for i in range(config.n_layers))
-            expected |= dict.fromkeys(names, tuple(weight.shape))
+    expected = _shapes(config)
     if config.tied:
         found = found | {"lm_head.weight": expected["lm_head.weight"]}
     for name in sorted(expected.keys() | found.keys()):
@@ -270,11 +267,24 @@ def _check_shapes(path: Path, found: Shapes, config: ModelConfig) -> None:
             )
 
 
+def _shapes(config: ModelConfig) -> Shapes:
+    """The names and shapes of a model's weights, at no cost."""
+    with torch.device("meta"):
+        one = Model(replace(config, n_layers=1)).state_dict()
+    layer = "backbone.layers.0."
+    shapes = {}
+    for name, weight in one.items():
+        each = range(config.n_layers if name.startswith(layer) else 1)
+        names = (name.replace(layer, f"backbone.layers.{i}.", 1) for i in each)
+        shapes |= dict.fromkeys(names, tuple(weight.shape))
+    return shapes
+
+
 def _shards(path: Path) -> list[str]:
     """The files that an index of weights lists, all of them beside it."""
     try:
         names = sorted(set(read_json(path)["weight_map"].values()))
-        beside = all(Path(name).name == name for name in names)
+        beside = all(Path(name).name == name and name not in ("", "..") for name in names)
     except (LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({error})") from error
     if not beside:
@@ -286,7 +296,6 @@ def _header(path: Path) -> Shapes:
     """The shapes of what a safetensors file holds, without reading that."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    _verify(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > HEADER:
@@ -294,7 +303,7 @@ def _header(path: Path) -> Shapes:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch maps the file
         raise InputError(f"{path}: damaged ({error})") from error
 
 
@@ -302,7 +311,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch maps the file
         raise InputError(f"{path}: damaged ({error})") from error
 
 

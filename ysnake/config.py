@@ -14,6 +14,7 @@ IGNORED = -100  # a target that does not count
 VOCAB_MULTIPLE = 64  # vocabulary rows are padded to a multiple of this
 LARGEST_JSON = 1 << 26  # bytes
 LARGEST_MODEL = 1 << 48  # weights; a petabyte of them
+MOST_LAYERS = 10_000
 
 
 class InputError(ValueError):
@@ -90,10 +91,10 @@ class ModelConfig:
             )
         if self.output_size is not None and self.tied:
             raise InputError("output_size: a factorised head cannot be tied to the embedding")
-        layer = self.d_model * (3 * self.d_inner + 2 * self.n_groups * self.d_state)
-        layer += self.d_conv * self.conv_width
-        if (size := self.vocab_size * self.d_model + self.n_layers * layer) > LARGEST_MODEL:
-            raise InputError(f"these sizes ask for a model of {size:.0e} weights")
+        if self.n_layers > MOST_LAYERS:
+            raise InputError(f"n_layers: expected at most {MOST_LAYERS}, got {self.n_layers}")
+        if self.n_in_matrices > LARGEST_MODEL:
+            raise InputError("these sizes ask for a model of more than a petabyte")
         for name in ("bos_id", "eos_id"):
             if (token := getattr(self, name)) is not None and token >= self.vocab_size:
                 raise InputError(f"{name}: expected below vocab_size, got {token}")
@@ -110,6 +111,13 @@ class ModelConfig:
     def d_conv(self) -> int:
         """Channels of the convolution: x, B and C."""
         return self.d_inner + 2 * self.n_groups * self.d_state
+
+    @property
+    def n_in_matrices(self) -> int:
+        """Parameters of the embedding, the projections and the convolutions: nearly all."""
+        layer = self.d_model * (2 * self.d_inner + self.d_conv + self.n_heads)
+        layer += self.d_conv * self.conv_width
+        return self.vocab_size * self.d_model + self.n_layers * layer
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:

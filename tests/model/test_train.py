@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from rich.console import Console
-from small import ROOT, TINY, corpus, environment, python
+from small import ROOT, TINY, corpus, entry, environment, python
 
 from ysnake import checkpoint, settings, train
 from ysnake.config import PRESETS
@@ -354,27 +354,12 @@ def test_wrong_input_is_one_line_and_writes_nothing(folder_with_everything, monk
         options = ["--data", "snakes.txt", *options]
     if "--from" not in options and "--resume" not in options:
         options = [*TINY, *options]
-    code, errors = in_process(monkeypatch, folder, options)
+    monkeypatch.chdir(folder)
+    code, _, errors = entry(train.main, *options)
     assert code == 2
     assert errors.count("\n") == 1
     assert message in errors
     assert sorted(folder.rglob("*")) == before
-
-
-def in_process(monkeypatch, folder, argv):
-    """The exit code and standard error of `python -m ysnake.train argv` run in `folder`."""
-    import io
-
-    from ysnake import cli
-
-    errors = io.StringIO()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["train", *argv])
-    monkeypatch.setattr(sys, "stderr", errors)
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    with pytest.raises(SystemExit) as ended:
-        cli.run(train.main)
-    return ended.value.code, errors.getvalue()
 
 
 def test_without_the_shipped_corpus_it_asks_for_data(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 """A process that has everything imported, and forks one that trains for each command it reads.
 
-A line of standard input is {"argv": [...], "seconds": when to kill it with -9, or null, "path": what
-to wait for after that, or null}; the answer is a line with the seconds it took, its exit status, and
-what it wrote to standard error.
+A line of standard input is {"argv": [...], "seconds": when to kill it with -9, or null, "path":
+what to wait for after that, or null}; the answer is a line with the seconds it took, its exit
+status, and what it wrote to standard error.
 """
 
 import json
