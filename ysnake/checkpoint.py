@@ -38,7 +38,7 @@ PICKLED = "pytorch_model.bin"  # of others: written by torch.save
 STATE = "training_state.pt"
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"  # SHA-256 of every file of the folder
-HEADER = 1 << 24  # bytes that the list of weights in a safetensors file may have
+HEADER = 1 << 22  # bytes that the list of weights in a safetensors file may have
 
 Read = TypeVar("Read")
 
