@@ -238,7 +238,7 @@ def test_the_list_is_long():
     assert len(LIST) >= 60
 
 
-@pytest.mark.parametrize("command", [train, run, evaluate, export, serve, generate_data])
+@pytest.mark.parametrize("command", [train, evaluate, export, generate_data])
 def test_in_a_process_of_its_own(folder, command):
     """The first of each command's list once more, as a user would see it."""
     message, options = next(

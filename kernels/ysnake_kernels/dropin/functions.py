@@ -272,13 +272,12 @@ def selective_state_update(
 
 def _check_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices) -> None:
     """The checks of `selective_state_update`."""
-    check_rank(
-        "x", x, "batch, heads, P" if isinstance(x, Tensor) and x.ndim == 3 else "batch, channels"
-    )
+    of_heads = isinstance(x, Tensor) and x.ndim == 3
+    check_rank("x", x, "batch, heads, P" if of_heads else "batch, channels")
     batch, *features = x.shape
     rows = batch
     if state_batch_indices is not None:
-        check_rank("state", state, "rows, heads, P, N" if x.ndim == 3 else "rows, channels, N")
+        check_rank("state", state, "rows, heads, P, N" if of_heads else "rows, channels, N")
         rows = state.shape[0]
         check_indices("state_batch_indices", state_batch_indices, x, rows)
     n = state.shape[-1] if isinstance(state, Tensor) and state.ndim else 0

@@ -137,12 +137,12 @@ def _scan_each(
 
 def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, seq_idx: Tensor | None) -> int:
     """The number of packed sequences, after the checks of cu_seqlens."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
     if seq_idx is not None:
         raise ValueError("cu_seqlens: expected without seq_idx, got both")
     if x.shape[0] != 1:
         raise ValueError(f"cu_seqlens: expected x with batch 1, got batch {x.shape[0]}")
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         shape = tuple(cu_seqlens.shape)
         raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {shape}")
