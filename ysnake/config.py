@@ -91,6 +91,14 @@ class ModelConfig:
             )
         if self.output_size is not None and self.tied:
             raise InputError("output_size: a factorised head cannot be tied to the embedding")
+        if not 0 < self.dt_min <= self.dt_max < math.inf:
+            raise InputError(
+                f"dt_min, dt_max: got {self.dt_min} and {self.dt_max}, expected a range"
+            )
+        if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
+            raise InputError(f"dt_limit: expected 0 <= low <= high, got {self.dt_limit}")
+        if not self.norm_eps >= 0:
+            raise InputError(f"norm_eps: expected at least 0, got {self.norm_eps}")
         if self.n_layers > MOST_LAYERS:
             raise InputError(f"n_layers: expected at most {MOST_LAYERS}, got {self.n_layers}")
         if self.n_in_matrices > LARGEST_MODEL:

@@ -264,6 +264,9 @@ CONFIGS = {
     "bos_id: expected below vocab_size, got 9999": {"bos_token_id": 9999},
     'eos_id: expected a whole number or null, got {"a": 1}': {"eos_token_id": {"a": 1}},
     "a value of a wrong kind": {"time_step_limit": [1]},
+    "dt_limit: expected 0 <= low <= high, got (2.0, 1.0)": {"time_step_limit": [2, 1]},
+    "dt_min, dt_max: got 0 and 0.1": {"time_step_min": 0},
+    "norm_eps: expected at least 0, got -1": {"layer_norm_epsilon": -1},
     "hidden_act relu is not supported": {"hidden_act": "relu"},
 }
 

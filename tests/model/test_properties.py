@@ -7,6 +7,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import saved
@@ -165,6 +166,7 @@ def test_a_damaged_tokenizer_loads_or_is_refused(good, tmp_path, kind, examples)
         ("config.json", mutations),
         ("config.json", exchanges),
         ("model.safetensors", mutations),
+        ("pytorch_model.bin", mutations),
         ("manifest.json", mutations),
         ("manifest.json", exchanges),
     ],
@@ -173,6 +175,9 @@ def test_a_damaged_checkpoint_loads_or_is_refused(good, tmp_path, name, kind, ex
     folder = shutil.copytree(good[0], tmp_path / "m")
     if name == "manifest.json":
         shutil.copy(good[1], folder)
+    if name == "pytorch_model.bin":
+        torch.save(dict(checkpoint.load(folder).state_dict()), folder / name)
+        (folder / "model.safetensors").unlink()
     content = (folder / name).read_bytes()
 
     @for_all(examples, kind())
