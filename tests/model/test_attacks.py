@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import struct
 import time
 import zipfile
@@ -256,11 +257,16 @@ TOKENIZERS = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path):
-    folder = saved(tmp_path)
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = saved(tmp_path_factory.mktemp("good"))
     (folder / "manifest.json").unlink()  # an attacker would write one that fits
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path, good):
+    return shutil.copytree(good, tmp_path / "model")
 
 
 def refused(load, folder, message):

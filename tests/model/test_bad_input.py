@@ -1,10 +1,11 @@
 """The list of bad inputs of every command: each ends with one line that names it, and no traceback.
 
-The operators' list is in tests/kernels/test_bad_input.py; damaged files are in test_damage.py, and
+The operators' list is in tests/kernels/test_bad_arguments.py; damaged files are in test_damage.py, and
 those made to attack in test_attacks.py.
 """
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -265,15 +266,15 @@ CONFIGS = {
     'eos_id: expected a whole number or null, got {"a": 1}': {"eos_token_id": {"a": 1}},
     "a value of a wrong kind": {"time_step_limit": [1]},
     "dt_limit: expected 0 <= low <= high, got (2.0, 1.0)": {"time_step_limit": [2, 1]},
-    "dt_min, dt_max: got 0 and 0.1": {"time_step_min": 0},
+    "dt_min, dt_max: expected a range, got 0, 0.1": {"time_step_min": 0},
     "norm_eps: expected at least 0, got -1": {"layer_norm_epsilon": -1},
     "hidden_act relu is not supported": {"hidden_act": "relu"},
 }
 
 
 @pytest.mark.parametrize("message", CONFIGS)
-def test_a_config_that_cannot_be(tmp_path, message):
-    folder = saved(tmp_path)
+def test_a_config_that_cannot_be(folder, tmp_path, message):
+    folder = shutil.copytree(folder / "model", tmp_path / "model")
     (folder / "manifest.json").unlink()
     path, changes = folder / "config.json", CONFIGS[message]
     content = json.loads(path.read_text()) | dict(changes)

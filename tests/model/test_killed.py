@@ -89,14 +89,15 @@ def test_killed_runs_end_as_if_never_killed(zygote, tmp_path, runs):
     data = corpus(tmp_path)
     chance = random.Random(runs)
     expected, seconds = [], []
-    for i, options in enumerate(KINDS):
+    kinds = KINDS if runs > 5 else KINDS[1:]
+    for i, options in enumerate(kinds):
         argv = [*OPTIONS, *options, "--data", data]
         seconds.append(zygote.train(*argv, "--run", tmp_path / f"whole{i}")["seconds"])
         expected.append(outcome(tmp_path / f"whole{i}"))
     torn = []
     for n in range(runs):
-        i, run, kills = n % len(KINDS), tmp_path / f"killed{n}", []
-        argv = [*OPTIONS, *KINDS[i], "--data", data]
+        i, run = n % len(kinds), tmp_path / f"killed{n}"
+        argv = [*OPTIONS, *kinds[i], "--data", data]
         kills = kill_and_resume(zygote, argv, run, chance, seconds[i])
         assert outcome(run) == expected[i], f"run {n}, after {len(kills)} kills"
         torn += kills

@@ -17,7 +17,7 @@ from ysnake import tokenizer as t
 from ysnake.config import InputError
 
 TEXT = "The snake sleeps. The snake wakes, and the snake eats; snakes like stones. " * 3
-EXAMPLES = [60, pytest.param(2000, marks=pytest.mark.slow)]
+EXAMPLES = [40, pytest.param(2000, marks=pytest.mark.slow)]
 
 
 def for_all(examples, *strategies):
