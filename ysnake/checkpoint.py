@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -296,11 +297,11 @@ def _header(path: Path) -> Shapes:
     """The shapes of what a safetensors file holds, without reading that."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > HEADER:
-        raise InputError(f"{path}: damaged (a list of weights of {length:,} bytes)")
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > HEADER:
+            raise InputError(f"{path}: damaged (a list of weights of {length:,} bytes)")
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:  # torch maps the file
@@ -326,7 +327,9 @@ def _read_pickled(path: Path) -> Any:
                 size = sum(entry.file_size for entry in archive.infolist())
             if size > path.stat().st_size:  # torch compresses nothing
                 raise InputError(f"{path}: damaged (content of {size:,} bytes)")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that are refused in the end
+            return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged file
@@ -456,7 +459,10 @@ def _manifest(folder: Path) -> dict[str, str]:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:  # of a disk that fails, for instance
+        raise InputError(f"{path}: {error.strerror}") from error
     return digest.hexdigest()

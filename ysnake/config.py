@@ -118,6 +118,14 @@ class ModelConfig:
         """Channels of the convolution: x, B and C."""
         return self.d_inner + 2 * self.n_groups * self.d_state
 
+    def check_frame(self) -> None:
+        """Raise InputError unless there are tokens that begin and end a document."""
+        for name in ("bos_id", "eos_id"):
+            if getattr(self, name) is None or getattr(self, name) < 0:
+                raise InputError(
+                    f"{name}: expected a token of the model, got {getattr(self, name)}"
+                )
+
     @property
     def n_in_matrices(self) -> int:
         """Parameters of the embedding, the projections and the convolutions: nearly all."""

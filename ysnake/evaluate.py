@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
     cli.use_threads(options.threads)
     path, device = options.path or cli.newest_run(), cli.pick_device(options.device)
     folder, tokenizer, model = checkpoint.load_all(path, device=device)
-    model.eval()
+    model.eval().config.check_frame()
     size = None if options.max_documents else sum(path.stat().st_size for path in files)
     console = cli.console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

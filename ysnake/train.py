@@ -100,6 +100,7 @@ def start(settings: Settings, console: "Console") -> Run:
     model = None
     if settings.from_ is not None:
         _, tokenizer, model = checkpoint.load_all(settings.from_)
+        model.config.check_frame()
         if settings.chunk_size is not None:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
     else:

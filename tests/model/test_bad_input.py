@@ -1,7 +1,7 @@
 """The list of bad inputs of every command: each ends with one line that names it, and no traceback.
 
-The operators' list is in tests/kernels/test_bad_arguments.py; damaged files are in test_damage.py, and
-those made to attack in test_attacks.py.
+The operators' list is in tests/kernels/test_bad_arguments.py; damaged files are in test_damage.py,
+and those made to attack in test_attacks.py.
 """
 
 import json
@@ -233,6 +233,26 @@ def test_what_does_not_fit_in_memory(folder, tmp_path):
     code, _, errors = entry(train.main, *command, "--batch-size", str(10**12))
     assert (code, errors.count("\n")) == (1, 1)
     assert errors.startswith("error: not enough memory")
+
+
+def test_a_model_without_tokens_that_frame_a_document(folder, tmp_path):
+    other = shutil.copytree(folder / "model", tmp_path / "model")
+    (other / "manifest.json").unlink()
+    content = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(content | {"bos_token_id": None}))
+    data = ("--data", folder / "snakes.txt")
+    for command, options, message in (
+        (evaluate, (other, *data), "bos_id: expected a token of the model, got None"),
+        (
+            train,
+            ("--from", other, *data, "--run", tmp_path / "run", "--seq-len", "8"),
+            "bos_id: expected a token of the model, got None",
+        ),
+        (run, (other, "--prompt", ""), "--prompt: expected text, as this model has no token"),
+    ):
+        code, _, errors = entry(command.main, *options)
+        check(code, errors, message)
+    assert entry(run.main, other, "--prompt", "The", "--max-tokens", "1")[0] == 0
 
 
 def test_the_list_is_long():
