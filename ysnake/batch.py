@@ -17,8 +17,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from ysnake.decoding import Decoder
 from ysnake.generate import PIECE, Context, draw, luck
-from ysnake.model import LayerState, Model
+from ysnake.model import LayerState
 from ysnake.run import cut
 from ysnake.sampling import Sampling
 
@@ -56,14 +57,15 @@ class Batch:
 
     def __init__(
         self,
-        model: Model,
+        decoder: Decoder,
         tokenizer: Tokenizer,
         deliver: Callable[[News], None],
         rows: int = 32,
         remembered: int = 32,
     ):
         """`deliver` is called in the thread, once a step; `remembered`: prompts kept at most."""
-        self.model, self.tokenizer, self.deliver = model.eval(), tokenizer, deliver
+        self.decoder, self.tokenizer, self.deliver = decoder, tokenizer, deliver
+        model = self.model = decoder.model
         self.n_tokens, self.rows, self.remembered = tokenizer.get_vocab_size(), rows, remembered
         weight = model.backbone.embeddings.weight
         self.state = model.empty_state(rows)
@@ -137,7 +139,7 @@ class Batch:
             job.context = self.memory[longest].copy()
             job.n_read = job.n_remembered = len(longest)
         else:
-            job.context = Context(self.model, self.n_tokens)
+            job.context = Context(self.decoder, self.n_tokens)
 
     def _join(self, job: Job) -> None:
         row, context, job.context = len(self.writing), job.context, None
@@ -186,7 +188,7 @@ class Batch:
             return
         ids = torch.tensor(tokens, device=self.logits.device)
         state = [LayerState(layer.conv[:n], layer.ssm[:n]) for layer in self.state]
-        logits, _ = self.model.step(ids, state)
+        logits, _ = self.decoder.step(ids, state)
         self.logits[:n] = logits[:, : self.n_tokens]
         self.seen[torch.arange(n, device=ids.device), ids] = True
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ysnake.data import Piece
-    from ysnake.model import Model
+    from ysnake.decoding import Decoder
 
 READ = 1024  # tokens at once
 
@@ -29,6 +29,8 @@ class Options:
     """Files and folders of documents, as for training."""
     max_documents: int | None = None
     """Take so many documents only, in turn from each file."""
+    weights: Literal["float32", "int8"] = "float32"
+    """int8: measure what --weights int8 of ysnake.run writes with."""
     device: str = "auto"
     """auto (CUDA, else CPU), cpu, cuda or mps."""
     threads: int | None = None
@@ -54,7 +56,7 @@ class Score:
 
 
 def score(
-    model: "Model",
+    decoder: "Decoder",
     tokenizer: "Tokenizer",
     pieces: Iterable["Piece"],
     progress: Callable[[int], None],
@@ -65,9 +67,11 @@ def score(
     the number of characters just done.
     """
     import torch
+    from torch.nn.functional import cross_entropy
 
     from ysnake.tokenizer import encode
 
+    model = decoder.model
     device = model.backbone.embeddings.weight.device
     total = Score()
     state, before = model.empty_state(1), model.config.bos_id  # read so far, and not yet read
@@ -76,9 +80,8 @@ def score(
         for i in range(0, len(ids), READ):
             targets = torch.tensor(ids[i : i + READ], device=device)
             inputs = torch.cat([targets.new_tensor([before]), targets[:-1]])
-            with torch.no_grad():
-                loss = model.loss(inputs[None], targets[None], state=state)
-            total.nats += loss.item()
+            logits, state = decoder.step(inputs[None], state)
+            total.nats += cross_entropy(logits[0], targets, reduction="sum").item()
             before = ids[i : i + READ][-1]
         total.tokens += len(ids)
         total.bytes += len(text.encode("utf-8", "replace"))
@@ -103,18 +106,19 @@ def main(argv: list[str]) -> int:
     from rich.progress import Progress
 
     from ysnake import checkpoint
+    from ysnake.decoding import Decoder
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     folder = checkpoint.resolve(options.path or cli.newest_run())
     tokenizer = checkpoint.load_tokenizer(folder)
-    model = checkpoint.load(folder, cli.pick_device(options.device)).eval()
+    decoder = Decoder(checkpoint.load(folder, cli.pick_device(options.device)), options.weights)
     size = None if options.max_documents else sum(path.stat().st_size for path in files)
     console = cli.console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=size)
         pieces = data.read_documents(files, options.max_documents)
-        total = score(model, tokenizer, pieces, lambda n: bar.advance(task, n))
+        total = score(decoder, tokenizer, pieces, lambda n: bar.advance(task, n))
     if total.tokens == 0:
         raise InputError("--data: no text in these files")
     console.print(

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ysnake.config import InputError
+from ysnake.decoding import Decoder
 from ysnake.model import LayerState, Model
 from ysnake.sampling import Sampling
 
@@ -19,9 +20,10 @@ FEW = 256  # of the likeliest tokens are ordered at first when one is drawn
 class Context:
     """What a model has read so far. Its size does not grow with the text."""
 
-    def __init__(self, model: Model, n_tokens: int):
+    def __init__(self, reader: Model | Decoder, n_tokens: int):
         """`n_tokens`: size of the tokenizer; ids beyond it only pad the embedding."""
-        self.model, self.n_tokens = model.eval(), n_tokens
+        model = reader.model if isinstance(reader, Decoder) else reader.eval()
+        self.model, self.step, self.n_tokens = model, reader.step, n_tokens
         self.state = model.empty_state(1)
         self.device = model.backbone.embeddings.weight.device
         self.logits: Tensor | None = None  # (vocab_size,), of the token that comes next
@@ -31,7 +33,7 @@ class Context:
         """Read some tokens."""
         for i in range(0, len(ids), PIECE):
             piece = torch.tensor([ids[i : i + PIECE]], device=self.device)
-            logits, self.state = self.model.step(piece, self.state, last_only=True)
+            logits, self.state = self.step(piece, self.state, last_only=True)
             self.logits = logits[0].float()
             self.seen[piece[0]] = True
 

@@ -58,11 +58,14 @@ class _SummedLoss(torch.autograd.Function):
                 else:
                     dweight += p.t() @ h
         if differentiated:
-            ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
+            ctx.gradients = [dhidden, dweight.to(weight.dtype)]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        dhidden, dweight = ctx.saved_tensors
-        return dhidden * grad.to(dhidden.dtype), dweight * grad.to(dweight.dtype), None, None
+        if not ctx.gradients:
+            raise RuntimeError("summed_loss: backward goes once, its gradients are handed over")
+        gradients = [g.mul_(grad.to(g.dtype)) for g in ctx.gradients]
+        ctx.gradients.clear()
+        return *gradients, None, None

@@ -5,10 +5,12 @@ agree: whole sequences in parallel, and token by token with a state of constant 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from ysnake_kernels import (
     causal_conv1d,
     causal_conv1d_step,
@@ -62,10 +64,14 @@ class Mixer(nn.Module):
         self.norm = RMSNorm(c.d_inner, c.norm_eps, c.n_groups)
         self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.bias)
 
-    def forward(self, u: Tensor, seq_idx: Tensor | None, state: LayerState | None) -> Tensor:
-        """u: (batch, length, d_model). With a state, reads on from it and updates it in place."""
+    def forward(
+        self, projected: Tensor, seq_idx: Tensor | None, state: LayerState | None
+    ) -> Tensor:
+        """From z, x, B, C and dt of each token, (batch, length, features), as in_proj gives them.
+
+        With a state, reads on from it and updates it in place.
+        """
         c = self.config
-        projected = self.in_proj(u)  # z, x, B, C and dt of each token
         A = -torch.exp(self.A_log.float())
         taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         if state is None:
@@ -88,7 +94,7 @@ class Mixer(nn.Module):
             )
 
         z, xBC, dt = projected.split([c.d_inner, c.d_conv, c.n_heads], dim=-1)
-        one_token = u.shape[1] == 1 and not torch.is_grad_enabled()
+        one_token = projected.shape[1] == 1 and not torch.is_grad_enabled()
         if one_token:
             xBC = causal_conv1d_step(xBC[:, 0], state.conv, taps, bias, "silu")[:, None]
         else:
@@ -115,7 +121,7 @@ class Mixer(nn.Module):
 
 
 class Block(nn.Module):
-    """h + mixer(norm(h))."""
+    """h + mixer(norm(h)). For its gradient it keeps h and in_proj's output, and nothing besides."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -123,8 +129,11 @@ class Block(nn.Module):
         self.mixer = Mixer(config)
 
     def forward(self, h: Tensor, seq_idx: Tensor | None, state: LayerState | None) -> Tensor:
-        u = self.norm(h).to(self.norm.weight.dtype)
-        return h + self.mixer(u, seq_idx, state)
+        projected = _recomputed(self.project, h)
+        return h + self.mixer(projected, seq_idx, state)
+
+    def project(self, h: Tensor) -> Tensor:
+        return self.mixer.in_proj(self.norm(h).to(self.norm.weight.dtype))
 
 
 class Backbone(nn.Module):
@@ -135,6 +144,9 @@ class Backbone(nn.Module):
         self.residual_in_fp32 = config.residual_in_fp32
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.recompute = (
+            False  # keep of each block its input alone: half the memory, a third slower
+        )
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(self, ids: Tensor, seq_idx: Tensor | None, state: State | None) -> Tensor:
@@ -142,8 +154,18 @@ class Backbone(nn.Module):
         if self.residual_in_fp32 and h.dtype != torch.float64:
             h = h.float()
         for i, layer in enumerate(self.layers):
-            h = layer(h, seq_idx, None if state is None else state[i])
+            if self.recompute and state is None:
+                h = _recomputed(layer, h, seq_idx, None)
+            else:
+                h = layer(h, seq_idx, None if state is None else state[i])
         return self.norm_f(h).to(self.norm_f.weight.dtype)
+
+
+def _recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+    """function(*args); what it computes on the way is not kept, and computed again in backward."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class FactorisedHead(nn.Module):

@@ -93,6 +93,11 @@ def check(settings: Settings) -> None:
             f"--batch-size: {settings.batch_size} sequences cannot be shared out evenly to "
             f"{size // context} {'groups of ' * (context > 1)}processes; it counts those of all"
         )
+    if size > 1 and settings.memory is not None and not settings.resume:
+        raise InputError(
+            "--memory: plans for one process; with several give --batch-size, --accumulate and "
+            "--recompute"
+        )
     if context > 1 and settings.carry_state:
         raise InputError("--carry-state: hands states on in time, so not with --context-parallel")
     if settings.device not in ("auto", "cpu", "cuda"):
@@ -424,13 +429,13 @@ def _split_sequences(mixer: "Mixer", line: _Line) -> None:
     read_on = mixer.forward
 
     def forward(
-        u: "torch.Tensor", seq_idx: "torch.Tensor | None", state: "LayerState | None"
+        projected: "torch.Tensor", seq_idx: "torch.Tensor | None", state: "LayerState | None"
     ) -> "torch.Tensor":
         if state is not None:
-            return read_on(u, seq_idx, state)
+            return read_on(projected, seq_idx, state)
         c = mixer.config
         return mixer_part(
-            mixer.in_proj(u),
+            projected,
             mixer.conv1d.weight[:, 0],
             mixer.conv1d.bias,
             mixer.dt_bias,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from ysnake.batch import Batch, Job, News
-    from ysnake.model import Model
+    from ysnake.decoding import Decoder
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PAGE = Path(__file__).with_name("page.html")
@@ -69,6 +69,8 @@ class Options:
     """Tokens that a prompt may have."""
     max_body: int = 1_000_000
     """Bytes that a request may have."""
+    weights: Literal["float32", "int8"] = "float32"
+    """int8 writes faster on a CPU, and nearly the same."""
     device: str = "auto"
     """auto (CUDA, else CPU), cpu, cuda or mps."""
     threads: int | None = None
@@ -92,7 +94,9 @@ class Service:
 
     options: Options
     name: str
-    model: "Model"
+    decoder: "Decoder"
+    n_parameters: int
+    size: int  # of the weights, in bytes
     tokenizer: "Tokenizer"
     modified: datetime
     digest: str
@@ -110,7 +114,7 @@ class Service:
                 loop.call_soon_threadsafe(self.hand_out, news)
 
         o = self.options
-        self.batch = Batch(self.model, self.tokenizer, deliver, o.parallel, o.remember)
+        self.batch = Batch(self.decoder, self.tokenizer, deliver, o.parallel, o.remember)
 
     def hand_out(self, news: "News") -> None:
         """Give each request its text; None ends it."""
@@ -149,7 +153,7 @@ class Service:
 
         # a long text takes a while; meanwhile the others go on
         ids = await asyncio.to_thread(encode, self.tokenizer, text)
-        most, bos = self.options.max_prompt, self.model.config.bos_id
+        most, bos = self.options.max_prompt, self.decoder.model.config.bos_id
         if len(ids) > most:
             message = f"prompt: expected at most {most} tokens, got {len(ids)}"
             raise Refused(message, code="context_length_exceeded")
@@ -171,12 +175,15 @@ def load(options: Options) -> Service:
     import torch
 
     from ysnake import checkpoint
+    from ysnake.decoding import Decoder
 
     folder = checkpoint.resolve(options.path or cli.newest_run(), options.checkpoint)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     tokenizer = checkpoint.load_tokenizer(folder)
     model = checkpoint.load(folder, cli.pick_device(options.device))
+    n_parameters = model.n_parameters()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
     digest = sha256()
     for weight in model.parameters():
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -184,7 +191,8 @@ def load(options: Options) -> Service:
     own_name = full.parent.name if full.name in ("best", "last") else full.name
     modified = datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc)
     name = (options.name or own_name).removesuffix(":latest")
-    return Service(options, name, model, tokenizer, modified, digest.hexdigest())
+    about = (n_parameters, size, tokenizer, modified, digest.hexdigest())
+    return Service(options, name, Decoder(model, options.weights), *about)
 
 
 # ------------------------------------------------------------------ reading requests
@@ -425,22 +433,22 @@ def error_body(path: str, message: str, status: int, code: str | None = None) ->
 
 def tags(service: Service) -> list[Body]:
     """The one model that is here, as Ollama lists it."""
-    n = service.model.n_parameters()
-    size = sum(p.numel() * p.element_size() for p in service.model.parameters())
+    n = service.n_parameters
     details = {"parent_model": "", "format": "safetensors", "family": "mamba2"}
     details |= {"families": ["mamba2"], "parameter_size": f"{n / 1e6:.1f}M"}
-    dtype = str(service.model.backbone.embeddings.weight.dtype).removeprefix("torch.")
-    details |= {"quantization_level": dtype}
+    dtype = str(service.decoder.model.backbone.embeddings.weight.dtype).removeprefix("torch.")
+    weights = service.options.weights
+    details |= {"quantization_level": dtype if weights == "float32" else weights}
     name, when = f"{service.name}:latest", service.modified.isoformat()
-    about = {"name": name, "model": name, "modified_at": when, "size": size}
+    about = {"name": name, "model": name, "modified_at": when, "size": service.size}
     return [about | {"digest": service.digest, "details": details}]
 
 
 def show(service: Service) -> Body:
     """What Ollama tells about a model."""
-    c, (tag,) = service.model.config, tags(service)
+    c, (tag,) = service.decoder.model.config, tags(service)
     info = {"general.architecture": "mamba2", "general.basename": service.name}
-    info |= {"general.parameter_count": service.model.n_parameters()}
+    info |= {"general.parameter_count": service.n_parameters}
     info |= {"mamba2.block_count": c.n_layers, "mamba2.embedding_length": c.d_model}
     info |= {
         "mamba2.ssm.state_size": c.d_state,

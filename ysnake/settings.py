@@ -13,6 +13,7 @@ from tyro.conf import arg
 
 from ysnake import cli
 from ysnake.config import PRESETS, InputError
+from ysnake.memory import parse_size
 
 SHIPPED = Path(__file__).parent.parent / "training_data"
 
@@ -91,6 +92,15 @@ class Settings:
     checkpoint_every: int = 250
     """Steps between writes of last/."""
 
+    recompute: bool = False
+    """Keep of each block its input alone and compute the rest again for the gradient: less memory,
+    more time, the same result."""
+    memory: Annotated[str | None, arg(metavar="SIZE")] = None
+    """Stay below this memory, for example 8GB: smaller batches, more of them in a step, and
+    --recompute if need be. A step sees as many windows as without it."""
+    plan: bool = False
+    """Print parameters, predicted memory and the largest batch that fits, and train nothing."""
+
     seed: int = 0
     """Decides the first weights and the order of the windows."""
     device: str = "auto"
@@ -109,11 +119,11 @@ class Settings:
 # What may differ when a run is resumed; the rest decides its weights.
 FREE_ON_RESUME = (
     *("run", "resume", "max_steps", "max_minutes", "stop_at_loss", "patience"),
-    *("eval_every", "checkpoint_every", "device", "threads"),
+    *("eval_every", "checkpoint_every", "device", "threads", "recompute", "plan"),
     *("shard", "context_parallel"),
 )
 # What a launch decides anew.
-OF_A_LAUNCH = {"resume": False, "shard": False, "context_parallel": 1}
+OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
 MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
 
 
@@ -178,6 +188,8 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and not value >= bound:
             raise InputError(f"{option(name)}: expected at least {bound}, got {value}")
+    if settings.memory is not None:
+        parse_size(settings.memory)
     if settings.from_ and (settings.vocab_size or settings.output_size):
         name = "vocab_size" if settings.vocab_size else "output_size"
         raise InputError(f"{option(name)}: fixed by the checkpoint that --from names")

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ysnake import cli, parallel
+from ysnake import cli, memory, parallel
 from ysnake import settings as settings_of
 from ysnake.config import PRESETS, InputError, ModelConfig, model_config
 from ysnake.parallel import Ranks
@@ -110,16 +110,18 @@ def start(settings: Settings, console: "Console") -> Run:
     files = data.find_files(settings.data)
     device = cli.pick_device(settings.device)
 
-    model = None
     if settings.from_ is not None:
         source = checkpoint.resolve(settings.from_)
         tokenizer, model = checkpoint.load_tokenizer(source), checkpoint.load(source)
         if settings.chunk_size is not None:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
+        memory.fit(settings, model.config)
     else:
         tokenizer = train_tokenizer(settings, files, console)
+        config = _config(settings, tokenizer)
+        memory.fit(settings, config)
         torch.manual_seed(settings.seed)
-        model = Model(_config(settings, tokenizer), settings.init)
+        model = Model(config, settings.init)
 
     new = settings.run.with_name(f".{settings.run.name}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -150,6 +152,22 @@ def start(settings: Settings, console: "Console") -> Run:
     run = _assemble(settings, model, tokenizer, Progress(), Ranks())
     save_last(run)
     return run
+
+
+def plan(settings: Settings, console: "Console") -> Any:
+    """The table of --plan; the documents are read only if they decide the vocabulary."""
+    from ysnake import checkpoint, data
+
+    if settings.resume or settings.from_ is not None:
+        source = settings.run / "last" if settings.resume else settings.from_
+        config = checkpoint.load_config(checkpoint.resolve(source))
+        config = replace(config, chunk_size=settings.chunk_size, output_size=settings.output_size)
+    elif settings.vocab_size is not None:
+        config = model_config(settings, settings.vocab_size, 0)
+    else:
+        tokenizer = train_tokenizer(settings, data.find_files(settings.data), console)
+        config = _config(settings, tokenizer)
+    return memory.table(config, settings)
 
 
 def _config(settings: Settings, tokenizer: "Tokenizer") -> ModelConfig:
@@ -275,6 +293,7 @@ def _assemble(
         Tokens.open(settings.run / "data" / f"{side}.tokens", *framing) for side in ("train", "val")
     )
     progress.threads, progress.processes = torch.get_num_threads(), ranks.size
+    model.backbone.recompute = settings.recompute
     loss = ranks.spread(model, cli.pick_device(settings.device))
     optimizer = make_optimizer(model, settings.weight_decay)
     run = Run(settings, model, tokenizer, optimizer, train, val, progress, ranks, loss, None)
@@ -611,6 +630,12 @@ def main(argv: list[str]) -> int:
         parallel.check(settings)
     import torch
 
+    if settings.plan:
+        with parallel.heard_once():
+            console = cli.console()
+            console.print(plan(settings, console))
+        return cli.DONE
+    memory.keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with parallel.joined(settings) as ranks:

@@ -56,7 +56,6 @@ def choose(tensor: Tensor) -> str:
     return _choose(tensor.device)
 
 
-@torch.compiler.assume_constant_result  # which looks at the environment, which is not traced
 def _choose(device: torch.device) -> str:
     on_gpu = device.type == "cuda"  # HIP devices too
     name = _override.get()
@@ -73,6 +72,11 @@ def _choose(device: torch.device) -> str:
                 "TRITON_INTERPRET=1 runs it on a CPU, slowly"
             )
     return name
+
+
+# As torch.compiler.assume_constant_result marks it, which would import the compiler, for seconds:
+# _choose looks at the environment, which cannot be traced.
+_choose._dynamo_marked_constant = True
 
 
 def uncompiled(function: Callable) -> Callable:

@@ -17,6 +17,7 @@ from small import environment, model, python, saved
 
 from ysnake import checkpoint, run
 from ysnake.config import InputError
+from ysnake.decoding import Decoder
 from ysnake.generate import Context, choose
 from ysnake.run import texts, until
 from ysnake.sampling import Sampling
@@ -198,7 +199,7 @@ def test_evaluate_equals_the_loss_of_whole_documents(folder, tmp_path):
     read = evaluate.READ
     evaluate.READ = 16
     try:
-        total = evaluate.score(m, tokenizer, pieces, lambda n: None)
+        total = evaluate.score(Decoder(m), tokenizer, pieces, lambda n: None)
     finally:
         evaluate.READ = read
     nats = tokens = 0

@@ -23,6 +23,7 @@ from small import environment, python, saved
 
 from ysnake import checkpoint
 from ysnake.batch import Batch, Job
+from ysnake.decoding import Decoder
 from ysnake.generate import Context, choose, draw, luck
 from ysnake.sampling import Sampling
 from ysnake.tokenizer import decode
@@ -382,7 +383,7 @@ def finished(tokenizer, m, jobs, **settings):
         if len(ended) == len(jobs):
             batch.close()
 
-    batch = Batch(m, tokenizer, deliver, **settings)
+    batch = Batch(Decoder(m), tokenizer, deliver, **settings)
     batch.submit(jobs[0])
     batch.thread.join(60)
     assert len(ended) == len(jobs)
@@ -428,7 +429,7 @@ def test_an_error_in_the_model_ends_requests_not_the_batch(folder, capfd):
     def deliver(news):
         ended.extend(job for job, _, end in news if end)
 
-    batch = Batch(m, tokenizer, deliver, rows=2)
+    batch = Batch(Decoder(m), tokenizer, deliver, rows=2)
     for job in (bad, good):
         batch.submit(job)
         end = time.monotonic() + 60

@@ -1,0 +1,125 @@
+"""The prediction of memory: parameters exact, peaks near those of real runs, --memory kept to."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from small import TINY, corpus, model, python
+
+from ysnake import memory
+from ysnake.config import InputError, ModelConfig
+from ysnake.settings import Settings
+
+SIZES = {"vocab_size": 1024, "d_model": 256, "n_layers": 3, "d_state": 64}
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"n_groups": 2},
+        {"tied": False},
+        {"tied": False, "output_size": 16},
+        {"conv_bias": False, "conv_width": 2},
+    ],
+)
+def test_parameters_are_counted_exactly(sizes):
+    m = model(**sizes)
+    assert memory.predict(m.config, 1, 8, False).parameters == m.n_parameters()
+
+
+PEAK = """
+import resource, sys
+import torch
+from ysnake import memory
+from ysnake.config import ModelConfig
+from ysnake.model import Model
+from ysnake.train import make_optimizer
+batch, length, recompute = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
+memory.keep_freed_memory()
+torch.set_num_threads(1)
+model = Model(ModelConfig(vocab_size=1024, d_model=256, n_layers=3, d_state=64))
+model.backbone.recompute = recompute
+optimizer = make_optimizer(model, 0.1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(2):
+    optimizer.zero_grad()
+    ids = torch.randint(0, 1024, (batch, length))
+    (model.loss(ids, ids) / ids.numel()).backward()
+    optimizer.step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted as on Linux")
+@pytest.mark.parametrize(("batch", "length", "recompute"), [(48, 128, False), (48, 128, True)])
+def test_what_a_step_adds_is_foreseen(batch, length, recompute):
+    command = [sys.executable, "-c", PEAK, str(batch), str(length), str(recompute)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    plan = memory.predict(ModelConfig(**SIZES), batch, length, recompute)
+    expected = plan.kept + plan.working + 0.75 * plan.weights  # gradients and AdamW's moments
+    assert abs(int(done.stdout) * 1024 / expected - 1) < 0.25
+
+
+def test_the_largest_batch_fits_and_the_next_does_not():
+    config = ModelConfig(**SIZES)
+    for limit in (0.6e9, 2e9):
+        size = memory.largest_batch(config, 256, False, limit)
+        assert memory.predict(config, size, 256, False).peak <= limit
+        assert memory.predict(config, size + 1, 256, False).peak > limit
+    assert memory.largest_batch(config, 256, False, 1e8) == 0
+
+
+def test_a_step_keeps_its_windows_whatever_fits():
+    config = ModelConfig(**SIZES)
+    for gigabytes in (0.6, 0.7, 1.0, 8):
+        settings = Settings(batch_size=24, accumulate=2, seq_len=512, memory=f"{gigabytes}GB")
+        memory.fit(settings, config)
+        assert settings.batch_size * settings.accumulate == 48
+        plan = memory.predict(config, settings.batch_size, 512, settings.recompute)
+        assert plan.peak <= gigabytes * 1e9
+    assert settings.batch_size == 48
+    with pytest.raises(InputError, match=r"--memory: 0.10 GB are not enough, .* takes 0\.\d\d GB"):
+        memory.fit(Settings(seq_len=512, memory="100MB"), config)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GB", 8e9), ("500 MB", 5e8), ("1.5g", 1.5e9), ("1000000", 1e6)]
+)
+def test_sizes_as_people_write_them(text, size):
+    assert memory.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "0GB", "8 PB", "1e9GB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(InputError, match="--memory: expected a size like 8GB, got"):
+        memory.parse_size(text)
+
+
+def test_the_plan_is_printed_and_nothing_is_made(tmp_path):
+    options = ["--data", corpus(tmp_path), "--plan", *TINY]
+    done = python("ysnake.train", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("parameters", "predicted peak", "largest --batch-size that fits"):
+        assert words in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_less_memory_gives_the_same_weights(tmp_path):
+    data = ["--data", corpus(tmp_path), *TINY, "--max-steps", "3", "--threads", "1"]
+    weights = []
+    for name, extra in (
+        ("plain", []),
+        ("small", ["--memory", "0.46GB"]),
+        ("again", ["--recompute"]),
+    ):
+        done = python("ysnake.train", *data, *extra, "--run", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        from safetensors.torch import load_file
+
+        weights.append(load_file(tmp_path / name / "last/model.safetensors"))
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[2][name]), name
+        assert torch.allclose(tensor, weights[1][name], atol=1e-4), name

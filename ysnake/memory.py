@@ -1,0 +1,173 @@
+"""The memory that training takes on a CPU, said before it is taken.
+
+The prediction counts what a step keeps, tensor by tensor, at its highest point: the start of the
+backward pass through the last layer. `python -m benchmarks.memory` compares it with measured peaks.
+"""
+
+import ctypes
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ysnake.config import InputError, ModelConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ysnake.settings import Settings
+
+FLOAT = 4  # bytes
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+PROCESS = 450e6  # bytes: Python, torch, its threads and buffers, and the tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predicted peak of a training process, in bytes, and what it is made of."""
+
+    parameters: int  # a number, not bytes
+    weights: float  # with gradients and the two moments of AdamW
+    kept: float  # by the forward pass for the backward one
+    working: float  # besides, while it goes through a layer and the loss
+    process: float = PROCESS
+
+    @property
+    def peak(self) -> float:
+        return self.weights + self.kept + self.working + self.process
+
+
+def predict(config: ModelConfig, batch_size: int, seq_len: int, recompute: bool) -> Plan:
+    """What training this model on batch_size windows of seq_len tokens takes, in float32."""
+    from ysnake_kernels.mixer.eager import CHUNK_ELEMENTS
+    from ysnake_kernels.ssd.eager import CPU_CHUNK
+
+    from ysnake.loss import SLICE
+
+    c = config
+    head = c.vocab_size * c.d_model
+    projected = 2 * c.d_inner + 2 * c.n_groups * c.d_state + c.n_heads
+    layer = c.d_model * (projected + c.d_inner + 1) + c.d_inner
+    layer += c.d_conv * (c.conv_width + c.conv_bias) + 3 * c.n_heads
+    untied = 0
+    if c.output_size is not None:
+        untied = c.output_size * (c.d_model + c.vocab_size)
+    elif not c.tied:
+        untied = head
+    parameters = head + untied + c.n_layers * layer + c.d_model
+
+    tokens = batch_size * seq_len
+    block = tokens * (c.d_model + projected)  # the input of a block and of its mixer
+    kept = c.n_layers * block
+    if recompute:
+        kept = c.n_layers * tokens * c.d_model + block
+
+    # The mixer's backward: its whole gradients, and a group of rows at a time what it recomputes.
+    q = min(c.chunk_size or CPU_CHUNK, seq_len)
+    rows = min(batch_size, max(1, CHUNK_ELEMENTS // (c.d_inner * q)))
+    states = -(-seq_len // q) * rows * c.d_state * c.d_inner
+    group = rows * seq_len * (3 * c.d_conv + 2 * c.d_inner) + states
+    chunk = rows * q * (12 * c.d_inner + 4 * c.n_heads * q)
+    working = tokens * (projected + 3 * c.d_model) + group + chunk
+    working += 2 * max(SLICE, c.vocab_size) + head  # the logits of a slice, the head's gradient
+    return Plan(parameters, 16.0 * parameters, FLOAT * kept, FLOAT * working)
+
+
+def largest_batch(config: ModelConfig, seq_len: int, recompute: bool, limit: float) -> int:
+    """The most windows in a batch that take at most `limit` bytes; 0 if one takes more."""
+    size = 0
+    for step in (1 << k for k in range(24, -1, -1)):
+        if predict(config, size + step, seq_len, recompute).peak <= limit:
+            size += step
+    return size
+
+
+def fit(settings: "Settings", config: ModelConfig) -> None:
+    """Set batch_size, accumulate and recompute to what --memory allows, a step's windows kept.
+
+    Raises:
+        InputError: a single window takes more.
+    """
+    if settings.memory is None:
+        return
+    limit = parse_size(settings.memory)
+    windows = settings.batch_size * settings.accumulate
+    for recompute in sorted({settings.recompute, True}):
+        largest = largest_batch(config, settings.seq_len, recompute, limit)
+        if largest:
+            size = max(n for n in range(1, min(largest, windows) + 1) if windows % n == 0)
+            settings.batch_size, settings.accumulate = size, windows // size
+            settings.recompute = recompute
+            return
+    least = predict(config, 1, settings.seq_len, True).peak
+    raise InputError(
+        f"--memory: {limit / 1e9:.2f} GB are not enough, one window of {settings.seq_len} tokens "
+        f"takes {least / 1e9:.2f} GB; a shorter --seq-len or a smaller model takes less"
+    )
+
+
+def parse_size(text: str) -> float:
+    """Bytes of "8GB", "500 MB" or "1.5G".
+
+    Raises:
+        InputError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"--memory: expected a size like 8GB, got {text!r}")
+    return float(match[1]) * UNITS[match[2].upper()]
+
+
+def available() -> float | None:
+    """Bytes that this process may use: the machine's or its container's; None if not known."""
+    found = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(limit).read_text().strip() if Path(limit).is_file() else "max"
+        if text != "max":
+            found.append(int(text))
+    return float(min(found)) if found else None
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed for the next step, instead of giving it back.
+
+    A training step asks for the same memory again and again; memory that is mapped anew has to be
+    cleared by the system first, page by page.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def table(config: ModelConfig, settings: "Settings") -> "Table":
+    """The prediction for these settings and what would fit this machine, to be printed."""
+    from rich.table import Table
+
+    plan = predict(config, settings.batch_size, settings.seq_len, settings.recompute)
+    out = Table(box=None, show_header=False, padding=(0, 2))
+    out.add_column(justify="right")
+    rows = {
+        "weights, gradients, AdamW": plan.weights,
+        "kept for the backward pass": plan.kept,
+        "working memory of a step": plan.working,
+        "Python and torch": plan.process,
+        "[bold]predicted peak[/]": plan.peak,
+    }
+    out.add_row(f"{plan.parameters:,}", "parameters")
+    for name, size in rows.items():
+        out.add_row(f"{size / 1e9:.2f} GB", name)
+    limit = available() if settings.memory is None else parse_size(settings.memory)
+    if limit is not None:
+        where = "this machine" if settings.memory is None else "--memory"
+        fits = largest_batch(config, settings.seq_len, settings.recompute, limit)
+        more = largest_batch(config, settings.seq_len, True, limit)
+        out.add_row(f"{limit / 1e9:.2f} GB", where)
+        out.add_row(f"{fits:,}", f"largest --batch-size that fits, {more:,} with --recompute")
+    return out
