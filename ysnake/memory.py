@@ -85,11 +85,8 @@ def largest_batch(config: ModelConfig, seq_len: int, recompute: bool, limit: flo
     return size
 
 
-def fit(settings: "Settings", config: ModelConfig, sharers: int = 1, parts: int = 1) -> None:
+def fit(settings: "Settings", config: ModelConfig) -> None:
     """Set batch_size, accumulate and recompute to what --memory allows, a step's windows kept.
-
-    A batch is shared out to `sharers` processes, or groups of `parts` that each take a part of a
-    window; the memory is that of each process.
 
     Raises:
         InputError: a single window takes more.
@@ -98,18 +95,16 @@ def fit(settings: "Settings", config: ModelConfig, sharers: int = 1, parts: int 
         return
     limit = parse_size(settings.memory)
     windows = settings.batch_size * settings.accumulate
-    length = settings.seq_len // parts
     for recompute in sorted({settings.recompute, True}):
-        largest = sharers * largest_batch(config, length, recompute, limit)
-        sizes = range(sharers, min(largest, windows) + 1, sharers)
-        size = max((n for n in sizes if windows % n == 0), default=None)
-        if size is not None:
+        largest = largest_batch(config, settings.seq_len, recompute, limit)
+        if largest:
+            size = max(n for n in range(1, min(largest, windows) + 1) if windows % n == 0)
             settings.batch_size, settings.accumulate = size, windows // size
             settings.recompute = recompute
             return
-    least = predict(config, 1, length, True).peak
+    least = predict(config, 1, settings.seq_len, True).peak
     raise InputError(
-        f"--memory: {limit / 1e9:.2f} GB are not enough, one window of {length} tokens "
+        f"--memory: {limit / 1e9:.2f} GB are not enough, one window of {settings.seq_len} tokens "
         f"takes {least / 1e9:.2f} GB; a shorter --seq-len or a smaller model takes less"
     )
 

@@ -93,6 +93,11 @@ def check(settings: Settings) -> None:
             f"--batch-size: {settings.batch_size} sequences cannot be shared out evenly to "
             f"{size // context} {'groups of ' * (context > 1)}processes; it counts those of all"
         )
+    if size > 1 and settings.memory is not None and not settings.resume:
+        raise InputError(
+            "--memory: plans for one process; with several give --batch-size, --accumulate and "
+            "--recompute"
+        )
     if context > 1 and settings.carry_state:
         raise InputError("--carry-state: hands states on in time, so not with --context-parallel")
     if settings.device not in ("auto", "cpu", "cuda"):

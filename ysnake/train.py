@@ -88,21 +88,15 @@ class Run:
 def open_run(settings: Settings, ranks: Ranks, console: "Console") -> Run:
     """The run that the settings mean, a new one or one to go on with, on every rank."""
     if not settings.resume:
-        run = ranks.alone(lambda: start(settings, console, ranks))
+        run = ranks.alone(lambda: start(settings, console))
         if ranks.size == 1:
             return run
-        decided = ("run", "batch_size", "accumulate", "recompute")
-        for name, value in ranks.as_first({n: getattr(settings, n) for n in decided}).items():
-            setattr(settings, name, value)
+        settings.run = ranks.as_first(settings.run)
     return resume(settings, ranks, console)
 
 
-def start(settings: Settings, console: "Console", ranks: Ranks | None = None) -> Run:
-    """Make the folder of a new run: tokenizer, tokens on disk, first weights; all or nothing.
-
-    `ranks` will share the run's work; --memory is what each of them may take.
-    """
-    ranks = ranks or Ranks()
+def start(settings: Settings, console: "Console") -> Run:
+    """Make the folder of a new run: tokenizer, tokens on disk, first weights; all or nothing."""
     import torch
 
     from ysnake import checkpoint, data
@@ -122,11 +116,11 @@ def start(settings: Settings, console: "Console", ranks: Ranks | None = None) ->
         model.config.check_frame()
         if settings.chunk_size is not None:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
-        memory.fit(settings, model.config, ranks.data_size, ranks.context)
+        memory.fit(settings, model.config)
     else:
         tokenizer = train_tokenizer(settings, files, console)
         config = _config(settings, tokenizer)
-        memory.fit(settings, config, ranks.data_size, ranks.context)
+        memory.fit(settings, config)
         torch.manual_seed(settings.seed)
         model = Model(config, settings.init)
 

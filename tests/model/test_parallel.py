@@ -79,7 +79,7 @@ BY_FOUR = [
     training("four-ddp"),
     training("four-shard", "--shard"),
     training("four-context", "--context-parallel", 4),
-    training("four-all", "--context-parallel", 2, "--shard"),
+    training("four-all", "--context-parallel", 2, "--shard", "--recompute"),
     resumed("two-stopped-four", "--shard"),
     resumed("two-shard-stopped-four"),
     *(
@@ -225,6 +225,7 @@ WRONG = {
     "--context-parallel: expected at least 1, got 0": (4, ["--context-parallel", "0"]),
     "--seq-len: 24 tokens cannot be split evenly over the 5": (5, ["--context-parallel", "5"]),
     "--seq-len: 2 tokens for each of 12 processes are fewer": (12, ["--context-parallel", "12"]),
+    "--memory: plans for one process": (2, ["--memory", "8GB"]),
     "--carry-state: hands states on in time": (2, ["--context-parallel", "2", "--carry-state"]),
     "--device: expected auto, cpu or cuda": (2, ["--device", "mps"]),
     "--shard: needs several processes; start them with torchrun": (None, ["--shard"]),
