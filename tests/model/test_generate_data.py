@@ -299,6 +299,37 @@ def test_killed_and_started_again(server, tmp_path):
     assert len(server.asked) - len(set(server.prompts())) <= 3 * 3
 
 
+@pytest.mark.slow
+def test_our_own_server_writes_a_corpus_to_train_on(tmp_path):
+    """A trained model behind a real server, killed and started again in the middle: minutes."""
+    done = python("ysnake.train", "--run", "run", cwd=tmp_path, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "ysnake.serve", "run", "--port", "0", "--name", "snake"]
+    serving = subprocess.Popen(
+        command, cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    try:
+        host = re.search(r"http://(\S+)", serving.stdout.readline())[1]
+        options = ["--model", "snake", "--kinds", "words", "--count", "8", "--max-tokens", "150"]
+        options += ["--min-words", "20", "--temperature", "1.0"]
+        process = start(host, tmp_path, *options)
+        wait_until(lambda: len(documents(tmp_path)) >= 3)
+        process.kill()
+        process.communicate()
+        seen = documents(tmp_path)
+        done = apart(host, tmp_path, *options)
+        assert done.returncode == 0, done.stderr
+    finally:
+        serving.kill()
+        serving.communicate()
+    final = documents(tmp_path)
+    assert final[: len(seen)] == seen
+    assert len(set(final)) == len(final) == 8
+    sizes = ["--seq-len", "32", "--batch-size", "2", "--max-steps", "20", "--run", "again"]
+    done = python("ysnake.train", "--data", "corpus", *sizes, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+
+
 def ledger(folder, kind="words"):
     return folder / "corpus" / f".{kind}.jsonl"
 
