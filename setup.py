@@ -45,6 +45,7 @@ setup(
         "gguf": GGUF,
         "test": [
             *("pytest>=8", "pytest-benchmark>=5", "transformers>=5", "ruff>=0.12"),
+            "hypothesis>=6.100",
             *SERVE,
             *GGUF,
         ],

@@ -1,8 +1,18 @@
-"""Where there is no GPU, Triton kernels run in the interpreter."""
+"""No GPU: Triton kernels run in the interpreter. Examples that are drawn are always the same."""
 
 import os
 
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():  # Triton reads it when it is imported: before any test imports it
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+settings.register_profile(
+    "the same everywhere",
+    derandomize=True,
+    deadline=None,  # a busy machine is no error
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("the same everywhere")

@@ -1,12 +1,20 @@
-"""Checkpoints: a folder that is a Hugging Face Mamba2 checkpoint, written whole or not at all."""
+"""Checkpoints: a folder that is a Hugging Face Mamba2 checkpoint, written whole or not at all.
+
+The one before stays beside it, for the day that it is damaged. What is read may come from anybody:
+nothing in it can run code, and its size on disk bounds the memory that it takes.
+"""
 
 import hashlib
 import json
+import logging
 import os
 import shutil
+import warnings
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +27,7 @@ from ysnake.config import (
     InputError,
     ModelConfig,
     from_json,
+    read_json,
     to_hugging_face,
     weight_name,
 )
@@ -31,6 +40,9 @@ STATE = "training_state.pt"
 OPTIMIZER = "optimizer"  # of a sharded run: a folder of its own
 PROGRESS = "progress.json"
 MANIFEST = "manifest.json"  # SHA-256 of every file of the folder
+HEADER = 1 << 22  # bytes that the list of weights in a safetensors file may have
+
+Read = TypeVar("Read")
 
 
 def save(
@@ -41,7 +53,7 @@ def save(
     progress: dict[str, Any] | None = None,
     optimizer: Path | None = None,
 ) -> None:
-    """Write a checkpoint folder; one of that name is replaced once the new one is whole.
+    """Write a checkpoint folder once it is whole; one of that name becomes `folder`.old.
 
     Args:
         folder: its parent must exist.
@@ -50,34 +62,62 @@ def save(
         training: what resuming needs, tensors and plain values; read back by `load_training`.
         progress: the same for people: plain values.
         optimizer: a folder that becomes a part of this one.
+
+    Raises:
+        InputError: a file cannot be written; it is named, and the folder is as it was.
     """
     folder = Path(folder)
     new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    _write_json(new / "config.json", to_hugging_face(model.config))
-    _write_json(new / "generation_config.json", _generation_config(model.config, tokenizer))
+    config, generation = to_hugging_face(model.config), _generation_config(model.config, tokenizer)
+    files: dict[str, Callable[[Path], None]] = {
+        "config.json": lambda path: _write_json(path, config),
+        "generation_config.json": lambda path: _write_json(path, generation),
+        WEIGHTS: lambda path: save_file(_weights(model), path, {"format": "pt"}),
+    }
     if tokenizer is not None:
-        tokenizers.save(tokenizer, new)
-    save_file(_weights(model), new / WEIGHTS, {"format": "pt"})
+        files[tokenizers.FILE] = lambda path: tokenizers.save(tokenizer, path.parent)
     if training is not None:
-        torch.save(training, new / STATE)
+        files[STATE] = lambda path: _write_pickled(path, training)
     if progress is not None:
-        _write_json(new / PROGRESS, progress)
+        files[PROGRESS] = lambda path: _write_json(path, progress)
     if optimizer is not None:
-        optimizer.rename(new / OPTIMIZER)
-    files = sorted(path for path in new.rglob("*") if path.is_file())
-    hashes = {path.relative_to(new).as_posix(): _sha256(path) for path in files}
-    _write_json(new / MANIFEST, hashes)
-    for path in [*new.rglob("*"), new]:
+        files[OPTIMIZER] = lambda path: optimizer.rename(path)
+    files[MANIFEST] = lambda path: _write_json(path, _manifest(path.parent))
+    path = new
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        for name, write in files.items():
+            path = new / name
+            write(path)
+        sync(new)
+        path = folder
+        if folder.exists():  # else a save was cut short here, and the one before is all there is
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+        sync(folder.parent, contents=False)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors: a full disk
+        shutil.rmtree(new, ignore_errors=True)
+        raise InputError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+def sync(folder: Path, contents: bool = True) -> None:
+    """Wait until a folder, and the files in it and below, are on the disk."""
+    for path in [*(folder.rglob("*") if contents else ()), folder]:
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """Why something could not be written; torch tells only in the error that its own came from."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return (cause and cause.strerror) or str(error)
 
 
 def find(folder: Path | str) -> Path:
@@ -91,19 +131,69 @@ def find(folder: Path | str) -> Path:
     return folder
 
 
+def newest_good(folder: Path | str, read: Callable[[Path], Read]) -> tuple[Path, Read]:
+    """A checkpoint folder and what `read` makes of it; a damaged one is passed over.
+
+    Then the one before takes its place, if `read` can read that, and a warning names what is
+    damaged.
+    """
+    folder = find(folder)
+    old = folder.with_name(folder.name + ".old")
+    try:
+        return folder, read(folder)
+    except InputError as error:
+        damage = error
+    try:
+        found = read(old)
+    except InputError:
+        raise damage from None
+    logging.getLogger(__name__).warning("warning: %s; goes on from %s, the one before", damage, old)
+    return old, found
+
+
+def put_back(good: Path, folder: Path) -> None:
+    """Let a checkpoint that was set aside be `folder` again; what is there becomes .damaged."""
+    damaged = folder.with_name(folder.name + ".damaged")
+    if folder.exists():
+        shutil.rmtree(damaged, ignore_errors=True)
+        folder.rename(damaged)
+    good.rename(folder)
+
+
 def resolve(path: Path | str, which: str | None = None) -> Path:
     """The checkpoint folder that `path` means: itself, or one of a run folder's two.
 
     Of a run it is `which`, "best" or "last"; None is best/ where patience ended it, else last/.
     """
     path = Path(path)
-    if (path / "config.json").is_file() or not path.is_dir():
+    of_a_run = any((path / name).is_dir() for name in ("last", "last.old", "best"))
+    if (path / "config.json").is_file() or not of_a_run:
         return find(path)
     if which is None:
-        progress = find(path / "last") / PROGRESS
-        ended = json.loads(progress.read_text())["ended"] if progress.is_file() else None
+        _, ended = newest_good(path / "last", _ended)
         which = "best" if ended == "patience" else "last"
     return find(path / which)
+
+
+def _ended(folder: Path) -> str | None:
+    """How the training ended that a checkpoint is of, where it says so."""
+    path = folder / PROGRESS
+    if not path.is_file():
+        return None
+    progress = read_json(path)
+    if not isinstance(progress, dict):
+        raise InputError(f"{path}: damaged (expected an object)")
+    return progress.get("ended")
+
+
+def load_all(
+    path: Path | str, which: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[Path, Tokenizer, Model]:
+    """The checkpoint that `resolve` finds, or the one before it where that is damaged."""
+    folder, (tokenizer, model) = newest_good(
+        resolve(path, which), lambda folder: (load_tokenizer(folder), load(folder, device))
+    )
+    return folder, tokenizer, model
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> Model:
@@ -117,81 +207,162 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> Model:
     """
     folder = find(folder)
     config = load_config(folder)
-    path, weights = _read_weights(folder)
+    weights = _read_weights(folder, config)
     with torch.device("meta"):
         model = Model(config)
     if config.tied:
-        weights["lm_head.weight"] = weights.get("backbone.embeddings.weight")
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | weights.keys()):
-        if weights.get(name) is None:
-            raise InputError(f"{path}: {name} is missing")
-        if name not in expected:
-            raise InputError(f"{path}: {name} does not belong to this model")
-        if weights[name].shape != expected[name].shape:
-            raise InputError(
-                f"{path}: {name} has shape {tuple(weights[name].shape)}, "
-                f"config.json asks for {tuple(expected[name].shape)}"
-            )
+        weights["lm_head.weight"] = weights["backbone.embeddings.weight"]
     model.load_state_dict(weights, assign=True)
     if config.tied:
         model.lm_head.weight = model.backbone.embeddings.weight
     return model.requires_grad_(True).to(device)
 
 
-def _read_weights(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The file of the weights (of several, the one that lists them), and what they hold."""
+Shapes = dict[str, tuple[int, ...]]
+
+
+def _read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The weights by our names, in float32 or float64, once they are known to fit `config`."""
     path = next((folder / n for n in (WEIGHTS, SHARDS, PICKLED) if (folder / n).is_file()), None)
     if path is None:
         raise InputError(f"{folder / WEIGHTS}: no such file")
-    names = {path.name}
-    if path.name == SHARDS:
-        try:
-            names = {Path(n).name for n in json.loads(path.read_text())["weight_map"].values()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: damaged ({error})") from error
-    weights: dict[str, torch.Tensor] = {}
-    for file in (folder / name for name in sorted(names)):
-        _verify(file)
-        weights |= _read_pickled(file) if file.name == PICKLED else _read_safetensors(file)
-    return path, {
+    if path.name == PICKLED:
+        largest = 16 * config.n_in_matrices + HEADER  # float64, a tied embedding twice, and more
+        if path.stat().st_size > largest:
+            raise InputError(f"{path}: larger than the model that config.json describes")
+        weights = _tensors(path, _read_pickled(path))
+        shapes = {name: tuple(t.shape) for name, t in weights.items()}
+        _check_shapes(path, shapes, config)
+    else:
+        names = _shards(path) if path.name == SHARDS else [path.name]
+        files = [folder / name for name in names]
+        shapes = {name: shape for file in files for name, shape in _header(file).items()}
+        _check_shapes(path, shapes, config)
+        for file in files:  # not before its size is known to be right
+            _verify(file)
+        weights = {name: t for file in files for name, t in _read_safetensors(file).items()}
+    for name, weight in weights.items():
+        if not weight.is_floating_point() or weight.itemsize == 1:
+            raise InputError(f"{path}: {name} has dtype {weight.dtype}, expected floating point")
+    return {
         weight_name(name): t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
         for name, t in weights.items()
+        if not (config.tied and name == "lm_head.weight")  # it is the embedding
     }
+
+
+def _check_shapes(path: Path, found: Shapes, config: ModelConfig) -> None:
+    """Raise InputError unless a model of `config` has weights of these names and shapes."""
+    found = {weight_name(name): shape for name, shape in found.items()}
+    if config.n_layers > len(found):
+        raise InputError(
+            f"{path}: holds {len(found)} weights, too few for the {config.n_layers} layers that "
+            "config.json asks for"
+        )
+    expected = _shapes(config)
+    if config.tied:
+        found = found | {"lm_head.weight": expected["lm_head.weight"]}
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise InputError(f"{path}: {name} is missing")
+        if name not in expected:
+            raise InputError(f"{path}: {name} does not belong to this model")
+        if found[name] != expected[name]:
+            raise InputError(
+                f"{path}: {name} has shape {found[name]}, config.json asks for {expected[name]}"
+            )
+
+
+def _shapes(config: ModelConfig) -> Shapes:
+    """The names and shapes of a model's weights, at no cost."""
+    with torch.device("meta"):
+        one = Model(replace(config, n_layers=1)).state_dict()
+    layer = "backbone.layers.0."
+    shapes = {}
+    for name, weight in one.items():
+        each = range(config.n_layers if name.startswith(layer) else 1)
+        names = (name.replace(layer, f"backbone.layers.{i}.", 1) for i in each)
+        shapes |= dict.fromkeys(names, tuple(weight.shape))
+    return shapes
+
+
+def _shards(path: Path) -> list[str]:
+    """The files that an index of weights lists, all of them beside it."""
+    try:
+        names = sorted(set(read_json(path)["weight_map"].values()))
+        beside = all(Path(name).name == name and name not in ("", "..") for name in names)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({error})") from error
+    if not beside:
+        raise InputError(f"{path}: expected names of files beside it, got {', '.join(names)[:200]}")
+    return names
+
+
+def _header(path: Path) -> Shapes:
+    """The shapes of what a safetensors file holds, without reading that."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > HEADER:
+            raise InputError(f"{path}: damaged (a list of weights of {length:,} bytes)")
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch maps the file
+        raise InputError(f"{path}: damaged ({error})") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch maps the file
         raise InputError(f"{path}: damaged ({error})") from error
 
 
-def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
-    """What torch.save wrote; nothing in the file can run code."""
+def _read_pickled(path: Path) -> Any:
+    """What torch.save wrote; nothing in the file can run code or become larger than the file."""
+    _verify(path)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > path.stat().st_size:  # torch compresses nothing
+                raise InputError(f"{path}: damaged (content of {size:,} bytes)")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that are refused in the end
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # torch raises many kinds for a damaged file
         raise InputError(f"{path}: damaged ({type(error).__name__})") from error
-    if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+
+
+def _tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
+    """The content of a pickled file, if it is tensors by name that share no memory to speak of."""
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise InputError(f"{path}: expected tensors by name")
-    return weights
+    if not all(map(torch.is_tensor, content.values())):
+        raise InputError(f"{path}: expected tensors by name")
+    size = sum(t.numel() * t.itemsize for t in content.values())
+    if size > 2 * path.stat().st_size:  # twice: a tied head may be there again
+        raise InputError(f"{path}: damaged (tensors of {size:,} bytes)")
+    return content
 
 
 def load_config(folder: Path) -> ModelConfig:
     """The model that the folder's config.json describes."""
     path = folder / "config.json"
+    content = read_json(path)
     try:
-        return from_json(json.loads(path.read_text()))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
+        config = from_json(content)
     except InputError as error:
-        raise InputError(f"{folder}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
+    _verify(path)
+    return config
 
 
 def load_tokenizer(folder: Path | str) -> Tokenizer:
@@ -208,9 +379,12 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             "was trained with (state-spaces/mamba2-*: that of EleutherAI/gpt-neox-20b)"
         )
     tokenizer = tokenizers.load(folder)
+    _verify(path)
     rows = load_config(folder).vocab_size
     size = tokenizer.get_vocab_size()
-    _verify(path)
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    if last >= rows:
+        raise InputError(f"{path}: token {last} does not fit a model with {rows} rows")
     if not rows - 4 * VOCAB_MULTIPLE < size <= rows:  # others pad to larger multiples than we do
         raise InputError(f"{path}: {size} tokens do not fit a model with {rows} rows")
     return tokenizer
@@ -221,12 +395,9 @@ def load_training(folder: Path | str) -> dict[str, Any]:
     path = find(folder) / STATE
     if not path.is_file():
         raise InputError(f"{path}: no such file, so training cannot be resumed from here")
-    for file in (path, *path.parent.glob(f"{OPTIMIZER}/*")):
+    for file in path.parent.glob(f"{OPTIMIZER}/*"):
         _verify(file, path.parent)
-    try:
-        return torch.load(path, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise InputError(f"{path}: damaged ({type(error).__name__})") from error
+    return _read_pickled(path)
 
 
 def head_factors(model: Model) -> dict[str, torch.Tensor]:
@@ -269,23 +440,39 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def _write_pickled(path: Path, content: dict[str, Any]) -> None:
+    with path.open("wb") as file:  # opened here, so that an error of the disk is known
+        torch.save(content, file)
+
+
 def _verify(path: Path, folder: Path | None = None) -> None:
     """Raise InputError if the manifest of its folder says that it is not the file saved there."""
     folder = folder or path.parent
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return  # a checkpoint of somebody else's
-    try:
-        saved = json.loads(manifest.read_text()).get(path.relative_to(folder).as_posix())
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise InputError(f"{manifest}: damaged ({error})") from error
-    if saved is not None and saved != _sha256(path):
-        raise InputError(f"{path}: damaged or exchanged, it is not the file that was saved here")
+    saved = read_json(manifest)
+    if not isinstance(saved, dict):
+        raise InputError(f"{manifest}: damaged (expected an object)")
+    name = path.relative_to(folder).as_posix()
+    if name in saved and saved[name] != _sha256(path):
+        raise InputError(
+            f"{path}: damaged or exchanged, it is not the file that was saved here "
+            f"(as {MANIFEST} beside it says)"
+        )
+
+
+def _manifest(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:  # of a disk that fails, for instance
+        raise InputError(f"{path}: {error.strerror}") from error
     return digest.hexdigest()

@@ -1,7 +1,8 @@
 """What the command lines share: options from a dataclass, errors in one line, exit codes."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 RUNS = Path("runs")
+MOST_THREADS = 4096
 
 Options = TypeVar("Options")
 
@@ -44,7 +46,27 @@ def run(command: Callable[[list[str]], int]) -> None:
     except BrokenPipeError:  # whoever read our output went away
         sys.stderr.close()
         code = FAILED
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        code = FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "allocate memory" in str(error)):
+            raise
+        print(
+            "error: not enough memory; smaller sizes or a smaller batch need less", file=sys.stderr
+        )
+        code = FAILED
     sys.exit(code)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What fails in here because of the disk becomes an InputError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{error.filename or path}: {error.strerror}") from error
 
 
 def console() -> "Console":
@@ -72,11 +94,25 @@ def pick_device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not there.get(name.split(":")[0], False):
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device: expected auto, cpu, cuda or mps, got {name}") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if (device.index or 0) >= count.get(device.type, 0):
         raise InputError(f"device: {name} is not available here")
     return name
+
+
+def use_threads(count: int | None) -> None:
+    """Compute with so many threads on the CPU; None leaves that to torch.
+
+    Raises:
+        InputError: not a number of threads.
+    """
+    import torch
+
+    if count is not None:
+        if not 1 <= count <= MOST_THREADS:
+            raise InputError(f"--threads: expected 1 to {MOST_THREADS}, got {count}")
+        torch.set_num_threads(count)

@@ -4,16 +4,39 @@ Inside ysnake sizes have the paper's names (`d_model`, `d_state`, ...) and weigh
 Face's. This file alone also knows Hugging Face's names of sizes, and those of state-spaces.
 """
 
+import json
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 IGNORED = -100  # a target that does not count
 VOCAB_MULTIPLE = 64  # vocabulary rows are padded to a multiple of this
+LARGEST_JSON = 1 << 26  # bytes
+LARGEST_MODEL = 1 << 48  # weights; a petabyte of them
+MOST_LAYERS = 10_000
 
 
 class InputError(ValueError):
     """The user gave something that cannot work; the message is one line and names it."""
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        InputError: it is missing, cannot be read, or is not JSON; it is named.
+    """
+    if not path.is_file():  # a pipe, for instance, might never end
+        raise InputError(f"{path}: no such file")
+    if path.stat().st_size > LARGEST_JSON:
+        raise InputError(f"{path}: expected at most {LARGEST_JSON:,} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,8 @@ class ModelConfig:
     pad_id: int | None = 0
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_kind(f.name, getattr(self, f.name), f.type)
         for name in ("vocab_size", "d_model", "n_layers", "d_state", "head_dim", "expand"):
             _at_least(name, getattr(self, name), 1)
         _at_least("n_groups", self.n_groups, 1)
@@ -66,6 +91,19 @@ class ModelConfig:
             )
         if self.output_size is not None and self.tied:
             raise InputError("output_size: a factorised head cannot be tied to the embedding")
+        if not 0 < self.dt_min <= self.dt_max < math.inf:
+            raise InputError(f"dt_min, dt_max: expected a range, got {self.dt_min}, {self.dt_max}")
+        if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
+            raise InputError(f"dt_limit: expected 0 <= low <= high, got {self.dt_limit}")
+        if not self.norm_eps >= 0:
+            raise InputError(f"norm_eps: expected at least 0, got {self.norm_eps}")
+        if self.n_layers > MOST_LAYERS:
+            raise InputError(f"n_layers: expected at most {MOST_LAYERS}, got {self.n_layers}")
+        if self.n_in_matrices > LARGEST_MODEL:
+            raise InputError("these sizes ask for a model of more than a petabyte")
+        for name in ("bos_id", "eos_id"):
+            if (token := getattr(self, name)) is not None and token >= self.vocab_size:
+                raise InputError(f"{name}: expected below vocab_size, got {token}")
 
     @property
     def d_inner(self) -> int:
@@ -79,6 +117,35 @@ class ModelConfig:
     def d_conv(self) -> int:
         """Channels of the convolution: x, B and C."""
         return self.d_inner + 2 * self.n_groups * self.d_state
+
+    def check_frame(self) -> None:
+        """Raise InputError unless there are tokens that begin and end a document."""
+        for name in ("bos_id", "eos_id"):
+            if getattr(self, name) is None or getattr(self, name) < 0:
+                raise InputError(
+                    f"{name}: expected a token of the model, got {getattr(self, name)}"
+                )
+
+    @property
+    def n_in_matrices(self) -> int:
+        """Parameters of the embedding, the projections and the convolutions: nearly all."""
+        layer = self.d_model * (2 * self.d_inner + self.d_conv + self.n_heads)
+        layer += self.d_conv * self.conv_width
+        return self.vocab_size * self.d_model + self.n_layers * layer
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    """Raise InputError unless a value from a file is of the type that the field has."""
+    if name == "dt_limit":
+        pair = isinstance(value, tuple) and len(value) == 2
+        if not pair or not all(isinstance(v, int | float) for v in value):
+            raise InputError(f"{name}: expected two numbers, got {str(value)[:40]}")
+        return
+    wanted = int | float if kind is float else kind
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        said = {int: "a whole number", float: "a number", bool: "true or false"}
+        said = said.get(kind, "a whole number or null")
+        raise InputError(f"{name}: expected {said}, got {json.dumps(value)[:40]}")
 
 
 def _at_least(name: str, value: int, least: int) -> None:
@@ -152,8 +219,14 @@ def from_json(content: Any) -> ModelConfig:
         InputError: not a Mamba-2 configuration, or one that this model cannot be.
     """
     if not isinstance(content, dict):
-        raise InputError(f"config.json: expected an object, got {type(content).__name__}")
-    return from_state_spaces(content) if "ssm_cfg" in content else from_hugging_face(content)
+        raise InputError(f"expected an object, got {type(content).__name__}")
+    read = from_state_spaces if "ssm_cfg" in content else from_hugging_face
+    try:
+        return read(content)
+    except InputError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"a value of a wrong kind ({error})") from error
 
 
 def from_hugging_face(content: dict[str, Any]) -> ModelConfig:
@@ -163,14 +236,12 @@ def from_hugging_face(content: dict[str, Any]) -> ModelConfig:
         InputError: not a Mamba-2 configuration, or one that this model cannot be.
     """
     if content.get("model_type") != "mamba2":
-        raise InputError(
-            f"config.json: expected model_type mamba2, got {content.get('model_type')}"
-        )
+        raise InputError(f"expected model_type mamba2, got {content.get('model_type')}")
     missing = [name for name in _SIZES if name not in content]
     if missing:
-        raise InputError(f"config.json: {', '.join(missing)} missing")
+        raise InputError(f"{', '.join(missing)} missing")
     if content.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise InputError(f"config.json: hidden_act {content['hidden_act']} is not supported")
+        raise InputError(f"hidden_act {content['hidden_act']} is not supported")
     content = _HUGGING_FACE_DEFAULTS | content
     known = {
         ours: content[theirs] for ours, theirs in _HUGGING_FACE_NAMES.items() if theirs in content
@@ -183,7 +254,7 @@ def from_hugging_face(content: dict[str, Any]) -> ModelConfig:
     config = ModelConfig(**known, dt_limit=(float(low), float(high)))
     if content.get("num_heads", config.n_heads) != config.n_heads:
         raise InputError(
-            f"config.json: num_heads {content['num_heads']} is not expand * hidden_size / head_dim "
+            f"num_heads {content['num_heads']} is not expand * hidden_size / head_dim "
             f"= {config.n_heads}"
         )
     return config
@@ -224,17 +295,17 @@ def from_state_spaces(content: dict[str, Any]) -> ModelConfig:
     """
     layer = content["ssm_cfg"]
     if layer.get("layer") != "Mamba2":
-        raise InputError(f"config.json: expected layer Mamba2, got {layer.get('layer', 'Mamba1')}")
+        raise InputError(f"expected layer Mamba2, got {layer.get('layer', 'Mamba1')}")
     missing = [name for name in ("d_model", "n_layer", "vocab_size") if name not in content]
     if missing:
-        raise InputError(f"config.json: {', '.join(missing)} missing")
+        raise InputError(f"{', '.join(missing)} missing")
     for values, only in ((content, _STATE_SPACES_MODEL), (layer, _STATE_SPACES_LAYER)):
         for name, value in only.items():
             if values.get(name, value) != value:
-                raise InputError(f"config.json: {name} {values[name]} is not supported")
+                raise InputError(f"{name} {values[name]} is not supported")
     known = set(_STATE_SPACES_NAMES.values()) | set(_STATE_SPACES_LAYER) | _STATE_SPACES_IGNORED
     if unknown := sorted(set(layer) - known):
-        raise InputError(f"config.json: ssm_cfg.{unknown[0]} is not supported")
+        raise InputError(f"ssm_cfg.{unknown[0]} is not supported")
     sizes = {ours: layer[theirs] for ours, theirs in _STATE_SPACES_NAMES.items() if theirs in layer}
     if "dt_limit" in sizes:
         sizes["dt_limit"] = tuple(sizes["dt_limit"])

@@ -108,7 +108,7 @@ def _jsonl_documents(file: Iterable[str], path: Path) -> Iterator[Piece]:
             continue
         try:
             text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: expected an object with `text`") from error
         if not isinstance(text, str):
             raise InputError(f"{path}, line {number}: expected `text` to be a string")
@@ -201,13 +201,19 @@ class Tokens:
     ids: np.ndarray
     bos_id: int
     eos_id: int
+    path: Path | None = None
+    vocab_size: int = 1 << 32
 
     @staticmethod
     def open(path: Path, vocab_size: int, bos_id: int, eos_id: int) -> "Tokens":
         dtype = token_dtype(vocab_size)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        if path.stat().st_size % dtype.itemsize:
+            raise InputError(f"{path}: damaged, it ends within a token")
         if path.stat().st_size == 0:  # an empty file cannot be mapped
             return Tokens(np.empty(0, dtype), bos_id, eos_id)
-        return Tokens(np.memmap(path, dtype, mode="r"), bos_id, eos_id)
+        return Tokens(np.memmap(path, dtype, mode="r"), bos_id, eos_id, path, vocab_size)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -216,6 +222,8 @@ class Tokens:
         """Windows of seq_len tokens and the tokens that follow; the stream is taken as a ring."""
         places = starts[:, None] + np.arange(-1, seq_len + 1)
         ids = np.take(self.ids, places, mode="wrap").astype(np.int64)
+        if ids.size and ids.max() >= self.vocab_size:
+            raise InputError(f"{self.path}: damaged, token {ids.max()} of {self.vocab_size}")
         begins = (ids[:, 1:] == self.bos_id) & (ids[:, :-1] == self.eos_id)  # of a document
         targets = np.where(begins[:, 1:], IGNORED, ids[:, 2:])
         inside = begins[:, :-1].copy()

@@ -100,19 +100,20 @@ def main(argv: list[str]) -> int:
 
     if not options.data:
         raise InputError("--data: expected files or folders to evaluate on")
+    if options.max_documents is not None and options.max_documents < 1:
+        raise InputError(f"--max-documents: expected at least 1, got {options.max_documents}")
     files = data.find_files(options.data)
 
-    import torch
     from rich.progress import Progress
 
     from ysnake import checkpoint
     from ysnake.decoding import Decoder
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    folder = checkpoint.resolve(options.path or cli.newest_run())
-    tokenizer = checkpoint.load_tokenizer(folder)
-    decoder = Decoder(checkpoint.load(folder, cli.pick_device(options.device)), options.weights)
+    cli.use_threads(options.threads)
+    path, device = options.path or cli.newest_run(), cli.pick_device(options.device)
+    folder, tokenizer, model = checkpoint.load_all(path, device=device)
+    model.config.check_frame()
+    decoder = Decoder(model, options.weights)
     size = None if options.max_documents else sum(path.stat().st_size for path in files)
     console = cli.console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

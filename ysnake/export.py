@@ -6,6 +6,7 @@ included; beside it lies the Modelfile that `ollama create` reads.
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -72,7 +73,8 @@ def write_gguf(file: Path, model: "Model", tokenizer: "Tokenizer", type: str, na
         writer.close()
         new.replace(file)
     except OSError as error:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink()
         raise InputError(f"{file}: {error.strerror}") from error
 
 
@@ -201,15 +203,18 @@ def modelfile(file: Path) -> str:
 def main(argv: list[str]) -> int:
     """Export as the command line says; returns the exit code."""
     options = cli.parse(Options, argv, "export")
+    if not options.gguf.name:
+        raise InputError(f"--gguf: expected a file to write, got {options.gguf}")
 
     from ysnake import checkpoint
 
-    folder = checkpoint.resolve(options.path or cli.newest_run(), options.checkpoint)
-    tokenizer, model = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
+    path = options.path or cli.newest_run()
+    folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint)
     name = folder.parent.name if folder.name in ("best", "last") else folder.name
     write_gguf(options.gguf, model, tokenizer, options.type, name)
     beside = options.gguf.with_name("Modelfile")
-    beside.write_text(modelfile(options.gguf))
+    with cli.writing(beside):
+        beside.write_text(modelfile(options.gguf))
     size = options.gguf.stat().st_size / 1e6
     cli.console().print(
         f"[bold]{options.gguf}[/]: {model.n_parameters():,} parameters as {options.type}, "

@@ -64,7 +64,10 @@ class Context:
         for i, layer in enumerate(self.state):
             tensors |= {f"{i}.conv": layer.conv, f"{i}.ssm": layer.ssm}
         tensors = {name: t.contiguous() for name, t in tensors.items()}
-        save_file(tensors, path, {"model": self._fingerprint()})
+        try:
+            save_file(tensors, path, {"model": self._fingerprint()})
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: cannot be written ({error})") from error
 
     def load(self, path: Path) -> None:
         """Take over the context in a file that `save` wrote with the same model."""
@@ -75,6 +78,15 @@ class Context:
                 tensors = {name: file.get_tensor(name).to(self.device) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a saved state ({error})") from error
+        expected = {"seen": self.seen, "logits": self.seen.float()}
+        for i, layer in enumerate(self.state):
+            expected |= {f"{i}.conv": layer.conv, f"{i}.ssm": layer.ssm}
+        for name, like in expected.items():
+            kind = (like.shape, like.dtype)
+            if name not in tensors or (tensors[name].shape, tensors[name].dtype) != kind:
+                raise InputError(
+                    f"{path}: not a saved state ({name} is missing or of another kind)"
+                )
         self.logits, self.seen = tensors["logits"], tensors["seen"]
         self.state = [
             LayerState(tensors[f"{i}.conv"], tensors[f"{i}.ssm"]) for i in range(len(self.state))

@@ -228,10 +228,13 @@ def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]
         ledger.truncate(sum(len(line) + 1 for line in whole))
     try:
         records = [json.loads(line) for line in whole]
-    except ValueError as error:
+        kept = [record for record in records if record["verdict"] == KEPT]
+        start, end = (kept[-1]["at"], kept[-1]["at"] + kept[-1]["bytes"]) if kept else (0, 0)
+        asked = [(record["entry"], record["prompt"]) for record in records]
+        if not all(isinstance(a, str) and isinstance(b, int) for a, b in asked):
+            raise TypeError("an entry or a prompt of another kind")
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: what was asked, in {ledger.name}, is damaged") from error
-    kept = [record for record in records if record["verdict"] == KEPT]
-    start, end = (kept[-1]["at"], kept[-1]["at"] + kept[-1]["bytes"]) if kept else (0, 0)
     size = file.seek(0, os.SEEK_END)
     if records and records[-1]["verdict"] == KEPT and start <= size < end:
         file.truncate(start)

@@ -71,7 +71,8 @@ def predict(config: ModelConfig, batch_size: int, seq_len: int, recompute: bool)
     group = rows * seq_len * (3 * c.d_conv + 2 * c.d_inner) + states
     chunk = rows * q * (12 * c.d_inner + 4 * c.n_heads * q)
     working = tokens * (projected + 3 * c.d_model) + group + chunk
-    working += 2 * max(SLICE, c.vocab_size) + head  # the logits of a slice, the head's gradient
+    logits = min(max(SLICE, c.vocab_size), tokens * c.vocab_size)  # of a slice
+    working += 2 * logits + head  # and the head's gradient
     return Plan(parameters, 16.0 * parameters, FLOAT * kept, FLOAT * working)
 
 

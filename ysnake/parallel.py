@@ -130,7 +130,7 @@ def joined(settings: Settings) -> Iterator["Ranks"]:
     try:
         yield Ranks(rank, size, context, settings.shard, patient)
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not lost_contact(error):
             raise
         if rank == 0:
             print(
@@ -143,6 +143,13 @@ def joined(settings: Settings) -> Iterator["Ranks"]:
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether it is an exchange with another process that failed."""
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 @dataclass(frozen=True)

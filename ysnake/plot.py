@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from ysnake import cli
+
 
 def plot_loss(folder: Path) -> None:
     """Draw `folder`/loss.png anew."""
@@ -33,4 +35,5 @@ def plot_loss(folder: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(folder / "loss.png", dpi=150)
+    with cli.writing(folder / "loss.png"):
+        figure.savefig(folder / "loss.png", dpi=150)

@@ -84,8 +84,12 @@ def read(context: "Context", tokenizer: "Tokenizer", prompt: str) -> None:
     """Feed a prompt; a context that is new starts a document first."""
     from ysnake.tokenizer import encode
 
-    begin = [context.model.config.bos_id] if context.logits is None else []
-    context.feed(begin + encode(tokenizer, prompt))
+    bos = context.model.config.bos_id
+    ids = [bos] if context.logits is None and bos is not None else []
+    ids += encode(tokenizer, prompt)
+    if context.logits is None and not ids:
+        raise InputError("--prompt: expected text, as this model has no token to begin with")
+    context.feed(ids)
 
 
 def complete(context: "Context", tokenizer: "Tokenizer", options: Options) -> None:
@@ -129,16 +133,14 @@ def main(argv: list[str]) -> int:
 
     from ysnake import checkpoint
 
-    folder = checkpoint.resolve(options.path or cli.newest_run(), options.checkpoint)
-    import torch
-
+    path = options.path or cli.newest_run()
     from ysnake.decoding import Decoder
     from ysnake.generate import Context
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    tokenizer = checkpoint.load_tokenizer(folder)
-    decoder = Decoder(checkpoint.load(folder, cli.pick_device(options.device)), options.weights)
+    cli.use_threads(options.threads)
+    device = cli.pick_device(options.device)
+    _, tokenizer, model = checkpoint.load_all(path, options.checkpoint, device)
+    decoder = Decoder(model, options.weights)
 
     def new_context() -> Context:
         context = Context(decoder, tokenizer.get_vocab_size())

@@ -27,6 +27,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
             raise InputError(f"--temperature: expected at least 0, got {self.temperature}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"--seed: expected at most 63 bits, got {self.seed}")
         if self.top_k < 0:
             raise InputError(f"--top-k: expected at least 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:

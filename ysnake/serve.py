@@ -177,11 +177,10 @@ def load(options: Options) -> Service:
     from ysnake import checkpoint
     from ysnake.decoding import Decoder
 
-    folder = checkpoint.resolve(options.path or cli.newest_run(), options.checkpoint)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    tokenizer = checkpoint.load_tokenizer(folder)
-    model = checkpoint.load(folder, cli.pick_device(options.device))
+    path = options.path or cli.newest_run()
+    cli.use_threads(options.threads)
+    device = cli.pick_device(options.device)
+    folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint, device)
     n_parameters = model.n_parameters()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     digest = sha256()

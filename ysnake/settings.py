@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from ysnake import cli
-from ysnake.config import PRESETS, InputError
+from ysnake.config import PRESETS, InputError, read_json
 from ysnake.memory import parse_size
 
 SHIPPED = Path(__file__).parent.parent / "training_data"
@@ -119,11 +119,12 @@ class Settings:
 # What may differ when a run is resumed; the rest decides its weights.
 FREE_ON_RESUME = (
     *("run", "resume", "max_steps", "max_minutes", "stop_at_loss", "patience"),
-    *("eval_every", "checkpoint_every", "device", "threads", "recompute", "plan"),
-    *("shard", "context_parallel"),
+    *("eval_every", "checkpoint_every", "device", "threads", "recompute"),
+    *("plan", "shard", "context_parallel"),
 )
 # What a launch decides anew.
 OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
+LARGEST = 2**63  # what fits no number of torch's
 MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
 
 
@@ -158,7 +159,8 @@ def parse(argv: list[str]) -> Settings:
         if known.from_:
             from ysnake import checkpoint
 
-            config = checkpoint.load_config(checkpoint.resolve(known.from_))
+            source = checkpoint.resolve(known.from_)
+            _, config = checkpoint.newest_good(source, checkpoint.load_config)
             sizes = {name: getattr(config, name) for name in MODEL_SIZES}
         default = Settings(preset=known.preset, **preset.settings | sizes)
         settings = cli.parse(Settings, argv, "train", default=default)
@@ -186,8 +188,14 @@ def check(settings: Settings) -> None:
     }
     for name, bound in least.items():
         value = getattr(settings, name)
-        if value is not None and not value >= bound:
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or not value >= bound:
             raise InputError(f"{option(name)}: expected at least {bound}, got {value}")
+        if value >= LARGEST:
+            raise InputError(f"{option(name)}: expected below {LARGEST}, got {value}")
+    if settings.max_minutes == 0:
+        raise InputError("--max-minutes: expected above 0, got 0")
     if settings.memory is not None:
         parse_size(settings.memory)
     if settings.from_ and (settings.vocab_size or settings.output_size):
@@ -210,12 +218,14 @@ def write(settings: Settings, folder: Path) -> None:
 def read(folder: Path) -> Settings:
     """The settings of the run in this folder."""
     path = folder / "settings.json"
+    if not path.exists():
+        raise InputError(f"{path}: no such file, so there is no run to resume")
+    values = read_json(path)
     try:
-        values = json.loads(path.read_text())
         values["data"] = tuple(map(Path, values["data"]))
         values["from_"] = values["from_"] and Path(values["from_"])
-        return Settings(**values | {"run": folder} | OF_A_LAUNCH)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file, so there is no run to resume") from error
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        settings = Settings(**values | {"run": folder} | OF_A_LAUNCH)
+        check(settings)
+    except (TypeError, LookupError, InputError) as error:
         raise InputError(f"{path}: not the settings of a run ({error})") from error
+    return settings

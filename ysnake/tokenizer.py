@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ysnake.config import InputError
+from ysnake.config import LARGEST_JSON, InputError
 
 EOT = "<|endoftext|>"  # begins and ends every document: bos, eos and pad in one
 FILE = "tokenizer.json"
@@ -98,7 +98,7 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, and the tokenizer_config.json that transformers reads."""
-    tokenizer.save(str(folder / FILE))
+    (folder / FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": EOT,
@@ -120,7 +120,12 @@ def load(folder: Path) -> Tokenizer:
     path = Path(folder) / FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if path.stat().st_size > LARGEST_JSON:
+        raise InputError(f"{path}: expected at most {LARGEST_JSON:,} bytes")
     try:
-        return _ready(Tokenizer.from_file(str(path)))
+        tokenizer = _ready(Tokenizer.from_file(str(path)))
+        tokenizer.no_truncation()  # a text has all its tokens, and no others
+        tokenizer.no_padding()
     except Exception as error:  # the library raises bare Exception for every bad file
         raise InputError(f"{path}: not a tokenizer ({error})") from error
+    return tokenizer

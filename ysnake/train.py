@@ -37,6 +37,7 @@ VAL_TOKENS = 1 << 15  # held-out tokens looked at while training
 CLIP = 1.0  # largest norm of a step's gradient
 DECAY_TO = 0.1  # the learning rate ends at this part of its peak
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
+WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png")  # in the folder of a run, as it goes
 
 
 @dataclass
@@ -111,8 +112,8 @@ def start(settings: Settings, console: "Console") -> Run:
     device = cli.pick_device(settings.device)
 
     if settings.from_ is not None:
-        source = checkpoint.resolve(settings.from_)
-        tokenizer, model = checkpoint.load_tokenizer(source), checkpoint.load(source)
+        _, tokenizer, model = checkpoint.load_all(settings.from_)
+        model.config.check_frame()
         if settings.chunk_size is not None:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
         memory.fit(settings, model.config)
@@ -138,20 +139,23 @@ def start(settings: Settings, console: "Console") -> Run:
                 f"fewer than a window of {settings.seq_len} and the token after it"
             )
         settings_of.write(settings, new)
+        run = _assemble(replace(settings, run=new), model, tokenizer, Progress(), Ranks())
+        save_last(run)  # before the folder has its name, so that no run is there without one
+        checkpoint.sync(new)
         new.rename(settings.run)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(new)
         if first_run:
             new.parent.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"{settings.run}: {error.strerror}") from error
         raise
     console.print(
         f"[bold]{settings.run}[/]: {counts.train_documents} documents to learn "
         f"({counts.train_words:,} words, {counts.train_tokens:,} tokens), "
         f"{counts.val_documents} held out; {model.n_parameters():,} parameters on {device}"
     )
-    run = _assemble(settings, model, tokenizer, Progress(), Ranks())
-    save_last(run)
-    return run
+    return _assemble(settings, model, tokenizer, Progress(), Ranks())
 
 
 def plan(settings: Settings, console: "Console") -> Any:
@@ -221,11 +225,62 @@ def _tokenise(
 
 
 def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
-    """Take up the run in settings.run where its last/ stands."""
+    """Take up the run in settings.run where its last/ stands; the one before if it is damaged."""
     from ysnake import checkpoint
 
-    device = cli.pick_device(settings.device)
-    last, model, tokenizer, saved = ranks.together(lambda: _read_last(settings))
+    folder = settings.run / "last"
+    last, saved, model, tokenizer = ranks.together(lambda: _read_last(settings.run))
+    try:
+        run = _resumed(settings, ranks, last, saved, model, tokenizer, console)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, InputError) or parallel.lost_contact(error):
+            raise
+        path = last / checkpoint.STATE
+        said = str(error).partition("\n")[0]
+        raise InputError(f"{path}: not the state of this training run ({said})") from error
+
+    def settle() -> None:
+        with cli.writing(settings.run):
+            if last != folder:
+                checkpoint.put_back(last, folder)
+            _forget_metrics_after(run.folder / "metrics.jsonl", run.progress.step)
+
+    if settings.resume:
+        ranks.together(lambda: None)  # all have read
+        ranks.alone(settle)
+        console.print(f"[bold]{run.folder}[/]: goes on after step {run.progress.step}")
+    return run
+
+
+def _read_last(folder: Path) -> tuple[Path, dict[str, Any], "Model", "Tokenizer"]:
+    from ysnake import checkpoint
+
+    def read(last: Path) -> tuple[dict[str, Any], "Model", "Tokenizer"]:
+        saved = checkpoint.load_training(last)
+        return saved, checkpoint.load(last), checkpoint.load_tokenizer(last)
+
+    for name in WRITTEN:
+        if (folder / name).is_symlink():
+            raise InputError(f"{folder / name}: a link; a run writes into its folder only")
+    last, found = checkpoint.newest_good(folder / "last", read)
+    return last, *found
+
+
+def _resumed(
+    settings: Settings,
+    ranks: Ranks,
+    last: Path,
+    saved: dict[str, Any],
+    model: "Model",
+    tokenizer: "Tokenizer",
+    console: "Console",
+) -> Run:
+    """The run that a checkpoint was saved of, as it stood then."""
+    from ysnake import checkpoint
+
+    if settings.output_size is not None:
+        model = checkpoint.with_factors(model, saved["head"], settings.output_size)
+    model.use_config(replace(model.config, chunk_size=settings.chunk_size))
     progress = Progress(**saved["progress"])
     before, now = _workers(progress.processes, progress.threads), _workers(ranks.size)
     if before != now and settings.resume:
@@ -236,16 +291,16 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
     if progress.ended == "interrupted":
         progress.ended = None
     run = _assemble(settings, model, tokenizer, progress, ranks)
+    for side, count in zip(("train", "val"), saved.get("corpus", ()), strict=False):
+        if len(getattr(run, side)) != count:
+            path = run.folder / "data" / f"{side}.tokens"
+            raise InputError(f"{path}: damaged, the run began with {count:,} tokens")
     where = last / checkpoint.OPTIMIZER
     ranks.load_optimizer(run.model, run.optimizer, saved["optimizer"], where)
     if settings.carry_state:
         rows = ranks.rows(settings.batch_size)
         for layer, (conv, ssm) in zip(run.carried, saved["carried"], strict=True):
-            layer.conv, layer.ssm = conv[rows].to(device), ssm[rows].to(device)
-    if settings.resume:
-        if ranks.first:
-            _forget_metrics_after(run.folder / "metrics.jsonl", progress.step)
-        console.print(f"[bold]{run.folder}[/]: goes on after step {progress.step}")
+            layer.conv, layer.ssm = conv[rows].to(run.device), ssm[rows].to(run.device)
     return run
 
 
@@ -256,24 +311,21 @@ def _workers(processes: int, threads: int | None = None) -> str:
     return of_each if processes == 1 else f"{processes} processes of {of_each}"
 
 
-def _read_last(settings: Settings) -> tuple[Path, "Model", "Tokenizer", dict[str, Any]]:
-    from ysnake import checkpoint
-
-    last = checkpoint.find(settings.run / "last")
-    saved = checkpoint.load_training(last)
-    model = checkpoint.load(last)
-    if settings.output_size is not None:
-        model = checkpoint.with_factors(model, saved["head"], settings.output_size)
-    model.use_config(replace(model.config, chunk_size=settings.chunk_size))
-    return last, model, checkpoint.load_tokenizer(last), saved
-
-
 def _forget_metrics_after(path: Path, step: int) -> None:
     """Cut off what a killed run wrote after its last checkpoint; it will be written again."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept))
+    if not path.exists():
+        return
+    kept = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):  # torn by a kill or a full disk
+            break
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{path}, line {number}: not the metrics of a step") from error
+        kept += len(line)
+    os.truncate(path, kept)
 
 
 def _assemble(
@@ -329,6 +381,7 @@ def save_last(run: Run) -> None:
     training = {
         "optimizer": ranks.save_optimizer(run.model, run.optimizer, shards),
         "progress": asdict(run.progress),
+        "corpus": (len(run.train), len(run.val)),
     }
     if run.carried is not None:
         training["carried"] = [
@@ -518,7 +571,8 @@ def evaluate(run: Run, console: "Console") -> float | None:
         prompt, written = sample(run, model, progress.step // run.settings.eval_every)
         held_out = "" if loss is None else f", held-out loss {loss:.3f}"
         head = f"step {progress.step}: loss {progress.mean_loss:.3f}{held_out}"
-        with (run.folder / "samples.txt").open("a") as file:
+        samples = run.folder / "samples.txt"
+        with cli.writing(samples), samples.open("a", encoding="utf-8") as file:
             file.write(f"{head}\n{prompt} >>> {written}\n\n")
         console.print(f"[bold]{head}[/]\n[dim]{escape(prompt)}[/]{escape(written)}\n")
 
@@ -533,11 +587,17 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
     settings, progress = run.settings, run.progress
     speeds: deque[float] = deque(maxlen=MEAN_OVER)
     n_tokens = settings.accumulate * settings.batch_size * settings.seq_len
-    path = run.folder / "metrics.jsonl" if run.ranks.first else os.devnull
+    path = run.folder / "metrics.jsonl" if run.ranks.first else Path(os.devnull)
     with (
-        open(path, "a", buffering=1) as metrics,
+        cli.writing(path),
+        path.open("a", buffering=1) as metrics,
         _bar(run, console) as show,
     ):
+
+        def sync() -> None:
+            if run.ranks.first:
+                os.fsync(metrics.fileno())
+
         while progress.ended is None:
             began = time.monotonic()
             line = train_step(run, stop)
@@ -561,7 +621,9 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
             if "val_loss" in line and run.ranks.first:
                 plot_loss(run.folder)
             if progress.step % settings.checkpoint_every == 0 and progress.ended is None:
+                sync()
                 save_last(run)
+        sync()
     save_last(run)
     run.ranks.alone(lambda: plot_loss(run.folder))
 
@@ -628,16 +690,12 @@ def main(argv: list[str]) -> int:
     with parallel.heard_once():
         settings = settings_of.parse(argv)
         parallel.check(settings)
-    import torch
-
-    if settings.plan:
-        with parallel.heard_once():
+        if settings.plan:
             console = cli.console()
             console.print(plan(settings, console))
-        return cli.DONE
+            return cli.DONE
+        cli.use_threads(settings.threads)
     memory.keep_freed_memory()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     with parallel.joined(settings) as ranks:
         return _train(settings, ranks)
 

@@ -43,6 +43,30 @@ def check_rank(name: str, tensor: Tensor, axes: str) -> None:
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
 
 
+def check_whole(name: str, value: int | None) -> None:
+    """Raise unless `value` is None or a whole number of at least 1."""
+    if value is not None and not isinstance(value, int):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    if value is not None and value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_skip(D: Tensor | None, heads: int, head_dim: int, x: Tensor) -> None:
+    """Raise unless D is None, or has a value per head or per channel."""
+    if D is not None:
+        by_channel = isinstance(D, Tensor) and D.ndim == 2
+        check("D", D, (heads, head_dim) if by_channel else (heads,), x)
+
+
+def check_limit(dt_limit: tuple[float, float]) -> None:
+    """Raise unless `dt_limit` is a range of step sizes."""
+    if not isinstance(dt_limit, tuple | list) or len(dt_limit) != 2:
+        raise ValueError(f"dt_limit: expected two numbers, got {dt_limit!r}")
+    low, high = dt_limit
+    if not 0 <= low <= high:
+        raise ValueError(f"dt_limit: expected 0 <= low <= high, got {dt_limit}")
+
+
 def values_can_be_checked(tensor: Tensor) -> bool:
     """Whether looking at values is free: on a CPU outside compilation, or asked for on a GPU."""
     if torch.compiler.is_compiling():

@@ -1,13 +1,16 @@
 """What the tests of the model layer share: a tiny model, a small corpus, and the command line."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ysnake import checkpoint, tokenizer
+from ysnake import checkpoint, cli, tokenizer
 from ysnake.config import ModelConfig, padded_vocab
 from ysnake.model import Model
 
@@ -78,3 +81,17 @@ def environment() -> dict[str, str]:
     """The environment in which a command finds the packages, whether installed or not."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def entry(command: Callable[[list[str]], int], *argv: str | Path) -> tuple[int, str, str]:
+    """Exit code, output and errors of a command, run in this process as `python -m` runs it."""
+    out, errors, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [command.__module__, *map(str, argv)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            cli.run(command)
+    except SystemExit as ended:
+        return ended.code, out.getvalue(), errors.getvalue()
+    finally:
+        sys.argv = before
+    raise AssertionError("cli.run always ends the process")

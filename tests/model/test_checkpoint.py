@@ -211,6 +211,7 @@ def test_what_a_config_leaves_out_is_hugging_faces_default():
 def edit_config(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (folder / "manifest.json").unlink()  # as in a checkpoint of somebody else's
 
 
 def drop_weight(folder):
@@ -252,7 +253,7 @@ DAMAGE = {
     "config.json: expected an object, got list": lambda f: (f / "config.json").write_text("[]"),
     "model.safetensors: no such file": lambda f: (f / "model.safetensors").unlink(),
     "model.safetensors: damaged or exchanged": lambda f: flip_bit(f, "model.safetensors"),
-    "manifest.json: damaged": lambda f: (f / "manifest.json").write_text("["),
+    "manifest.json: not JSON": lambda f: (f / "manifest.json").write_text("["),
     "backbone.layers.1.mixer.D is missing": drop_weight,
     "config.json: no such file": lambda f: (f / "config.json").unlink(),
     "config.json: not JSON": lambda f: (f / "config.json").write_text("{"),
@@ -297,7 +298,7 @@ def test_a_save_that_was_cut_short_leaves_the_old_checkpoint(tmp_path):
     folder.rename(tmp_path / "model.old")  # or between its two renames
     checkpoint.load(folder)
     checkpoint.save(folder, model(vocab=300))
-    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["model"]
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"model", "model.old"}
 
 
 def test_training_state_cannot_run_code(tmp_path):

@@ -73,7 +73,7 @@ def test_int8_is_near(sizes):
         each.append(logits)
     each = torch.stack(each, 1)
     for got in (whole, each):
-        assert torch.linalg.norm(got - exact) < 0.03 * torch.linalg.norm(exact)
+        assert torch.linalg.norm(got - exact) < 0.06 * torch.linalg.norm(exact)
     rows = cross_entropy(exact.flatten(0, 1), exact.argmax(-1).flatten())
     assert cross_entropy(each.flatten(0, 1), exact.argmax(-1).flatten()) < 1.005 * rows
 

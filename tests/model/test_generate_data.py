@@ -523,15 +523,6 @@ def test_interrupted(server, tmp_path):
     assert all(text in answers for kind in generator.KINDS for text in documents(tmp_path, kind))
 
 
-def test_wrong_options():
-    for option in ("--count", "--parallel", "--max-tokens", "--min-words"):
-        with pytest.raises(InputError, match=f"{option}: expected at least 1, got 0"):
-            generator.main([option, "0"])
-    for option in ("--retries", "--temperature"):
-        with pytest.raises(InputError, match=f"{option}: expected at least 0, got -1"):
-            generator.main([option, "-1"])
-
-
 def test_a_bad_host(tmp_path):
     for run, host in ((apart, "here:there"), (generate, "here:there"), (generate, "ftp://here")):
         done = run(host, tmp_path)

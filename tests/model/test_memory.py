@@ -1,14 +1,16 @@
 """The prediction of memory: parameters exact, peaks near those of real runs, --memory kept to."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small import TINY, corpus, model, python
 
-from ysnake import memory
+from ysnake import checkpoint, memory
 from ysnake.config import InputError, ModelConfig
 from ysnake.settings import Settings
 
@@ -33,7 +35,7 @@ def test_parameters_are_counted_exactly(sizes):
 PEAK = """
 import resource, sys
 import torch
-from ysnake import memory
+from ysnake import checkpoint, memory
 from ysnake.config import ModelConfig
 from ysnake.model import Model
 from ysnake.train import make_optimizer
@@ -109,17 +111,17 @@ def test_the_plan_is_printed_and_nothing_is_made(tmp_path):
 
 def test_less_memory_gives_the_same_weights(tmp_path):
     data = ["--data", corpus(tmp_path), *TINY, "--max-steps", "3", "--threads", "1"]
-    weights = []
-    for name, extra in (
-        ("plain", []),
-        ("small", ["--memory", "0.46GB"]),
-        ("again", ["--recompute"]),
-    ):
-        done = python("ysnake.train", *data, *extra, "--run", name, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        from safetensors.torch import load_file
 
-        weights.append(load_file(tmp_path / name / "last/model.safetensors"))
-    for name, tensor in weights[0].items():
-        assert torch.equal(tensor, weights[2][name]), name
-        assert torch.allclose(tensor, weights[1][name], atol=1e-4), name
+    def train(name, *options):
+        done = python("ysnake.train", *data, *options, "--run", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return load_file(tmp_path / name / "last/model.safetensors")
+
+    plain, again = train("plain"), train("again", "--recompute")
+    config = checkpoint.load_config(tmp_path / "plain/last")
+    small = train("small", "--memory", str(int(memory.predict(config, 2, 24, False).peak)))
+    settings = json.loads((tmp_path / "small/settings.json").read_text())
+    assert (settings["batch_size"], settings["accumulate"]) == (2, 2)
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, again[name]), name
+        assert torch.allclose(tensor, small[name], atol=1e-4), name

@@ -170,19 +170,7 @@ def test_text_streams_in_whole_characters(folder):
     assert "".join(texts(tokenizer, tokenizer.encode(text).ids)) == text
 
 
-def test_wrong_input(folder):
-    for options, message in {
-        ("--max-tokens", "0"): "--max-tokens: expected at least 1, got 0",
-        ("--top-p", "0"): "--top-p: expected above 0 and at most 1, got 0.0",
-        ("--stop", ""): "--stop: expected texts of at least one character",
-        ("--load-state", "nothing"): "nothing: not a saved state",
-    }.items():
-        done = python("ysnake.run", folder, "--prompt", "x", *options, cwd=folder.parent)
-        assert done.returncode == 2
-        assert message in done.stderr.replace("\n", " ")
-        assert "Traceback" not in done.stderr
-    done = python("ysnake.run", "--prompt", "x", cwd=folder)
-    assert (done.returncode, "no run there yet" in done.stderr) == (2, True)
+def test_wrong_ways_to_draw():
     for bad in ({"temperature": -1}, {"top_k": -1}, {"repetition_penalty": 0}):
         with pytest.raises(InputError, match="expected"):
             Sampling(**bad)

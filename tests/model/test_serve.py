@@ -462,17 +462,11 @@ def test_the_command_is_quick_to_import_and_says_what_is_missing(folder):
     assert (done.returncode, "pip install" in done.stderr) == (2, True)
 
 
-def test_wrong_options(folder, address):
+def test_a_port_that_is_taken(folder, address):
     taken = address.rsplit(":", 1)[1]
-    for option, value, message in (
-        ("--port", taken, "Address already in use"),
-        ("--port", "70000", "port must be"),
-        ("--parallel", "0", "--parallel: expected at least 1, got 0"),
-        ("--waiting", "-1", "--waiting: expected at least 0, got -1"),
-    ):
-        done = python("ysnake.serve", folder, option, value, cwd=folder.parent)
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr
+    done = python("ysnake.serve", folder, "--port", taken, cwd=folder.parent)
+    assert done.returncode == 2, done.stderr
+    assert "Address already in use" in done.stderr
 
 
 # ------------------------------------------------------------------ the page

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ysnake_kernels import conv, mixer
+from ysnake_kernels.checks import INTEGERS, check, check_indices, check_rank
 from ysnake_kernels.norm import rms_norm_gated
 from ysnake_kernels.numerics import accumulator, step_sizes
 from ysnake_kernels.ssd import ssd_scan
@@ -56,6 +57,8 @@ def causal_conv1d_update(
             token t lies at t % size.
         conv_state_indices: (batch,), the row of conv_state that belongs to each x.
     """
+    check_rank("conv_state", conv_state, "batch, channels, size")
+    check_rank("weight", weight, "channels, width")
     size, width = conv_state.shape[-1], weight.shape[-1]
     if size < width - 1:
         raise ValueError(f"conv_state: expected at least {width - 1} tokens, got {size}")
@@ -63,6 +66,15 @@ def causal_conv1d_update(
         indices = conv_state_indices
         return conv.causal_conv1d_step(x, conv_state, weight, bias, activation, indices)
     tokens = x[..., None] if x.ndim == 2 else x
+    check_rank("x", tokens, "batch, channels, tokens")
+    batch, channels, _ = tokens.shape
+    rows = batch
+    if conv_state_indices is not None:
+        rows = conv_state.shape[0]
+        check_indices("conv_state_indices", conv_state_indices, tokens, rows)
+    check("conv_state", conv_state, (rows, channels, size), tokens)
+    if cache_seqlens is not None:
+        check("cache_seqlens", cache_seqlens, (batch,), tokens, dtypes=INTEGERS)
     state = conv_state if conv_state_indices is None else conv_state[conv_state_indices]
     if cache_seqlens is None:
         history = state[..., size - width + 1 :]
@@ -214,6 +226,7 @@ def selective_state_update(
     Returns:
         y with the shape and dtype of x.
     """
+    _check_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
     if x.ndim == 3 and _repeats(A, (1, 2)) and _repeats(dt, (2,)) and _repeats(dt_bias, (1,)):
         contiguous = state.contiguous()
         y = ssd_step(
@@ -255,6 +268,35 @@ def selective_state_update(
     else:
         state[state_batch_indices] = S.to(state.dtype)
     return y.to(x.dtype)
+
+
+def _check_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices) -> None:
+    """The checks of `selective_state_update`."""
+    of_heads = isinstance(x, Tensor) and x.ndim == 3
+    check_rank("x", x, "batch, heads, P" if of_heads else "batch, channels")
+    batch, *features = x.shape
+    rows = batch
+    if state_batch_indices is not None:
+        check_rank("state", state, "rows, heads, P, N" if of_heads else "rows, channels, N")
+        rows = state.shape[0]
+        check_indices("state_batch_indices", state_batch_indices, x, rows)
+    n = state.shape[-1] if isinstance(state, Tensor) and state.ndim else 0
+    check("state", state, (rows, *features, n), x)
+    check("dt", dt, tuple(x.shape), x)
+    check("A", A, (*features, n), x)
+    groups = B.shape[1:2] if isinstance(B, Tensor) and B.ndim == 3 else ()
+    if groups and (groups[0] < 1 or features[0] % groups[0]):
+        expected = f"dividing {features[0]} heads" if x.ndim == 3 else f"dividing {features[0]}"
+        raise ValueError(f"B: expected a number of groups {expected}, got {groups[0]}")
+    for name, tensor in (("B", B), ("C", C)):
+        check(name, tensor, (batch, *groups, n), x)
+    for name, tensor, shape in (
+        ("D", D, features),
+        ("z", z, x.shape),
+        ("dt_bias", dt_bias, features),
+    ):
+        if tensor is not None:
+            check(name, tensor, tuple(shape), x)
 
 
 def _repeats(tensor: Tensor | None, axes: tuple[int, ...]) -> bool:

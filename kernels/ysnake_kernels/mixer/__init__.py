@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ysnake_kernels.backend import choose
-from ysnake_kernels.checks import FLOATS, check, check_rank
+from ysnake_kernels.checks import FLOATS, check, check_rank, check_skip, check_whole
 from ysnake_kernels.conv import check_conv
 from ysnake_kernels.mixer import composed, eager
 from ysnake_kernels.mixer.composed import scan_inputs
@@ -72,7 +72,10 @@ def mamba_split_conv1d_scan_combined(
     Source: arXiv 2405.21060, section 7.1 and figure 6 (the parallel Mamba block).
     """
     sizes = check_sizes(zxbcdt, conv1d_weight, A, headdim, ngroups)
-    d_inner = sizes[0]
+    d_inner, channels, heads = sizes
+    if conv1d_bias is not None:
+        check("conv1d_bias", conv1d_bias, (channels,), zxbcdt, match="conv1d_weight")
+    check_skip(D, heads, d_inner // heads, zxbcdt)
     if rmsnorm_weight is not None:
         check("rmsnorm_weight", rmsnorm_weight, (d_inner,), zxbcdt, match="zxbcdt")
     if outproj_weight is not None:
@@ -119,6 +122,9 @@ def check_sizes(
     check_rank("conv1d_weight", conv1d_weight, "channels, width")
     check_rank("A", A, "heads,")
     features, channels, heads = zxbcdt.shape[2], conv1d_weight.shape[0], A.shape[0]
+    if heads < 1:
+        raise ValueError("A: expected at least 1 head, got 0")
+    check_whole("ngroups", ngroups)
     d_inner = features - channels - heads
     if d_inner < 1 or d_inner % heads:
         raise ValueError(

@@ -63,6 +63,10 @@ def rms_norm_gated(
     if z is not None:
         check("z", z, tuple(x.shape), x)
     group_size = features if group_size is None else group_size
+    if not isinstance(group_size, int):
+        raise TypeError(f"group_size: expected a whole number, got {group_size!r}")
+    if not isinstance(eps, int | float):
+        raise TypeError(f"eps: expected a number, got {eps!r}")
     if group_size < 1 or features % group_size:
         raise ValueError(f"group_size: expected a divisor of {features} features, got {group_size}")
     norm = _implementation(choose(x))

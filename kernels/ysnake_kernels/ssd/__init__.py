@@ -11,8 +11,11 @@ from ysnake_kernels.checks import (
     INTEGERS,
     check,
     check_decay,
+    check_limit,
     check_rank,
     check_seq_idx,
+    check_skip,
+    check_whole,
     values_can_be_checked,
 )
 from ysnake_kernels.ssd import eager, reference
@@ -123,17 +126,13 @@ def check_scan(
         raise ValueError(f"B: expected a number of groups dividing {heads} heads, got {groups}")
     check("B", B, (batch, length, groups, state), x)
     check("C", C, (batch, length, groups, state), x, match="B")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-    if D is not None:
-        check("D", D, (heads, head_dim) if D.ndim == 2 else (heads,), x)
+    check_whole("chunk_size", chunk_size)
+    check_skip(D, heads, head_dim, x)
     if z is not None:
         check("z", z, tuple(x.shape), x)
     if dt_bias is not None:
         check("dt_bias", dt_bias, (heads,), x)
-    low, high = dt_limit
-    if not 0 <= low <= high:
-        raise ValueError(f"dt_limit: expected 0 <= low <= high, got {dt_limit}")
+    check_limit(dt_limit)
     sequences = batch
     if cu_seqlens is not None:
         sequences = _check_cu_seqlens(cu_seqlens, x, seq_idx)
@@ -158,6 +157,8 @@ def _scan_each(
 
 def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, seq_idx: Tensor | None) -> int:
     """The number of packed sequences, after the checks of cu_seqlens."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
     if seq_idx is not None:
         raise ValueError("cu_seqlens: expected without seq_idx, got both")
     if x.shape[0] != 1:

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from ysnake_kernels.backend import choose
-from ysnake_kernels.checks import check, check_decay, check_indices, check_rank
+from ysnake_kernels.checks import (
+    check,
+    check_decay,
+    check_indices,
+    check_limit,
+    check_rank,
+    check_skip,
+)
 from ysnake_kernels.step import eager, reference
 
 
@@ -78,15 +85,12 @@ def ssd_step(
     check_decay(A)
     check("B", B, (batch, groups, n), x)
     check("C", C, (batch, groups, n), x, match="B")
-    if D is not None:
-        check("D", D, (heads, head_dim) if D.ndim == 2 else (heads,), x)
+    check_skip(D, heads, head_dim, x)
     if z is not None:
         check("z", z, tuple(x.shape), x)
     if dt_bias is not None:
         check("dt_bias", dt_bias, (heads,), x)
-    low, high = dt_limit
-    if not 0 <= low <= high:
-        raise ValueError(f"dt_limit: expected 0 <= low <= high, got {dt_limit}")
+    check_limit(dt_limit)
     step = _implementation(choose(x))
     options = (D, z, dt_bias, dt_softplus, dt_limit, state_batch_indices)
     with torch.autocast(x.device.type, enabled=False):

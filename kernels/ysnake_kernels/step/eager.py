@@ -31,7 +31,7 @@ def step(
     S = S.to(acc)
     S.mul_(torch.exp(dt * A.to(acc))[..., None, None])
     S.view(batch, groups, -1, n).addcmul_(
-        (xs * dt[..., None]).view(batch, groups, -1, 1), B.to(acc)[:, :, None]
+        (xs * dt[..., None]).reshape(batch, groups, -1, 1), B.to(acc)[:, :, None]
     )
     y = torch.matmul(S.view(batch, groups, -1, n), C.to(acc)[..., None]).view(x.shape)
     if state_batch_indices is not None:
