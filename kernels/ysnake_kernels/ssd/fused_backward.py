@@ -84,10 +84,10 @@ def rows(scan, dy, states, dC, dz, scratch, tile, chunk, slot, share, group, fir
     ti, tj = tile.t0 + tile.q, chunk.t0 + chunk.q
     later = ti[:, None] > tj[None, :]
     seen = (ti[:, None] >= tj[None, :]) & inside(tile)[:, None]
-    if tile.docs is not None:
-        doc = document(tile, ti)
-        seen &= doc[:, None] == document(tile, tj)[None, :]
-        entered = doc == document(tile, tl.maximum(chunk.t0 - 1, tile.start))
+    if scan.seq_idx is not None:
+        doc = document(scan, tile, ti)
+        seen &= doc[:, None] == document(scan, tile, tj)[None, :]
+        entered = doc == document(scan, tile, tl.maximum(chunk.t0 - 1, tile.start))
     CB = products(scan.C, tile, scan.B, chunk, group, n, K)  # [i, j]
     dCB = tl.zeros([K.Q, K.CHUNK], K.ACC)
     dC_ = tl.zeros([K.Q, K.N2], K.ACC)
@@ -98,7 +98,7 @@ def rows(scan, dy, states, dC, dz, scratch, tile, chunk, slot, share, group, fir
         L = tl.exp(tl.where(seen, cs_i[:, None] - cs_j[None, :], float("-inf")))
         L *= load_row(scratch, chunk, head, STEP)[None, :]
         entry = tl.exp(cs_i)
-        if tile.docs is not None:
+        if scan.seq_idx is not None:
             entry = tl.where(entered, entry, 0.0)
         into = tl.zeros([K.Q], K.ACC)
         for p0 in range(0, K.P2, K.PS):
@@ -140,11 +140,11 @@ def columns(
     last = move(tile, tl.minimum(chunk.t0 + K.CHUNK, tile.end) - 1, tl.arange(0, 1))
     later = tj[:, None] < ti[None, :]
     seen = (tj[:, None] <= ti[None, :]) & inside(chunk)[None, :]
-    if tile.docs is not None:
-        doc = document(tile, tj)
-        seen &= doc[:, None] == document(tile, ti)[None, :]
-        left = document(tile, last.t0)
-        entered = document(tile, tl.maximum(chunk.t0 - 1, tile.start))
+    if scan.seq_idx is not None:
+        doc = document(scan, tile, tj)
+        seen &= doc[:, None] == document(scan, tile, ti)[None, :]
+        left = document(scan, tile, last.t0)
+        entered = document(scan, tile, tl.maximum(chunk.t0 - 1, tile.start))
     CB = products(scan.B, tile, scan.C, chunk, group, n, K)  # [j, i]
     dCB = tl.zeros([K.Q, K.CHUNK], K.ACC)
     dB_ = tl.zeros([K.Q, K.N2], K.ACC)
@@ -155,7 +155,7 @@ def columns(
         step = load_row(scratch, tile, head, STEP)
         L = tl.exp(tl.where(seen, cs_i[None, :] - cs_j[:, None], float("-inf")))  # [j, i]
         exit = tl.exp(tl.minimum(load_row(scratch, last, head, DECAY) - cs_j, 0.0))
-        if tile.docs is not None:
+        if scan.seq_idx is not None:
             exit = tl.where(doc == left, exit, 0.0)
         sent, onward, dstep = (tl.zeros([K.Q], K.ACC),) * 3
         for p0 in range(0, K.P2, K.PS):
@@ -192,7 +192,7 @@ def columns(
             head = first_head + r
             total = tl.sum(load_row(scratch, last, head, DECAY), 0)
             flow = inner(states, dstates, slot, head, heads, K) * tl.exp(total)
-            if tile.docs is not None:
+            if scan.seq_idx is not None:
                 flow = tl.where(entered == left, flow, 0.0)
             tl.store(through + slot.to(tl.int64) * heads + head, flow)
 

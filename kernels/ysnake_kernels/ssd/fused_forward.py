@@ -63,7 +63,7 @@ def forward_kernel(scan, y, final_states, ends, whole, length, K, SEGMENTS: tl.c
         B = load_tile(scan.B, tile, group, n, K.N)  # [Q, N2]
         C = load_tile(scan.C, tile, group, n, K.N)  # [Q, N2]
         step, _ = step_sizes(scan, tile, head, K)
-        cs, entry, exit, through, doc = decays(step * a, tile, K)
+        cs, entry, exit, through, doc = decays(step * a, scan, tile, K)
         seen = (q[:, None] <= q[None, :]) & (doc[:, None] == doc[None, :])  # [j, i], j <= i
         L = tl.exp(tl.where(seen, cs[None, :] - cs[:, None], float("-inf")))
         W = dot(B, tl.trans(C), K) * L * step[:, None]  # [j, i]
@@ -116,7 +116,7 @@ def sweep(
                 store_state(S, states, slot + i // TILES, head, scan.heads, p, n, K)
                 before *= 0.0
         step, _ = step_sizes(scan, tile, head, K)
-        decay, entry, exit, through, _ = decays(step * a, tile, K)
+        decay, entry, exit, through, _ = decays(step * a, scan, tile, K)
         if REVERSE:
             v = load_gated(scan, dy, tile, head, p, K).to(K.ACC) * entry[:, None]  # [Q, PS]
             B = load_tile(scan.C, tile, group, n, K.N)  # [Q, N2]

@@ -110,13 +110,13 @@ def as_kernels_see(scan: Scan, softplus: bool, low: float, high: float) -> tuple
 
 
 class Tile(NamedTuple):
-    """Tokens t0 + q of a row of the batch, in a sequence that goes from `start` to `end`; `docs`
-    points to the row's document numbers. Lives in kernels only."""
+    """In a kernel: tokens t0 + q of a row of the batch, in a sequence from `start` to `end`; the
+    rows before hold `earlier` tokens."""
 
     row: Any
+    earlier: Any
     start: Any
     end: Any
-    docs: Any
     t0: Any
     q: Any
 
@@ -124,7 +124,7 @@ class Tile(NamedTuple):
 @triton.jit
 def move(tile, t0, q):
     """Tokens t0 + q of the same sequence."""
-    return Tile(tile.row, tile.start, tile.end, tile.docs, t0, q)
+    return Tile(tile.row, tile.earlier, tile.start, tile.end, t0, q)
 
 
 @triton.jit
@@ -221,13 +221,13 @@ def step_sizes(scan, tile, head, K):
 
 
 @triton.jit
-def document(tile, t):
+def document(scan, tile, t):
     """The documents of tokens t of the tile's sequence; behind its end stands the last token's."""
-    return tl.load(tile.docs + tl.minimum(t, tile.end - 1))
+    return tl.load(scan.seq_idx + tile.earlier + tl.minimum(t, tile.end - 1))
 
 
 @triton.jit
-def decays(log_decay, tile, K):
+def decays(log_decay, scan, tile, K):
     """Of a tile: the cumulative log decay [Q], from the entering state to each token [Q], from each
     token to the leaving state [Q], from the entering to the leaving state; and each token's
     document [Q]. All exponents are <= 0, and zero stands for another document."""
@@ -237,10 +237,10 @@ def decays(log_decay, tile, K):
     total = tl.sum(tl.where(tile.q == last, cs, 0.0), 0)
     entry, exit, whole = tl.exp(cs), tl.exp(tl.minimum(total - cs, 0.0)), tl.exp(total)
     doc = tile.q * 0
-    if tile.docs is not None:
-        doc = document(tile, tile.t0 + tile.q)
-        entering = document(tile, tl.maximum(tile.t0 - 1, tile.start))
-        leaving = document(tile, tile.t0 + last)
+    if scan.seq_idx is not None:
+        doc = document(scan, tile, tile.t0 + tile.q)
+        entering = document(scan, tile, tl.maximum(tile.t0 - 1, tile.start))
+        leaving = document(scan, tile, tile.t0 + last)
         entry = tl.where(doc == entering, entry, 0.0)
         exit = tl.where(doc == leaving, exit, 0.0)
         whole = tl.where(entering == leaving, whole, 0.0)
@@ -253,12 +253,11 @@ def decays(log_decay, tile, K):
 @triton.jit
 def sequence(scan, seq, length, q):
     """The first tile of sequence `seq`."""
-    docs = None if scan.seq_idx is None else scan.seq_idx + seq.to(tl.int64) * length
     row, start, end = seq, seq * 0, seq * 0 + length
     if scan.cu_seqlens is not None:
         row, start = seq * 0, tl.load(scan.cu_seqlens + seq).to(tl.int32)
         end = tl.load(scan.cu_seqlens + seq + 1).to(tl.int32)
-    return Tile(row, start, end, docs, start, q)
+    return Tile(row, row.to(tl.int64) * length, start, end, start, q)
 
 
 @triton.jit
