@@ -168,9 +168,9 @@ def columns(
             du = dot(CB * L, G, K)
             dS = load_state(dstates, slot, head, heads, p, n, K)  # [PS, N2]
             B_ = load_tile(scan.B, tile, group, n, K.N)  # [Q, N2]
-            dB_ = dot(x_.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
             edge = dot(B_, tl.trans(dS), K) * exit[:, None]  # [Q, PS]
-            onward += tl.sum(x_.to(K.ACC) * edge, 1) * step
+            dB_ = dot(x_.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
+            onward += tl.sum(x_.to(K.ACC) * edge, 1)
             du += edge
             dstep += tl.sum(x_.to(K.ACC) * du, 1)
             du *= step[:, None]
@@ -182,7 +182,7 @@ def columns(
                 tl.store(at_channel, tl.sum(G_ * x_.to(K.ACC), 0), mask=p < K.P)
             store_tile(du, dx, tile, head, p, K.P)
         store_row(sent, scratch, tile, head, SENT)
-        store_row(onward, scratch, tile, head, ONWARD)
+        store_row(onward * step, scratch, tile, head, ONWARD)
         store_row(dstep, scratch, tile, head, DSTEP)
     C_all = load_tile(scan.C, chunk, group, n, K.N)  # [CHUNK, N2]
     store_tile(dot(dCB, C_all, K, dB_), dB, tile, share, n, K.N)
