@@ -346,42 +346,45 @@ def device(place: torch.device) -> Device:
     return Device(family, about.multi_processor_count)
 
 
-# (kernel, bytes of a factor of its products, whether the state size is above 128) -> configuration.
+# (kernel, bytes of a factor of its products, size) -> configuration; a state above 128 is wide, a
+# head below 64 narrow, and what has no line of its own is usual.
 #
 # `forward` and `states` carry a state of p_slice x N2 numbers in registers, `gradients` a sum of
-# tile x N2 and two of tile x chunk. Registers decide. On sm_80 and sm_90, head size 64 in bfloat16
-# spills nothing but 8 and 24 bytes a thread in `gradients` at state size 128: a chunk of 64 would
-# spare these, but write and read 512 bytes of states more per token and head.
+# tile x N2 and two of tile x chunk. Registers decide. Head size 64 in bfloat16 spills nothing on
+# sm_80 and sm_90, but for 8 bytes a thread of `gradients` on sm_80 at state size 128: a chunk of 64
+# would spare these, but write and read 512 bytes of states more per token and head. Where a head is
+# no wider than a tile, Triton lays all warps along the tile, and each holds the whole chunk's width.
 TABLE = {
-    ("forward", 2, False): Config(tile=32, p_slice=64, warps=4, stages=2),
-    ("states", 2, False): Config(tile=32, p_slice=64, warps=4, stages=2),
-    ("gradients", 2, False): Config(tile=32, p_slice=64, warps=8, stages=1, chunk=128),
-    ("forward", 2, True): Config(tile=32, p_slice=32, warps=8, stages=2),
-    ("states", 2, True): Config(tile=32, p_slice=32, warps=4, stages=2),
-    ("gradients", 2, True): Config(tile=16, p_slice=32, warps=8, stages=1, chunk=64),
-    ("forward", 4, False): Config(tile=16, p_slice=64, warps=8, stages=2),
-    ("states", 4, False): Config(tile=16, p_slice=64, warps=8, stages=2),
-    ("gradients", 4, False): Config(tile=16, p_slice=64, warps=8, stages=1, chunk=32),
-    ("forward", 4, True): Config(tile=16, p_slice=32, warps=8, stages=1),
-    ("states", 4, True): Config(tile=16, p_slice=32, warps=8, stages=1),
-    ("gradients", 4, True): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
-    ("forward", 8, False): Config(tile=16, p_slice=16, warps=4, stages=1),
-    ("states", 8, False): Config(tile=16, p_slice=16, warps=4, stages=1),
-    ("gradients", 8, False): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
-    ("forward", 8, True): Config(tile=16, p_slice=16, warps=8, stages=1),
-    ("states", 8, True): Config(tile=16, p_slice=16, warps=8, stages=1),
-    ("gradients", 8, True): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
+    ("forward", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=2),
+    ("states", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=2),
+    ("gradients", 2, "usual"): Config(tile=32, p_slice=64, warps=8, stages=1, chunk=128),
+    ("gradients", 2, "narrow"): Config(tile=16, p_slice=64, warps=4, stages=1, chunk=32),
+    ("forward", 2, "wide"): Config(tile=32, p_slice=32, warps=8, stages=2),
+    ("states", 2, "wide"): Config(tile=32, p_slice=32, warps=4, stages=2),
+    ("gradients", 2, "wide"): Config(tile=16, p_slice=32, warps=8, stages=1, chunk=64),
+    ("forward", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=2),
+    ("states", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=2),
+    ("gradients", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=1, chunk=32),
+    ("forward", 4, "wide"): Config(tile=16, p_slice=32, warps=8, stages=1),
+    ("states", 4, "wide"): Config(tile=16, p_slice=32, warps=8, stages=1),
+    ("gradients", 4, "wide"): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
+    ("forward", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1),
+    ("states", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1),
+    ("gradients", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
 }
 
 
 # Where an architecture needs another: (family, *key of TABLE) -> configuration.
-EXCEPTIONS: dict[tuple, Config] = {}
+EXCEPTIONS = {  # four waves of 64 lanes may have 512 registers each, eight 256
+    ("gfx942", "gradients", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=1, chunk=128),
+}
 
 
 def launch(kind: str, family: str, K: Constants) -> tuple[Constants, dict]:
     """Of a kernel: its argument K, and the options of its launch."""
-    key = (kind, K.DOT.primitive_bitwidth // 8, K.N2 > 128)
-    config = EXCEPTIONS.get((family, *key), TABLE[key])
+    size = "wide" if K.N2 > 128 else "narrow" if K.P2 < 64 else "usual"
+    key = (kind, K.DOT.primitive_bitwidth // 8, size)
+    config = EXCEPTIONS.get((family, *key)) or TABLE.get(key) or TABLE[(*key[:2], "usual")]
     chosen = {"Q": config.tile, "CHUNK": config.chunk, "PS": min(config.p_slice, K.P2)}
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return K._replace(**chosen), options

@@ -44,7 +44,7 @@ def step(
 
 
 @triton.jit
-def _kernel(
+def _step_kernel(
     state,
     x,
     dt,
@@ -153,7 +153,7 @@ def _step(
     options = configuration(head_dim, n)
     acc = accumulator(state, x)
     with torch.cuda.device_of(x):
-        _kernel[(batch, heads, triton.cdiv(head_dim, options["ROWS"]))](
+        _step_kernel[(batch, heads, triton.cdiv(head_dim, options["ROWS"]))](
             *(state, x, dt, A, B, C, D, z, dt_bias, indices, y, heads),
             *(*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2]),
             *((0, 0) if z is None else z.stride()[:2]),
