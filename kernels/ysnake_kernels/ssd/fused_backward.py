@@ -52,6 +52,7 @@ from ysnake_kernels.ssd.fused_tiles import (
     store_tile,
     view,
 )
+from ysnake_kernels.triton_math import ROUND_ONCE
 
 
 @triton.jit
@@ -324,7 +325,9 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
             scan, dy, states, dstates, view(dx), view(dB), view(dC), view(dz), dD, through,
             scratch, owner, scan.per_group // splits, length, K, **options,
         )  # fmt: skip
-        steps_kernel[(slots * heads,)](scan, view(ddt), through, sums, scratch, owner, length, K)
+        steps_kernel[(slots * heads,)](
+            scan, view(ddt), through, sums, scratch, owner, length, K, **ROUND_ONCE
+        )
 
     if splits > 1:
         dB, dC = (

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator
-from ysnake_kernels.triton_math import clamp, softplus
+from ysnake_kernels.triton_math import ROUND_ONCE, clamp, softplus
 
 LARGEST = 256  # head size and state size
 MOST_SEGMENTS = 32
@@ -353,7 +353,7 @@ def device(place: torch.device) -> Device:
 # tile x N2 and two of tile x chunk. Registers decide. Head size 64 in bfloat16 spills nothing on
 # sm_80 and sm_90, but for 8 bytes a thread of `gradients` on sm_80 at state size 128: a chunk of 64
 # would spare these, but write and read 512 bytes of states more per token and head. Where a head is
-# no wider than a tile, Triton lays all warps along the tile, and each holds the whole chunk's width.
+# no wider than a tile, Triton lays all warps along the tile, and each holds a chunk's whole width.
 TABLE = {
     ("forward", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=2),
     ("states", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=2),
@@ -386,7 +386,7 @@ def launch(kind: str, family: str, K: Constants) -> tuple[Constants, dict]:
     key = (kind, K.DOT.primitive_bitwidth // 8, size)
     config = EXCEPTIONS.get((family, *key)) or TABLE.get(key) or TABLE[(*key[:2], "usual")]
     chosen = {"Q": config.tile, "CHUNK": config.chunk, "PS": min(config.p_slice, K.P2)}
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    options = {"num_warps": config.warps, "num_stages": config.stages, **ROUND_ONCE}
     return K._replace(**chosen), options
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator
-from ysnake_kernels.triton_math import clamp, softplus
+from ysnake_kernels.triton_math import ROUND_ONCE, clamp, softplus
 
 TILE = 2048  # elements of the state per program: 8 KB in float32, small enough for batch 1
 MAX_STATE = 4096  # N, a row of the tile
@@ -117,7 +117,7 @@ def configuration(head_dim: int, n: int) -> dict[str, int]:
     """Rows and columns of the state's tile, and warps, on any architecture."""
     cols = triton.next_power_of_2(n)
     rows = min(triton.next_power_of_2(head_dim), max(1, TILE // cols))
-    return {"ROWS": rows, "COLS": cols, "num_warps": 4}
+    return {"ROWS": rows, "COLS": cols, "num_warps": 4, **ROUND_ONCE}
 
 
 def _adjacent(t: Tensor | None) -> Tensor | None:
