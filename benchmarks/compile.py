@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -24,7 +25,6 @@ from triton.runtime.jit import create_function_from_signature
 from ysnake_kernels.conv import fused as conv
 from ysnake_kernels.norm import fused as norm
 from ysnake_kernels.ssd import fused_backward, fused_forward
-from ysnake_kernels.ssd.fused_tiles import Device
 from ysnake_kernels.step import fused as step
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"
@@ -54,7 +54,7 @@ class Compiled:
     head_dim: int
     state: int
     z: bool
-    segmented: bool
+    form: str
     registers: int | None  # None where the compiler does not say
     spilled: int | None  # bytes a thread
     shared: int
@@ -85,27 +85,34 @@ def recorded(call, *modules) -> list[tuple]:
 
 
 def scan_launches(
-    family: str, dtype: str, head_dim: int, state: int, z: bool, multiprocessors: int = 1
+    family: str, dtype: str, head_dim: int, state: int, z: bool, form: str = "plain"
 ) -> list[tuple]:
     """Launches of a scan of one sequence, forward and backward."""
-    batch, length = 1, 4096
+    batch, length, packed = 1, 4096, 3 if form == "packed" else 1
     kwargs = {"dtype": getattr(torch, dtype), "device": "meta"}
     x = torch.empty(batch, length, HEADS, head_dim, **kwargs)
     dt = torch.empty(batch, length, HEADS, **kwargs)
     B = torch.empty(batch, length, 1, state, **kwargs)
-    per_head = torch.empty(HEADS, dtype=torch.float32, device="meta")
-    gate = x if z else None
-    arguments = (x, dt, per_head, B, B, per_head, gate, None, per_head, None, None)
+    per_head = torch.empty(HEADS, device="meta")
+    D, initial, seq_idx, cu_seqlens = per_head, None, None, None
+    if form in ("documents", "packed"):
+        D = torch.empty(HEADS, head_dim, device="meta")
+        initial = torch.empty(packed, HEADS, head_dim, state, device="meta")
+    if form == "documents":
+        seq_idx = torch.empty(batch, length, dtype=torch.int32, device="meta")
+    if form == "packed":
+        cu_seqlens = torch.empty(packed + 1, dtype=torch.int32, device="meta")
+    given = (x, dt, per_head, B, B, D, x if z else None, initial, per_head, seq_idx, cu_seqlens)
     options = (True, 0.0, float("inf"))
 
     def call() -> None:
-        fused_forward.forward(*arguments, *options)
-        fused_backward.backward(x, None, *arguments, *options)
+        fused_forward.forward(*given, *options)
+        fused_backward.backward(x, initial, *given, *options)
 
     modules = fused_forward, fused_backward
     with ExitStack() as patches:
         for module in modules:
-            stand_in = Mock(return_value=Device(family, multiprocessors))
+            stand_in = Mock(return_value=(family, MULTIPROCESSORS if form == "segments" else 1))
             patches.enter_context(patch.object(module, "device", stand_in))
         return recorded(call, *modules)
 
@@ -165,11 +172,11 @@ def resources(compiled) -> tuple[int | None, int | None]:
 
 
 def compile_job(job: tuple) -> list[Compiled]:
-    """The kernels of a layer of a shape, or of a scan in segments, for a target."""
-    name, shape, segmented = job
+    """The kernels of a layer of a shape, or of a scan in another form, for a target."""
+    name, shape, form = job
     target, limit = TARGETS[name]
-    log = scan_launches(name, *shape, MULTIPROCESSORS if segmented else 1)
-    if not segmented and not shape[3]:
+    log = scan_launches(name, *shape, form)
+    if form == "plain" and not shape[3]:
         log += other_launches(*shape[:3])
     rows = []
     for kernel, args, kwargs in log:
@@ -179,7 +186,7 @@ def compile_job(job: tuple) -> list[Compiled]:
         operator, name_of = kernel.fn.__module__.split(".")[1], kernel.fn.__name__
         label = f"{operator} {name_of.removesuffix('_kernel').strip('_')}"
         usage = (*resources(compiled), compiled.metadata.shared)
-        rows.append(Compiled(label, name, *shape, segmented, *usage, limit, seconds))
+        rows.append(Compiled(label, name, *shape, form, *usage, limit, seconds))
     return rows
 
 
@@ -194,18 +201,18 @@ def compile_all(jobs: list[tuple], processes: int) -> list[Compiled]:
 def table(rows: list[Compiled]) -> str:
     """A Markdown table, and the kernels of each first forward and backward, with compile time."""
     lines = [
-        "| kernel | target | dtype | head | state | z | segments | registers | spilled bytes "
+        "| kernel | target | dtype | head | state | z | form | registers | spilled bytes "
         "| shared memory | compile s |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     first: dict[tuple, list[float]] = {}
     for r in rows:
-        z, segmented = ("yes" if flag else "no" for flag in (r.z, r.segmented))
         lines.append(
-            f"| {r.kernel} | {r.target} | {r.dtype} | {r.head_dim} | {r.state} | {z} | {segmented} "
-            f"| {r.registers} | {r.spilled} | {r.shared:,} | {r.seconds:.1f} |"
+            f"| {r.kernel} | {r.target} | {r.dtype} | {r.head_dim} | {r.state} "
+            f"| {'yes' if r.z else 'no'} | {r.form} | {r.registers} | {r.spilled} | {r.shared:,} "
+            f"| {r.seconds:.1f} |"
         )
-        if r.kernel.startswith("ssd") and not r.segmented:
+        if r.kernel.startswith("ssd") and r.form == "plain":
             key = (r.target, r.dtype, r.head_dim, r.state)
             first.setdefault(key, []).append(r.seconds)
     lines += ["", "First forward and backward of a scan in a new process, nothing cached:", ""]
@@ -228,9 +235,10 @@ def main() -> None:
     shapes = [
         s for s in (ALL if args.all else PRODUCTION) if not args.states or s[2] in args.states
     ]
-    jobs = [(name, shape, False) for name in args.targets for shape in shapes]
+    jobs = [(name, shape, "plain") for name in args.targets for shape in shapes]
     if args.all:
-        jobs += [(name, shape, True) for name in args.targets for shape in PRODUCTION]
+        other = product(args.targets, PRODUCTION, ("segments", "documents", "packed"))
+        jobs += [job for job in other if job[1] in shapes]
     if args.json:
         rows = compile_all(jobs, args.processes)
         args.json.write_text(json.dumps([asdict(r) for r in rows]))

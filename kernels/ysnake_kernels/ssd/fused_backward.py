@@ -19,39 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator
-from ysnake_kernels.ssd.fused_forward import (
-    DECAY,
-    DSTEP,
-    INTO,
-    ONWARD,
-    SENT,
-    STEP,
-    states_kernel,
-)
-from ysnake_kernels.ssd.fused_tiles import (
-    Scan,
-    as_kernels_see,
-    device,
-    document,
-    dot,
-    inside,
-    launch,
-    load_gated,
-    load_row,
-    load_skip,
-    load_state,
-    load_tile,
-    move,
-    segments,
-    sequence,
-    sigmoid,
-    slot_of,
-    static,
-    step_sizes,
-    store_row,
-    store_tile,
-    view,
-)
+from ysnake_kernels.ssd import fused_tiles as ft
+from ysnake_kernels.ssd.fused_forward import DECAY, DSTEP, INTO, ONWARD, SENT, STEP, states_kernel
+from ysnake_kernels.ssd.fused_tiles import device, segments
 from ysnake_kernels.triton_math import ROUND_ONCE
 
 
@@ -63,19 +33,10 @@ def inner(states, dstates, slot, head, heads, K):
         p = p0 + tl.arange(0, K.PS)
         for n0 in range(0, K.N2, 16):
             n = n0 + tl.arange(0, 16)
-            S = load_state(states, slot, head, heads, p, n, K).to(K.ACC)
-            dS = load_state(dstates, slot, head, heads, p, n, K).to(K.ACC)
+            S = ft.load_state(states, slot, head, heads, p, n, K).to(K.ACC)
+            dS = ft.load_state(dstates, slot, head, heads, p, n, K).to(K.ACC)
             total += tl.sum(tl.sum(S * dS, 1), 0)
     return total
-
-
-# Of B and C a program needs one tile for every head. Loaded once, it would hold its registers
-# through the loop over heads and push others out to memory; later heads find it in the cache.
-@triton.jit
-def products(own, tile, other, chunk, group, n, K):
-    """C_i . B_j of a tile with its chunk, [Q, CHUNK]."""
-    own_ = load_tile(own, tile, group, n, K.N)
-    return dot(own_, tl.trans(load_tile(other, chunk, group, n, K.N)), K)
 
 
 @triton.jit
@@ -84,49 +45,52 @@ def rows(scan, dy, states, dC, dz, scratch, tile, chunk, slot, share, group, fir
     n, heads = tl.arange(0, K.N2), scan.heads
     ti, tj = tile.t0 + tile.q, chunk.t0 + chunk.q
     later = ti[:, None] > tj[None, :]
-    seen = (ti[:, None] >= tj[None, :]) & inside(tile)[:, None]
+    seen = (ti[:, None] >= tj[None, :]) & ft.inside(tile)[:, None]
     if scan.seq_idx is not None:
-        doc = document(scan, tile, ti)
-        seen &= doc[:, None] == document(scan, tile, tj)[None, :]
-        entered = doc == document(scan, tile, tl.maximum(chunk.t0 - 1, tile.start))
-    CB = products(scan.C, tile, scan.B, chunk, group, n, K)  # [i, j]
+        doc = ft.document(scan, tile, ti)
+        seen &= doc[:, None] == ft.document(scan, tile, tj)[None, :]
+        entered = doc == ft.document(scan, tile, tl.maximum(chunk.t0 - 1, tile.start))
+    # B and C are loaded where they are used, and again for each head, from the cache: held through
+    # the loop they would push others out of the registers
+    C_i, B_j = ft.load_tile(scan.C, tile, group, n, K.N), ft.load_tile(scan.B, chunk, group, n, K.N)
+    CB = ft.dot(C_i, tl.trans(B_j), K)  # [i, j]
     dCB = tl.zeros([K.Q, K.CHUNK], K.ACC)
     dC_ = tl.zeros([K.Q, K.N2], K.ACC)
     for r in range(count):
         head = first_head + r
-        cs_i = load_row(scratch, tile, head, DECAY)
-        cs_j = load_row(scratch, chunk, head, DECAY)
+        cs_i = ft.load_row(scratch, tile, head, DECAY)
+        cs_j = ft.load_row(scratch, chunk, head, DECAY)
         L = tl.exp(tl.where(seen, cs_i[:, None] - cs_j[None, :], float("-inf")))
-        L *= load_row(scratch, chunk, head, STEP)[None, :]
+        L *= ft.load_row(scratch, chunk, head, STEP)[None, :]
         entry = tl.exp(cs_i)
         if scan.seq_idx is not None:
             entry = tl.where(entered, entry, 0.0)
         into = tl.zeros([K.Q], K.ACC)
         for p0 in range(0, K.P2, K.PS):
             p = p0 + tl.arange(0, K.PS)
-            S = load_state(states, slot, head, heads, p, n, K)  # [PS, N2]
-            x_ = load_tile(scan.x, chunk, head, p, K.P)  # [CHUNK, PS]
-            C_ = load_tile(scan.C, tile, group, n, K.N)  # [Q, N2]
-            y = dot(C_, tl.trans(S), K) * entry[:, None]  # [Q, PS]
-            G = load_gated(scan, dy, tile, head, p, K)  # [Q, PS]
+            S = ft.load_state(states, slot, head, heads, p, n, K)  # [PS, N2]
+            x_ = ft.load_tile(scan.x, chunk, head, p, K.P)  # [CHUNK, PS]
+            C_ = ft.load_tile(scan.C, tile, group, n, K.N)  # [Q, N2]
+            y = ft.dot(C_, tl.trans(S), K) * entry[:, None]  # [Q, PS]
+            G = ft.load_gated(scan, dy, tile, head, p, K)  # [Q, PS]
             into += tl.sum(y * G.to(K.ACC), 1)
-            dC_ = dot(G.to(K.ACC) * entry[:, None], S, K, dC_)
-            T = dot(G, tl.trans(x_), K) * L  # gradient of C_i . B_j, [i, j]
+            dC_ = ft.dot(G.to(K.ACC) * entry[:, None], S, K, dC_)
+            T = ft.dot(G, tl.trans(x_), K) * L  # gradient of C_i . B_j, [i, j]
             dCB += T
             into += tl.sum(tl.where(later, T * CB, 0.0), 1)
             if scan.z is not None:
-                y = dot(CB * L, x_, K, y)
+                y = ft.dot(CB * L, x_, K, y)
                 if scan.D is not None:
-                    skipped = load_tile(scan.x, tile, head, p, K.P).to(K.ACC)
-                    y += skipped * load_skip(scan.D, head, p, K)
-                z = load_tile(scan.z, tile, head, p, K.P).to(K.ACC)
-                gate = sigmoid(z)
+                    skipped = ft.load_tile(scan.x, tile, head, p, K.P).to(K.ACC)
+                    y += skipped * ft.load_skip(scan.D, head, p, K)
+                z = ft.load_tile(scan.z, tile, head, p, K.P).to(K.ACC)
+                gate = tl.sigmoid(z)
                 slope = gate * (1.0 + z * (1.0 - gate))
-                dy_ = load_tile(dy, tile, head, p, K.P).to(K.ACC)
-                store_tile(dy_ * y * slope, dz, tile, head, p, K.P)
-        store_row(into, scratch, tile, head, INTO)
-    B_all = load_tile(scan.B, chunk, group, n, K.N)  # [CHUNK, N2]
-    store_tile(dot(dCB, B_all, K, dC_), dC, tile, share, n, K.N)
+                dy_ = ft.load_tile(dy, tile, head, p, K.P).to(K.ACC)
+                ft.store_tile(dy_ * y * slope, dz, tile, head, p, K.P)
+        ft.store_row(into, scratch, tile, head, INTO)
+    B_all = ft.load_tile(scan.B, chunk, group, n, K.N)  # [CHUNK, N2]
+    ft.store_tile(ft.dot(dCB, B_all, K, dC_), dC, tile, share, n, K.N)
 
 
 @triton.jit
@@ -138,60 +102,61 @@ def columns(
     flow through the chunk, from its entering to its leaving state."""
     n, heads = tl.arange(0, K.N2), scan.heads
     tj, ti = tile.t0 + tile.q, chunk.t0 + chunk.q
-    last = move(tile, tl.minimum(chunk.t0 + K.CHUNK, tile.end) - 1, tl.arange(0, 1))
+    last = ft.move(tile, tl.minimum(chunk.t0 + K.CHUNK, tile.end) - 1, tl.arange(0, 1))
     later = tj[:, None] < ti[None, :]
-    seen = (tj[:, None] <= ti[None, :]) & inside(chunk)[None, :]
+    seen = (tj[:, None] <= ti[None, :]) & ft.inside(chunk)[None, :]
     if scan.seq_idx is not None:
-        doc = document(scan, tile, tj)
-        seen &= doc[:, None] == document(scan, tile, ti)[None, :]
-        left = document(scan, tile, last.t0)
-        entered = document(scan, tile, tl.maximum(chunk.t0 - 1, tile.start))
-    CB = products(scan.B, tile, scan.C, chunk, group, n, K)  # [j, i]
+        doc = ft.document(scan, tile, tj)
+        seen &= doc[:, None] == ft.document(scan, tile, ti)[None, :]
+        left = ft.document(scan, tile, last.t0)
+        entered = ft.document(scan, tile, tl.maximum(chunk.t0 - 1, tile.start))
+    B_j, C_i = ft.load_tile(scan.B, tile, group, n, K.N), ft.load_tile(scan.C, chunk, group, n, K.N)
+    CB = ft.dot(B_j, tl.trans(C_i), K)  # [j, i]
     dCB = tl.zeros([K.Q, K.CHUNK], K.ACC)
     dB_ = tl.zeros([K.Q, K.N2], K.ACC)
     for r in range(count):
         head = first_head + r
-        cs_j = load_row(scratch, tile, head, DECAY)
-        cs_i = load_row(scratch, chunk, head, DECAY)
-        step = load_row(scratch, tile, head, STEP)
+        cs_j = ft.load_row(scratch, tile, head, DECAY)
+        cs_i = ft.load_row(scratch, chunk, head, DECAY)
+        step = ft.load_row(scratch, tile, head, STEP)
         L = tl.exp(tl.where(seen, cs_i[None, :] - cs_j[:, None], float("-inf")))  # [j, i]
-        exit = tl.exp(tl.minimum(load_row(scratch, last, head, DECAY) - cs_j, 0.0))
+        exit = tl.exp(tl.minimum(ft.load_row(scratch, last, head, DECAY) - cs_j, 0.0))
         if scan.seq_idx is not None:
             exit = tl.where(doc == left, exit, 0.0)
         sent, onward, dstep = (tl.zeros([K.Q], K.ACC),) * 3
         for p0 in range(0, K.P2, K.PS):
             p = p0 + tl.arange(0, K.PS)
-            x_ = load_tile(scan.x, tile, head, p, K.P)  # [Q, PS]
-            G = load_gated(scan, dy, chunk, head, p, K)  # [CHUNK, PS]
-            T = dot(x_, tl.trans(G), K) * L * step[:, None]  # gradient of C_i . B_j, [j, i]
+            x_ = ft.load_tile(scan.x, tile, head, p, K.P)  # [Q, PS]
+            G = ft.load_gated(scan, dy, chunk, head, p, K)  # [CHUNK, PS]
+            T = ft.dot(x_, tl.trans(G), K) * L * step[:, None]  # gradient of C_i . B_j, [j, i]
             dCB += T
             sent += tl.sum(tl.where(later, T * CB, 0.0), 1)
-            du = dot(CB * L, G, K)
-            dS = load_state(dstates, slot, head, heads, p, n, K)  # [PS, N2]
-            B_ = load_tile(scan.B, tile, group, n, K.N)  # [Q, N2]
-            edge = dot(B_, tl.trans(dS), K) * exit[:, None]  # [Q, PS]
-            dB_ = dot(x_.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
+            du = ft.dot(CB * L, G, K)
+            dS = ft.load_state(dstates, slot, head, heads, p, n, K)  # [PS, N2]
+            B_ = ft.load_tile(scan.B, tile, group, n, K.N)  # [Q, N2]
+            edge = ft.dot(B_, tl.trans(dS), K) * exit[:, None]  # [Q, PS]
+            dB_ = ft.dot(x_.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
             onward += tl.sum(x_.to(K.ACC) * edge, 1)
             du += edge
             dstep += tl.sum(x_.to(K.ACC) * du, 1)
             du *= step[:, None]
             if scan.D is not None:
-                G_ = load_gated(scan, dy, tile, head, p, K).to(K.ACC)
-                du += G_ * load_skip(scan.D, head, p, K)
+                G_ = ft.load_gated(scan, dy, tile, head, p, K).to(K.ACC)
+                du += G_ * ft.load_skip(scan.D, head, p, K)
                 at_tile = slot * (K.CHUNK // K.Q) + (tile.t0 - chunk.t0) // K.Q
                 at_channel = dD + (at_tile.to(tl.int64) * heads + head) * K.P + p
                 tl.store(at_channel, tl.sum(G_ * x_.to(K.ACC), 0), mask=p < K.P)
-            store_tile(du, dx, tile, head, p, K.P)
-        store_row(sent, scratch, tile, head, SENT)
-        store_row(onward * step, scratch, tile, head, ONWARD)
-        store_row(dstep, scratch, tile, head, DSTEP)
-    C_all = load_tile(scan.C, chunk, group, n, K.N)  # [CHUNK, N2]
-    store_tile(dot(dCB, C_all, K, dB_), dB, tile, share, n, K.N)
+            ft.store_tile(du, dx, tile, head, p, K.P)
+        ft.store_row(sent, scratch, tile, head, SENT)
+        ft.store_row(onward * step, scratch, tile, head, ONWARD)
+        ft.store_row(dstep, scratch, tile, head, DSTEP)
+    C_all = ft.load_tile(scan.C, chunk, group, n, K.N)  # [CHUNK, N2]
+    ft.store_tile(ft.dot(dCB, C_all, K, dB_), dB, tile, share, n, K.N)
 
     if tile.t0 == chunk.t0:
         for r in range(count):
             head = first_head + r
-            total = tl.sum(load_row(scratch, last, head, DECAY), 0)
+            total = tl.sum(ft.load_row(scratch, last, head, DECAY), 0)
             flow = inner(states, dstates, slot, head, heads, K) * tl.exp(total)
             if scan.seq_idx is not None:
                 flow = tl.where(entered == left, flow, 0.0)
@@ -204,9 +169,9 @@ def chunk_of(scan, slot, owner, length, K):
     seq = slot // tl.cdiv(length, K.CHUNK)
     if owner is not None:
         seq = tl.load(owner + slot).to(tl.int32)
-    chunk = sequence(scan, seq, length, tl.arange(0, K.CHUNK))
-    before = slot - slot_of(scan, seq, chunk.start, length, K.CHUNK)
-    return move(chunk, chunk.start + before * K.CHUNK, chunk.q)
+    chunk = ft.sequence(scan, seq, length, tl.arange(0, K.CHUNK))
+    before = slot - ft.slot_of(scan, seq, chunk.start, length, K.CHUNK)
+    return ft.move(chunk, chunk.start + before * K.CHUNK, chunk.q)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -222,19 +187,14 @@ def gradients_kernel(
     split, group = share // groups, share % groups
     first_head = group * scan.per_group + split * count
     chunk = chunk_of(scan, slot, owner, length, K)
-    tile = move(chunk, chunk.t0 + pid // 2 % TILES * K.Q, tl.arange(0, K.Q))
+    tile = ft.move(chunk, chunk.t0 + pid // 2 % TILES * K.Q, tl.arange(0, K.Q))
     if tile.t0 >= tile.end:
         return
+    place = tile, chunk, slot, share, group, first_head, count
     if pid % 2 == 0:
-        rows(
-            scan, dy, states, dC, dz, scratch,
-            tile, chunk, slot, share, group, first_head, count, K,
-        )  # fmt: skip
+        rows(scan, dy, states, dC, dz, scratch, *place, K)
     else:
-        columns(
-            scan, dy, states, dstates, dx, dB, dD, through, scratch,
-            tile, chunk, slot, share, group, first_head, count, K,
-        )  # fmt: skip
+        columns(scan, dy, states, dstates, dx, dB, dD, through, scratch, *place, K)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -246,15 +206,15 @@ def steps_kernel(scan, ddt, through, sums, scratch, owner, length, K):
     if chunk.t0 >= chunk.end:
         return
     k = chunk.q
-    step, slope = step_sizes(scan, chunk, head, K)
-    into = load_row(scratch, chunk, head, INTO) - load_row(scratch, chunk, head, SENT)
-    onward = load_row(scratch, chunk, head, ONWARD)
+    step, slope = ft.step_sizes(scan, chunk, head, K)
+    into = ft.load_row(scratch, chunk, head, INTO) - ft.load_row(scratch, chunk, head, SENT)
+    onward = ft.load_row(scratch, chunk, head, ONWARD)
     at_sum = slot.to(tl.int64) * scan.heads + head
     flow = tl.where(k[:, None] >= k[None, :], into[:, None], onward[:, None])
     flow = tl.sum(flow, 0) + tl.load(through + at_sum)
-    dstep = load_row(scratch, chunk, head, DSTEP)
+    dstep = ft.load_row(scratch, chunk, head, DSTEP)
     dstep = (dstep + flow * tl.load(scan.A + head).to(K.ACC)) * slope
-    store_row(dstep, ddt, chunk, head)
+    ft.store_row(dstep, ddt, chunk, head)
     tl.store(sums + at_sum * 2, tl.sum(step * flow, 0))
     tl.store(sums + at_sum * 2 + 1, tl.sum(dstep, 0))
 
@@ -269,15 +229,15 @@ def splits_of_group(programs: int, per_group: int, multiprocessors: int) -> int:
 def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
     """Gradients of the first nine fields of a Scan, None for what is absent; the arguments are
     those of `forward`."""
-    given, options = Scan(*arguments[:11]), arguments[11:]
+    given, options = ft.Scan(*arguments[:11]), arguments[11:]
     x, dt, A, B, C, D, z, initial_states, dt_bias, _, cu_seqlens = given[:11]
     batch, length, heads, P = x.shape
     groups, N = B.shape[2:]
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    scan, K = as_kernels_see(given, *options)
+    scan, K = ft.as_kernels_see(given, *options)
     family, multiprocessors = device(x.device)
-    sweep_K, sweep_options = launch("states", family, K)
-    K, options = launch("gradients", family, K)
+    sweep_K, sweep_options = ft.launch("states", family, K)
+    K, options = ft.launch("gradients", family, K)
     chunk, slices = K.CHUNK, K.P2 // sweep_K.PS
     exact = accumulator(*given[:9])
     factors = torch.bfloat16 if tl.bfloat16 == K.DOT else exact
@@ -302,7 +262,7 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
         whole = empty(sequences, count, heads)
     states, dstates = (empty(slots, heads, P, N, dtype=factors) for _ in range(2))
     # of whole blocks of tokens: aligned, and whatever the length is the kernels stay the same
-    scratch = view(empty(batch, heads, 6, triton.cdiv(length, 16) * 16).permute(0, 3, 1, 2))
+    scratch = ft.view(empty(batch, heads, 6, triton.cdiv(length, 16) * 16).permute(0, 3, 1, 2))
     through = empty(slots, heads)
     sums = torch.zeros(slots, heads, 2, dtype=exact, device=x.device)
     dD = None if D is None else torch.zeros(tiles, heads, P, dtype=exact, device=x.device)
@@ -311,8 +271,8 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
     dinitial = None if initial_states is None else torch.empty_like(initial_states)
     shares = (batch, length, splits * groups, N)
     dB, dC = (empty(*shares, dtype=t.dtype if splits == 1 else exact) for t in (B, C))
-    dy, K = view(dy), static(K)
-    sweep_K = static(sweep_K._replace(CHUNK=chunk))  # it stores what the others read
+    dy, K = ft.view(dy), ft.static(K)
+    sweep_K = ft.static(sweep_K._replace(CHUNK=chunk))  # it stores what the others read
 
     with torch.cuda.device_of(x):
         for stored in [True] if count == 1 else [False, True]:
@@ -322,11 +282,11 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
                 **sweep_options,
             )  # fmt: skip
         gradients_kernel[(2 * tiles * groups * splits,)](
-            scan, dy, states, dstates, view(dx), view(dB), view(dC), view(dz), dD, through,
-            scratch, owner, scan.per_group // splits, length, K, **options,
+            scan, dy, states, dstates, *map(ft.view, (dx, dB, dC, dz)), dD, through, scratch, owner,
+            scan.per_group // splits, length, K, **options,
         )  # fmt: skip
         steps_kernel[(slots * heads,)](
-            scan, view(ddt), through, sums, scratch, owner, length, K, **ROUND_ONCE
+            scan, ft.view(ddt), through, sums, scratch, owner, length, K, **ROUND_ONCE
         )
 
     if splits > 1:

@@ -195,14 +195,8 @@ def dot(a, b, K, acc=None):
 
 
 @triton.jit
-def sigmoid(v):
-    e = tl.exp(-tl.abs(v))
-    return tl.where(v < 0, e, 1.0) / (1.0 + e)
-
-
-@triton.jit
 def silu(v):
-    return v * sigmoid(v)
+    return v * tl.sigmoid(v)
 
 
 @triton.jit
@@ -213,7 +207,7 @@ def step_sizes(scan, tile, head, K):
         step += tl.load(scan.dt_bias + head).to(K.ACC)
     slope = tl.full(tile.q.shape, 1.0, K.ACC)
     if K.SOFTPLUS:
-        slope = sigmoid(step)
+        slope = tl.sigmoid(step)
         step = softplus(step)
     low, high = tl.full([], K.LOW, K.ACC), tl.full([], K.HIGH, K.ACC)
     slope = tl.where(inside(tile) & (step >= low) & (step <= high), slope, 0.0)
@@ -331,23 +325,18 @@ class Config(NamedTuple):
     chunk: int = 0
 
 
-class Device(NamedTuple):
-    family: str  # "sm_80", "sm_90", ..., "gfx942"
-    multiprocessors: int
-
-
 @cache
-def device(place: torch.device) -> Device:
-    """What the table and the rules need to know."""
+def device(place: torch.device) -> tuple[str, int]:
+    """Its family ("sm_80", "sm_90", ..., "gfx942") and its number of multiprocessors."""
     if place.type != "cuda":
-        return Device("interpreter", 1)
+        return "interpreter", 1
     about = torch.cuda.get_device_properties(place)
     family = getattr(about, "gcnArchName", "").split(":")[0] or f"sm_{about.major}{about.minor}"
-    return Device(family, about.multi_processor_count)
+    return family, about.multi_processor_count
 
 
-# (kernel, bytes of a factor of its products, size) -> configuration; a state above 128 is wide, a
-# head below 64 narrow, and what has no line of its own is usual.
+# (kernel, bytes of a factor of its products, size[, family]) -> configuration; a state above 128 is
+# wide, a head below 64 narrow, and what has no line of its own is usual.
 #
 # `forward` and `states` carry a state of p_slice x N2 numbers in registers, `gradients` a sum of
 # tile x N2 and two of tile x chunk. Registers decide. Head size 64 in bfloat16 spills nothing on
@@ -371,12 +360,8 @@ TABLE = {
     ("forward", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1),
     ("states", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1),
     ("gradients", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
-}
-
-
-# Where an architecture needs another: (family, *key of TABLE) -> configuration.
-EXCEPTIONS = {  # four waves of 64 lanes may have 512 registers each, eight 256
-    ("gfx942", "gradients", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=1, chunk=128),
+    # four waves of 64 lanes may have 512 registers each, eight 256
+    ("gradients", 2, "usual", "gfx942"): Config(tile=32, p_slice=64, warps=4, stages=1, chunk=128),
 }
 
 
@@ -384,7 +369,7 @@ def launch(kind: str, family: str, K: Constants) -> tuple[Constants, dict]:
     """Of a kernel: its argument K, and the options of its launch."""
     size = "wide" if K.N2 > 128 else "narrow" if K.P2 < 64 else "usual"
     key = (kind, K.DOT.primitive_bitwidth // 8, size)
-    config = EXCEPTIONS.get((family, *key)) or TABLE.get(key) or TABLE[(*key[:2], "usual")]
+    config = TABLE.get((*key, family)) or TABLE.get(key) or TABLE[(*key[:2], "usual")]
     chosen = {"Q": config.tile, "CHUNK": config.chunk, "PS": min(config.p_slice, K.P2)}
     options = {"num_warps": config.warps, "num_stages": config.stages, **ROUND_ONCE}
     return K._replace(**chosen), options
