@@ -86,10 +86,8 @@ def sweep(
         i = first_tile + end_tile - 1 - k if REVERSE else k
         tile = ft.move(first, first.start + i * K.Q, q)
         if states is not None:
-            edge = (
-                (i + 1) % TILES == 0 or i == tl.cdiv(tokens, K.Q) - 1 if REVERSE else i % TILES == 0
-            )
-            if edge:
+            ends_chunk = (i + 1) % TILES == 0 or i == tl.cdiv(tokens, K.Q) - 1
+            if ends_chunk if REVERSE else i % TILES == 0:
                 ft.store_state(S, states, slot + i // TILES, head, scan.heads, p, n, K)
                 before *= 0.0
         step, _ = ft.step_sizes(scan, tile, head, K)

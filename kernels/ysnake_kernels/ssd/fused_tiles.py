@@ -380,14 +380,15 @@ def static(K: Constants) -> Constants:
     return Constants(*map(tl.constexpr, K))
 
 
-def segments(sequences: int, heads: int, slices: int, length: int, multiprocessors: int) -> int:
+def segments(sequences: int, heads: int, slices: int, tokens: int, multiprocessors: int) -> int:
     """Into how many segments a sweep cuts each sequence: one where the programs fill the GPU.
 
-    A segmented sweep reads its inputs twice, so two segments gain nothing.
+    `tokens` are those of all sequences together. A segmented sweep reads its inputs twice, so two
+    segments gain nothing.
     """
     programs = sequences * heads * slices
-    if programs >= multiprocessors:
+    if not 0 < programs < multiprocessors:
         return 1
     wanted = 2 * multiprocessors // programs
-    count = min(wanted, length // sequences // SHORTEST_SEGMENT, MOST_SEGMENTS)
+    count = min(wanted, tokens // sequences // SHORTEST_SEGMENT, MOST_SEGMENTS)
     return count if count > 2 else 1
