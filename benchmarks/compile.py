@@ -1,4 +1,4 @@
-"""What Triton makes of the fused scan for each architecture, without a GPU.
+"""What Triton makes of every kernel for each architecture, without a GPU.
 
 Registers, spilled bytes, shared memory and compile time of each kernel: `python -m
 benchmarks.compile` prints the table and writes it to benchmarks/results/compile.md.
@@ -10,17 +10,22 @@ import re
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+from ysnake_kernels.conv import fused as conv
+from ysnake_kernels.norm import fused as norm
 from ysnake_kernels.ssd import fused_backward, fused_forward
-from ysnake_kernels.ssd.fused_tiles import Device
+from ysnake_kernels.step import fused as step
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"
 # architecture -> target, and the shared memory that one program may have
@@ -31,6 +36,8 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
+HEADS = 24
+MULTIPROCESSORS = 132  # of a card that a single sequence does not fill: it is cut into segments
 PRODUCTION = [("bfloat16", 64, 128, False), ("bfloat16", 64, 64, False)]  # dtype, P, N, z
 ALL = PRODUCTION + [
     (dtype, head, state, z)
@@ -47,6 +54,7 @@ class Compiled:
     head_dim: int
     state: int
     z: bool
+    form: str
     registers: int | None  # None where the compiler does not say
     spilled: int | None  # bytes a thread
     shared: int
@@ -64,41 +72,73 @@ class _Recorder:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
-def launches(
-    family: str, dtype: str, head_dim: int, state: int, z: bool, multiprocessors: int = 1
-) -> list[tuple]:
-    """(kernel, args, kwargs) of all launches of a forward and a backward, without running them."""
+def recorded(call, *modules) -> list[tuple]:
+    """(kernel, args, kwargs) of all launches of modules in a call, without running them."""
     log: list[tuple] = []
-    names = {
-        fused_forward: ("states_kernel", "forward_kernel"),
-        fused_backward: ("states_kernel", "gradients_kernel", "steps_kernel"),
-    }
-    patches = [
-        patch.object(module, "device", lambda x: Device(family, multiprocessors))
-        for module in names
-    ] + [
-        patch.object(module, name, _Recorder(getattr(module, name), log))
-        for module, its in names.items()
-        for name in its
-    ]
-    batch, length, heads = 1, 4096, 24
-    kwargs = {"dtype": getattr(torch, dtype), "device": "meta"}
-    x = torch.empty(batch, length, heads, head_dim, **kwargs)
-    dt = torch.empty(batch, length, heads, **kwargs)
-    B = torch.empty(batch, length, 1, state, **kwargs)
-    per_head = torch.empty(heads, dtype=torch.float32, device="meta")
-    gate = x if z else None
-    arguments = (x, dt, per_head, B, B, per_head, gate, None, per_head, None, None)
-    options = (True, 0.0, float("inf"))
-    for p in patches:
-        p.start()
-    try:
-        fused_forward.forward(*arguments, *options)
-        fused_backward.backward(x, None, *arguments, *options)
-    finally:
-        for p in patches:
-            p.stop()
+    with ExitStack() as patches:
+        for module in modules:
+            for name in [n for n in vars(module) if n.endswith("_kernel")]:
+                stand_in = _Recorder(getattr(module, name), log)
+                patches.enter_context(patch.object(module, name, stand_in))
+        call()
     return log
+
+
+def scan_launches(
+    family: str, dtype: str, head_dim: int, state: int, z: bool, form: str = "plain"
+) -> list[tuple]:
+    """Launches of a scan of one sequence, forward and backward."""
+    batch, length, packed = 1, 4096, 3 if form == "packed" else 1
+    kwargs = {"dtype": getattr(torch, dtype), "device": "meta"}
+    x = torch.empty(batch, length, HEADS, head_dim, **kwargs)
+    dt = torch.empty(batch, length, HEADS, **kwargs)
+    B = torch.empty(batch, length, 1, state, **kwargs)
+    per_head = torch.empty(HEADS, device="meta")
+    D, initial, seq_idx, cu_seqlens = per_head, None, None, None
+    if form in ("documents", "packed"):
+        D = torch.empty(HEADS, head_dim, device="meta")
+        initial = torch.empty(packed, HEADS, head_dim, state, device="meta")
+    if form == "documents":
+        seq_idx = torch.empty(batch, length, dtype=torch.int32, device="meta")
+    if form == "packed":
+        cu_seqlens = torch.empty(packed + 1, dtype=torch.int32, device="meta")
+    given = (x, dt, per_head, B, B, D, x if z else None, initial, per_head, seq_idx, cu_seqlens)
+    options = (True, 0.0, float("inf"))
+
+    def call() -> None:
+        fused_forward.forward(*given, *options)
+        fused_backward.backward(x, initial, *given, *options)
+
+    modules = fused_forward, fused_backward
+    with ExitStack() as patches:
+        for module in modules:
+            stand_in = Mock(return_value=(family, MULTIPROCESSORS if form == "segments" else 1))
+            patches.enter_context(patch.object(module, "device", stand_in))
+        return recorded(call, *modules)
+
+
+def other_launches(dtype: str, head_dim: int, state: int) -> list[tuple]:
+    """Launches of the other operators of a layer, on slices of one projection, then of a step."""
+    d_inner = HEADS * head_dim
+    channels = d_inner + 2 * state
+    zxbcdt = torch.empty(2, 256, d_inner + channels + HEADS, dtype=getattr(torch, dtype))
+    z, xBC, dt = zxbcdt.split([d_inner, channels, HEADS], -1)
+    weight, bias, gain = torch.empty(channels, 4), torch.empty(channels), torch.empty(d_inner)
+    x, B, C = xBC[:, 0].split([d_inner, state, state], -1)
+    x, per_head = x.unflatten(-1, (HEADS, head_dim)), torch.empty(HEADS)
+    S = torch.empty(2, HEADS, head_dim, state)
+
+    def call() -> None:
+        taps = (xBC.transpose(1, 2), weight, bias, None, None, True)
+        y, _ = conv._forward(*taps)
+        conv._backward(y, None, *taps)
+        gated = (z.contiguous(), gain, None, z, 1e-5, d_inner, False)
+        norm._backward(norm._forward(*gated), *gated)
+        conv._step(xBC[:, 0], torch.empty(2, channels, 3), weight, bias, None, True)
+        heads = (per_head, B[:, None], C[:, None], per_head, None, per_head, None)
+        step._step(S, x, dt[:, 0], *heads, True, 0.0, float("inf"))
+
+    return recorded(call, conv, norm, step)
 
 
 def compile_launch(kernel, args: tuple, kwargs: dict, target: GPUTarget):
@@ -131,41 +171,56 @@ def resources(compiled) -> tuple[int | None, int | None]:
     return int(found[1]), int(found[2])
 
 
-def compile_all(shapes: list[tuple], targets: list[str], multiprocessors: int = 1):
-    """Yield a `Compiled` for each kernel, shape and target."""
-    for name in targets:
-        target, limit = TARGETS[name]
-        for shape in shapes:
-            for kernel, args, kwargs in launches(name, *shape, multiprocessors):
-                start = time.perf_counter()
-                compiled = compile_launch(kernel, args, kwargs, target)
-                seconds = time.perf_counter() - start
-                registers, spilled = resources(compiled)
-                shared = compiled.metadata.shared
-                yield Compiled(
-                    kernel.fn.__name__, name, *shape, registers, spilled, shared, limit, seconds
-                )
+def compile_job(job: tuple) -> list[Compiled]:
+    """The kernels of a layer of a shape, or of a scan in another form, for a target."""
+    name, shape, form = job
+    target, limit = TARGETS[name]
+    log = scan_launches(name, *shape, form)
+    if form == "plain" and not shape[3]:
+        log += other_launches(*shape[:3])
+    rows = []
+    for kernel, args, kwargs in log:
+        start = time.perf_counter()
+        compiled = compile_launch(kernel, args, kwargs, target)
+        seconds = time.perf_counter() - start
+        operator, name_of = kernel.fn.__module__.split(".")[1], kernel.fn.__name__
+        label = f"{operator} {name_of.removesuffix('_kernel').strip('_')}"
+        usage = (*resources(compiled), compiled.metadata.shared)
+        rows.append(Compiled(label, name, *shape, form, *usage, limit, seconds))
+    return rows
+
+
+def compile_all(jobs: list[tuple], processes: int) -> list[Compiled]:
+    """What each job gives, in order; Triton's cache keeps kernels from being compiled twice."""
+    if processes == 1:
+        return [row for job in jobs for row in compile_job(job)]
+    with ProcessPoolExecutor(processes) as pool:
+        return [row for rows in pool.map(compile_job, jobs) for row in rows]
 
 
 def table(rows: list[Compiled]) -> str:
-    """A Markdown table, and the compile time of each first forward and backward."""
+    """A Markdown table, and the kernels of each first forward and backward, with compile time."""
     lines = [
-        "| kernel | target | dtype | head | state | z | registers | spilled bytes | shared memory "
-        "| compile s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | target | dtype | head | state | z | form | registers | spilled bytes "
+        "| shared memory | compile s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    totals: dict[tuple, float] = {}
+    first: dict[tuple, list[float]] = {}
     for r in rows:
         lines.append(
             f"| {r.kernel} | {r.target} | {r.dtype} | {r.head_dim} | {r.state} "
-            f"| {'yes' if r.z else 'no'} | {r.registers} | {r.spilled} | {r.shared:,} "
+            f"| {'yes' if r.z else 'no'} | {r.form} | {r.registers} | {r.spilled} | {r.shared:,} "
             f"| {r.seconds:.1f} |"
         )
-        key = (r.target, r.dtype, r.head_dim, r.state)
-        totals[key] = totals.get(key, 0.0) + r.seconds
-    lines += ["", "First forward and backward of a process, compile seconds:", ""]
-    for (target, dtype, head, state), seconds in totals.items():
-        lines.append(f"- {target}, {dtype}, head {head}, state {state}: {seconds:.1f}")
+        if r.kernel.startswith("ssd") and r.form == "plain":
+            key = (r.target, r.dtype, r.head_dim, r.state)
+            first.setdefault(key, []).append(r.seconds)
+    lines += ["", "First forward and backward of a scan in a new process, nothing cached:", ""]
+    for (target, dtype, head, state), seconds in first.items():
+        lines.append(
+            f"- {target}, {dtype}, head {head}, state {state}: {len(seconds)} kernels, "
+            f"{sum(seconds):.1f} s"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -174,19 +229,26 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every configuration of the table")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--states", nargs="+", type=int, help="only these state sizes")
+    parser.add_argument("--processes", type=int, default=1, help="how many compile at once")
     parser.add_argument("--json", type=Path, help="write the figures here, and no table")
     args = parser.parse_args()
     shapes = [
         s for s in (ALL if args.all else PRODUCTION) if not args.states or s[2] in args.states
     ]
-    rows = list(compile_all(shapes, args.targets))
+    jobs = [(name, shape, "plain") for name in args.targets for shape in shapes]
+    if args.all:
+        other = product(args.targets, PRODUCTION, ("segments", "documents", "packed"))
+        jobs += [job for job in other if job[1] in shapes]
     if args.json:
+        rows = compile_all(jobs, args.processes)
         args.json.write_text(json.dumps([asdict(r) for r in rows]))
-    else:
-        text = f"# Compiled kernels of the scan, Triton {triton.__version__}\n\n" + table(rows)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(text)
-        print(text)
+        return
+    with tempfile.TemporaryDirectory() as empty, patch.object(triton.knobs.cache, "dir", empty):
+        text = table(compile_all(jobs, args.processes))
+    text = f"# Compiled kernels, Triton {triton.__version__}\n\n{text}"
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -69,16 +69,19 @@ def moved(op: str, mode: str, s: Shape, multiprocessors: int) -> float:
     """Bytes that our kernels must read and write."""
     from ysnake_kernels.ssd import fused_backward, fused_tiles
 
-    conv, conv_back, norm, norm_back, step = (k.bytes for k in traffic.others(s))
-    main = fused_tiles.TABLE["gradients", 2, False]
+    small = {name: sum(k.bytes for k in ks) for name, ks in traffic.others(s).items()}
+    conv, conv_back, norm, norm_back, step = small.values()
+    main = fused_tiles.TABLE["gradients", 2, "usual"]
     tiles = s.batch * -(-s.length // main.chunk) * (main.chunk // main.tile)
-    s = replace(
-        s,
-        segments=fused_tiles.segments(s.batch, s.heads, 1, s.length, multiprocessors),
-        splits=fused_backward.splits_of_group(
-            2 * tiles * s.groups, s.heads // s.groups, multiprocessors
-        ),
+    tokens = s.batch * s.length
+    forward, back = (
+        fused_tiles.segments(s.batch, directions * s.heads, 1, tokens, multiprocessors)
+        for directions in (1, 2)
     )
+    splits = fused_backward.splits_of_group(
+        2 * tiles * s.groups, s.heads // s.groups, multiprocessors
+    )
+    s = replace(s, segments=forward, back_segments=back, splits=splits)
     scan, scan_back = (sum(k.bytes for k in f(s)) for f in (traffic.forward, traffic.backward))
     forward = {"scan": scan, "convolution": conv, "norm": norm, "step": step}
     forward["mixer"] = conv + scan + norm

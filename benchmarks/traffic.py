@@ -1,6 +1,6 @@
 """Bytes and operations of every kernel, counted, and the time that a card needs at the very least.
 
-A count holds each tensor once per kernel that reads or writes it: what is shared by the heads of a
+A count holds each byte once per kernel that reads or writes it: what is shared by the heads of a
 group or by neighbouring programs is taken to come from the cache after the first time.
 """
 
@@ -33,6 +33,8 @@ class Shape:
     """Tokens of a chunk of the five-kernel chain."""
     segments: int = 1
     """Segments of each sequence in the forward."""
+    back_segments: int = 1
+    """Segments of each sequence in the backward."""
     splits: int = 1
     """Programs that share the heads of a group in the backward, each with its own dB and dC."""
 
@@ -90,18 +92,19 @@ def forward(s: Shape) -> list[Kernel]:
     products = 2 * (2 * NP + Q * (s.state + s.head_dim))  # C S, B x; C B^T, (C B^T) x
     if s.segments == 1:
         return [Kernel("single pass", size, writes, products * s.token_heads)]
-    ends = {"ends": s.segments * writes["final states"]}
+    ends = ends_of_segments(s, s.segments)
     reads = {name: size[name] for name in ("x", "dt", "A", "B")}
+    entering = {name: v * (s.segments - 1) / s.segments for name, v in ends.items()}
     return [
         Kernel("ends of segments", reads, ends, 2 * NP * s.token_heads),
-        # segment k reads the ends of the k segments before it
-        Kernel(
-            "pass per segment",
-            size | {"ends": ends["ends"] * (s.segments - 1) / 2},
-            writes,
-            products * s.token_heads,
-        ),
+        Kernel("pass per segment", size | entering, writes, products * s.token_heads),
     ]
+
+
+def ends_of_segments(s: Shape, segments: int) -> dict[str, float]:
+    """States and decays of all segments; none reads those of its sequence's last."""
+    count = segments * s.batch * s.heads
+    return {"ends": count * s.head_dim * s.state * 4, "whole decays": count * 4}
 
 
 def chain(s: Shape) -> list[Kernel]:
@@ -144,59 +147,87 @@ def backward(s: Shape) -> list[Kernel]:
     """The split form: states between chunks in both directions, all gradients, then dt's."""
     size, n, NP, K = tensors(s), s.token_heads, s.state * s.head_dim, s.chunk
     row = n * 4
-    states = n / K * NP * s.state_item
+    chunks = s.batch * -(-s.length // K) * s.heads
+    states = {name: chunks * NP * s.state_item for name in ("S", "dS")}
     gate = {"z": size["z"]} if s.z else {}
     inputs = {name: size[name] for name in ("x", "B", "C")} | gate | {"dy": size["y"]}
-    shares = 1 if s.splits == 1 else s.splits * 4 / s.item  # partial sums are in float32
-    per_program = s.heads / s.groups / s.splits
     summed = {"dB": size["B"], "dC": size["C"]}
-    partial = {name: v * shares for name, v in summed.items()}
-    kernels = [
+    partial = {name: v * s.splits * 4 / s.item for name, v in summed.items()}  # in float32
+    per_program = s.heads / s.groups / s.splits
+    steps = {"dt": size["dt"], "A": size["A"]}
+    through, sums = {"flow through chunks": chunks * 4}, {"shares of dA": chunks * 8}
+    kernels, entering = [], {}
+    if s.back_segments > 1:
+        ends = ends_of_segments(s, s.back_segments)
+        inside = (s.back_segments - 1) / s.back_segments
+        entering = {"ends": 2 * inside * ends["ends"], "whole decays": ends["whole decays"]}
+        ends["ends"] *= 2
+        kernels = [Kernel("ends of segments", inputs | steps, ends, 4 * NP * n)]
+    kernels += [
         Kernel(
             "states between chunks",
-            inputs | {"dt": 2 * size["dt"], "A": size["A"]},
-            {"S": states, "dS": states, "dt, decay": 2 * row},
+            inputs | steps | entering,
+            states | {"dt, decay": 2 * row},
             4 * NP * n,
         ),
         Kernel(
             "gradients",
-            inputs | {"S": states, "dS": states, "dt, decay": 2 * row},
-            partial | {"dx": size["x"], "flows": 4 * row} | ({"dz": size["z"]} if s.z else {}),
+            inputs | states | {"dt, decay": 2 * row},
+            (summed if s.splits == 1 else partial)
+            | {"dx": size["x"], "flows": 4 * row, **through}
+            | ({"dz": size["z"]} if s.z else {}),
             (8 * NP + (8 if s.z else 6) * K * s.head_dim + 8 * K * s.state / per_program) * n,
         ),
-        Kernel("steps", {"dt": size["dt"], "flows": 4 * row}, {"ddt": size["dt"]}),
+        Kernel("steps", steps | through | {"flows": 4 * row}, {"ddt": size["dt"], **sums}),
     ]
     if s.splits > 1:
         kernels.append(Kernel("sums of dB and dC", partial, summed))
     return kernels
 
 
-def others(s: Shape, width: int = 4) -> list[Kernel]:
+def others(s: Shape, width: int = 4) -> dict[str, list[Kernel]]:
     """The small operators of the same layer; the step is one token of every sequence."""
     tokens, d_inner = s.batch * s.length, s.heads * s.head_dim
     channels = d_inner + 2 * s.groups * s.state
     xBC, y = tokens * channels * s.item, tokens * d_inner * s.item
+    taps = {"weight": width * channels * 4, "bias": channels * 4}
     blocks = s.batch * -(-s.length // 128)  # tokens of a program of the convolution's backward
-    partial = blocks * (width + 1) * channels * 4
+    shares = {"shares of dweight": blocks * (width + 1) * channels * 4}
+    final = {"final states": s.batch * channels * (width - 1) * s.item}
+    gain = {"weight": d_inner * 4}
+    rows = max(1, 2048 // (1 << (d_inner - 1).bit_length()))  # of a program of the norm at once
+    gains = {"shares of dweight": min(-(-tokens // rows), 512) * d_inner * 4}
     state = s.batch * d_inner * s.state * 4
     one = {k: size / s.length for k, size in tensors(s).items() if k in {"x", "dt", "B", "C", "z"}}
-    return [
-        Kernel("convolution", {"x": xBC}, {"y": xBC}, 2 * width * tokens * channels),
-        Kernel(
-            "convolution, backward",
-            {"x": xBC, "dy": xBC},
-            {"dx": xBC, "partial dweight": 2 * partial},
-            6 * width * tokens * channels,
-        ),  # the partial sums are written, and read by the sum over them
-        Kernel("gated norm", {"x": y, "z": y}, {"y": y}),
-        Kernel("gated norm, backward", {"x": y, "z": y, "dy": y}, {"dx": y, "dz": y}),
-        Kernel(
-            "step, one token",
-            {"state": state, **one},
-            {"state": state, "y": y / s.length},
-            4 * s.batch * d_inner * s.state,
-        ),
-    ]
+    return {
+        "convolution": [
+            Kernel(
+                "forward", {"x": xBC, **taps}, {"y": xBC, **final}, 2 * width * tokens * channels
+            )
+        ],
+        "convolution, backward": [
+            Kernel(
+                "gradients",
+                {"x": xBC, "dy": xBC, **taps},
+                {"dx": xBC, **shares},
+                6 * width * tokens * channels,
+            ),
+            Kernel("sums of dweight", shares, taps),
+        ],
+        "gated norm": [Kernel("forward", {"x": y, "z": y, **gain}, {"y": y})],
+        "gated norm, backward": [
+            Kernel("gradients", {"x": y, "z": y, "dy": y, **gain}, {"dx": y, "dz": y, **gains}),
+            Kernel("sums of dweight", gains, gain),
+        ],
+        "step": [
+            Kernel(
+                "one token",
+                {"state": state, "A": s.heads * 4, **one},
+                {"state": state, "y": y / s.length},
+                4 * s.batch * d_inner * s.state,
+            )
+        ],
+    }
 
 
 def table(title: str, kernels: list[Kernel], unit: float, per: str, card: Card) -> str:
@@ -232,10 +263,11 @@ def main(shape: Shape, card: Card) -> None:
     print(table("Forward, five-kernel chain", chain(shape), n, per, card), "\n")
     print(table("Backward, split form", backward(shape), n, per, card), "\n")
     tokens = shape.batch * shape.length
-    *small, step = others(shape)
-    for kernel in small:
-        print(table(kernel.name.capitalize(), [kernel], tokens, "token", card), "\n")
-    print(table("Step", [step], shape.batch * shape.heads, "sequence and head", card))
+    small = others(shape)
+    step = small.pop("step")
+    for name, kernels in small.items():
+        print(table(name.capitalize(), kernels, tokens, "token", card), "\n")
+    print(table("Step", step, shape.batch * shape.heads, "sequence and head", card))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Functions of numbers that several Triton kernels use."""
+"""Arithmetic that several Triton kernels share."""
 
 import triton
 import triton.language as tl
+
+# Of a launch: a product and a sum round once. From 3.10 on Triton wants to be told so.
+ROUND_ONCE = {"enable_fp_fusion": True}
 
 
 @triton.jit

@@ -1,18 +1,24 @@
-"""The counts of bytes agree with the tensors that a call has, and with sums done by hand."""
+"""The counts of bytes agree with what launches touch, and with sums done by hand."""
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from ysnake_kernels import causal_conv1d, rms_norm_gated, ssd_scan, ssd_step
+from ysnake_kernels import backend, causal_conv1d, rms_norm_gated, ssd_scan, ssd_step
 
 from benchmarks import traffic
 
-SMALL = traffic.Shape(batch=2, length=48, heads=4, groups=2, head_dim=8, state=6, chain_chunk=16)
+SMALL = traffic.Shape(
+    batch=1, length=52, heads=4, groups=2, head_dim=8, state=6, tile=16, chunk=32, chain_chunk=16
+)
 
 
-def call(s):
-    """Arguments and results of a call of this shape, by name."""
+GRAD = {"x", "dt", "A", "B", "C", "z", "weight", "bias"}
+
+
+def arguments(s):
+    """Arguments of a scan of this shape, by name."""
     item = {2: torch.bfloat16, 4: torch.float32}
     sizes = {
         "x": (s.batch, s.length, s.heads, s.head_dim),
@@ -21,42 +27,118 @@ def call(s):
         "C": (s.batch, s.length, s.groups, s.state),
         "z": (s.batch, s.length, s.heads, s.head_dim),
     }
-    arguments = {
+    tensors = {
         name: torch.rand(shape, dtype=item[s.dt_item if name == "dt" else s.item])
         for name, shape in sizes.items()
         if name != "z" or s.z
     }
-    arguments["A"] = -torch.rand(s.heads)
-    y, states = ssd_scan(**arguments, return_final_states=True)
-    return arguments, {"y": y, "final states": states}
+    return tensors | {"A": -torch.rand(s.heads)}
 
 
-@pytest.mark.parametrize("z", [False, True], ids=["no gate", "gate"])
-@pytest.mark.parametrize("dt_item", [2, 4])
-def test_forward_counts_the_tensors_of_a_call(z, dt_item):
-    s = replace(SMALL, z=z, dt_item=dt_item)
-    arguments, results = call(s)
-    (kernel,) = traffic.forward(s)
-    assert kernel.reads == {name: t.nbytes for name, t in arguments.items()}
-    assert kernel.writes == {name: t.nbytes for name, t in results.items()}
+@pytest.fixture
+def launches(monkeypatch):
+    """A list that every launch joins: its kernel's name, and the arrays of addresses that it reads
+    and writes, by the bytes of an element."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("what a launch touches is seen in Triton's interpreter only")
+    from triton.runtime import interpreter
+    from ysnake_kernels.ssd import fused_tiles
+
+    small = fused_tiles.Config(tile=16, p_slice=16, warps=4, stages=1, chunk=32)
+    monkeypatch.setattr(fused_tiles, "TABLE", dict.fromkeys(fused_tiles.TABLE, small))
+    log = []
+    grid, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
+    launch, load, store = grid.__call__, builder.create_masked_load, builder.create_masked_store
+
+    def touch(kind, pointers, mask):
+        item = pointers.get_element_ty().primitive_bitwidth // 8
+        log[-1][kind].setdefault(item, []).append(pointers.data[mask.data])
+
+    def launched(self, *args, **kwargs):
+        log.append({"name": self.fn.__name__, "reads": {}, "writes": {}})
+        return launch(self, *args, **kwargs)
+
+    def loaded(self, pointers, mask, *rest):
+        touch("reads", pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def stored(self, pointers, value, mask, *rest):
+        touch("writes", pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(grid, "__call__", launched)
+    monkeypatch.setattr(builder, "create_masked_load", loaded)
+    monkeypatch.setattr(builder, "create_masked_store", stored)
+    return log
 
 
-def test_small_operators_count_the_tensors_of_a_call():
-    s = replace(SMALL, dt_item=2)
-    conv, _, norm, _, step = traffic.others(s)
-    d_inner = s.heads * s.head_dim
-    channels = d_inner + 2 * s.groups * s.state
-    x = torch.rand(s.batch, s.length, channels, dtype=torch.bfloat16).transpose(1, 2)
-    assert conv.bytes == x.nbytes + causal_conv1d(x, torch.rand(channels, 4)).nbytes
-    x = torch.rand(s.batch, s.length, d_inner, dtype=torch.bfloat16)
-    y = rms_norm_gated(x, torch.rand(d_inner), z=x.clone())
-    assert norm.bytes == 2 * x.nbytes + y.nbytes
-    arguments, results = call(s)
-    one = {k: t if k == "A" else t[:, 0] for k, t in arguments.items()}
-    state = results["final states"]
-    y = ssd_step(state, **one)
-    moved = sum(t.nbytes for k, t in one.items() if k != "A")
-    assert step.bytes == 2 * state.nbytes + moved + y.nbytes
+def assert_counted(launches, kernels):
+    """Each launch reads and writes the bytes of the kernel that stands for it; the last kernel may
+    be a sum that torch does."""
+    assert len(kernels) - len(launches) in (0, 1)
+    for launch, kernel in zip(launches, kernels, strict=False):
+        for kind in ("reads", "writes"):
+            touched = sum(
+                item * len(np.unique(np.concatenate([a.ravel() for a in addresses])))
+                for item, addresses in launch[kind].items()
+            )
+            counted = getattr(kernel, kind)
+            assert touched == sum(counted.values()), (launch["name"], kind, counted)
+
+
+def differentiate(launches, operator, tensors, **options):
+    """Launches of a forward, and of its backward."""
+    leaves = {k: t.requires_grad_(k in GRAD) for k, t in tensors.items()}
+    with backend("fused"):
+        y = operator(**leaves, **options)
+        forward = len(launches)
+        torch.autograd.grad(y, [t for t in leaves.values() if t.requires_grad], torch.ones_like(y))
+    return launches[:forward], launches[forward:]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"z": True, "dt_item": 2, "splits": 2}, {"segments": 3, "back_segments": 3}],
+    ids=["plain", "gate, shared groups", "segments"],
+)
+def test_a_scan_touches_what_is_counted(launches, monkeypatch, more):
+    from ysnake_kernels.ssd import fused_backward, fused_forward
+
+    s = replace(SMALL, **more)
+    for module, count in ((fused_forward, s.segments), (fused_backward, s.back_segments)):
+        monkeypatch.setattr(module, "segments", lambda *args, count=count: count)
+    monkeypatch.setattr(fused_backward, "splits_of_group", lambda *args: s.splits)
+    forward, backward = differentiate(launches, ssd_scan, arguments(s))
+    assert_counted(forward, traffic.forward(s))
+    assert_counted(backward, traffic.backward(s))
+
+
+def test_a_convolution_touches_what_is_counted(launches):
+    channels = SMALL.heads * SMALL.head_dim + 2 * SMALL.groups * SMALL.state
+    x = torch.rand(SMALL.batch, SMALL.length, channels, dtype=torch.bfloat16).transpose(1, 2)
+    tensors = {"x": x, "weight": torch.rand(channels, 4), "bias": torch.rand(channels)}
+    forward, backward = differentiate(launches, causal_conv1d, tensors, activation="silu")
+    counted = traffic.others(SMALL)
+    assert_counted(forward, counted["convolution"])
+    assert_counted(backward, counted["convolution, backward"])
+
+
+def test_a_norm_touches_what_is_counted(launches):
+    d_inner = SMALL.heads * SMALL.head_dim
+    x, z = torch.rand(2, SMALL.batch, SMALL.length, d_inner, dtype=torch.bfloat16)
+    tensors = {"x": x, "weight": torch.rand(d_inner), "z": z.clone()}
+    forward, backward = differentiate(launches, rms_norm_gated, tensors)
+    counted = traffic.others(SMALL)
+    assert_counted(forward, counted["gated norm"])
+    assert_counted(backward, counted["gated norm, backward"])
+
+
+def test_a_step_touches_what_is_counted(launches):
+    one = {k: t if k == "A" else t[:, 0] for k, t in arguments(SMALL).items()}
+    with backend("fused"):
+        ssd_step(torch.rand(SMALL.batch, SMALL.heads, SMALL.head_dim, SMALL.state), **one)
+    assert_counted(launches, traffic.others(SMALL)["step"])
 
 
 def per_token_and_head(kernels, s):
@@ -71,8 +153,9 @@ def test_figures_by_hand():
     # x twice, y; states written, read, rewritten, read; B and C twice each; C B^T; dt and decays
     chain = 3 * 128 + (128 + 128 + 64 + 64) + 4 * 256 / 24 + 1.5 * 1024 / 24 + 4 + 8 + 8 + 8
     assert per_token_and_head(traffic.chain(s), s) == pytest.approx(chain, abs=0.05)
-    # twice x, dy, B, C; dx, dB, dC; states twice written and read; dt three times, ddt; scratch
-    split = 5 * 128 + 6 * 256 / 24 + 4 * 128 + 16 + 2 * (8 + 16)
+    # twice x, dy, B, C; dx, dB, dC; states twice written and read; dt twice, ddt; scratch; of each
+    # chunk the flow through it, written and read, and shares of dA
+    split = 5 * 128 + 6 * 256 / 24 + 4 * 128 + 12 + 2 * (8 + 16) + 16 / 128
     assert per_token_and_head(traffic.backward(s), s) == pytest.approx(split, abs=0.05)
 
 

@@ -12,12 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator, common_unit
+from ysnake_kernels.triton_math import ROUND_ONCE
 
 MAX_WIDTH = 4
 # on any architecture
-FORWARD = {"LANES": 16, "RUN": 8, "CHANNELS": 64, "num_warps": 4}
-BACKWARD = {"LANES": 16, "RUN": 8, "CHANNELS": 64, "num_warps": 8}
-STEP = {"CHANNELS": 128, "num_warps": 4}
+FORWARD = {"LANES": 16, "RUN": 8, "CHANNELS": 64, "num_warps": 4, **ROUND_ONCE}
+BACKWARD = {"LANES": 16, "RUN": 8, "CHANNELS": 64, "num_warps": 8, **ROUND_ONCE}
+STEP = {"CHANNELS": 128, "num_warps": 4, **ROUND_ONCE}
 
 
 def conv(

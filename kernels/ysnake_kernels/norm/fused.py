@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator, common_unit
+from ysnake_kernels.triton_math import ROUND_ONCE
 
 MAX_GROUP = 16384  # features that a program holds in registers
 TILE = 2048  # elements that a program works on at once, if a group is not larger
@@ -155,7 +156,7 @@ def configuration(group_size: int, per_thread: int) -> dict[str, int]:
     cols = triton.next_power_of_2(group_size)
     rows = max(1, TILE // cols)
     warps = min(max(rows * cols // (32 * per_thread), 4), 16)
-    return {"ROWS": rows, "COLS": cols, "num_warps": warps}
+    return {"ROWS": rows, "COLS": cols, "num_warps": warps, **ROUND_ONCE}
 
 
 def _rows(t: Tensor | None) -> Tensor | None:

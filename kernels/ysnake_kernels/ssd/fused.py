@@ -10,23 +10,19 @@ from ysnake_kernels.ssd.fused_backward import backward
 from ysnake_kernels.ssd.fused_forward import forward
 from ysnake_kernels.ssd.fused_tiles import LARGEST
 
+ARGUMENTS = (
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? initial_states, Tensor? dt_bias, Tensor? seq_idx, Tensor? cu_seqlens, "
+    "bool softplus, float low, float high"
+)
+
 
 def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int | None,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int | None,
+    D: Tensor | None, z: Tensor | None, initial_states: Tensor | None, seq_idx: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float],
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Arguments as `ssd_scan` has checked them; the tile is the kernel's own, not `chunk_size`.
 
     Raises:
@@ -43,65 +39,32 @@ def scan(
     return _scan(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, *options)
 
 
-@torch.library.custom_op("ysnake::ssd_scan", mutates_args=())
-def _scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_states: Tensor | None,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor]:
-    return forward(
-        x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, softplus, low, high
-    )
+_scan = torch.library.custom_op(
+    "ysnake::ssd_scan", forward, mutates_args=(), schema=f"({ARGUMENTS}) -> (Tensor, Tensor)"
+)
 
 
 @_scan.register_fake
-def _(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, softplus, low, high):
+def _(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, *options):
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     exact = accumulator(x, dt, A, B, C, D, z, initial_states, dt_bias)
     states = x.new_empty(sequences, *x.shape[2:], B.shape[3], dtype=exact)
     return x.new_empty(x.shape), states
 
 
-# An operator cannot return None: an empty tensor stands for the gradient of an absent argument.
-@torch.library.custom_op("ysnake::ssd_scan_backward", mutates_args=())
-def _scan_backward(
-    dy: Tensor,
-    dfinal: Tensor | None,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_states: Tensor | None,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    softplus: bool,
-    low: float,
-    high: float,
-) -> list[Tensor]:
-    inputs = (x, dt, A, B, C, D, z, initial_states, dt_bias)
-    grads = backward(dy, dfinal, *inputs, seq_idx, cu_seqlens, softplus, low, high)
-    return [x.new_empty(0) if g is None else g for g in grads]
+@torch.library.custom_op(
+    "ysnake::ssd_scan_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, Tensor? dfinal, {ARGUMENTS}) -> Tensor[]",
+)
+def _scan_backward(dy, dfinal, *arguments):
+    # An operator cannot return None: an empty tensor stands for an absent argument's gradient.
+    return [dy.new_empty(0) if g is None else g for g in backward(dy, dfinal, *arguments)]
 
 
 @_scan_backward.register_fake
-def _(dy, dfinal, x, dt, A, B, C, D, z, initial_states, dt_bias, *rest):
-    inputs = (x, dt, A, B, C, D, z, initial_states, dt_bias)
-    return [x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs]
+def _(dy, dfinal, *arguments):
+    return [dy.new_empty(0) if t is None else t.new_empty(t.shape) for t in arguments[:9]]
 
 
 def _save(ctx, inputs, output):

@@ -18,284 +18,203 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.ssd.fused_forward import states_kernel
-from ysnake_kernels.ssd.fused_tiles import (
-    DECAY,
-    DSTEP,
-    INTO,
-    ONWARD,
-    SENT,
-    STEP,
-    arithmetic,
-    at,
-    constants,
-    device,
-    dot,
-    launch,
-    load_plane,
-    load_state,
-    load_tile,
-    segments,
-    sequence,
-    sigmoid,
-    slot_of,
-    step_sizes,
-    store_plane,
-    store_tile,
-    view,
-)
+from ysnake_kernels.numerics import accumulator
+from ysnake_kernels.ssd import fused_tiles as ft
+from ysnake_kernels.ssd.fused_forward import DECAY, DSTEP, INTO, ONWARD, SENT, STEP, states_kernel
+from ysnake_kernels.ssd.fused_tiles import device, segments
+from ysnake_kernels.triton_math import ROUND_ONCE
 
 
 @triton.jit
-def load_gated(dy, z, row, t0, head, q, end, p, P: tl.constexpr, ACC: tl.constexpr):
-    """The gradient of y before the gate, [Q, PS]."""
-    G = load_tile(dy, row, t0, head, q, end, p, P)
-    if z is not None:
-        z_ = load_tile(z, row, t0, head, q, end, p, P).to(ACC)
-        G = G.to(ACC) * z_ * sigmoid(z_)
-    return G
-
-
-@triton.jit
-def load_skip(D, head, p, P: tl.constexpr, PER_CHANNEL: tl.constexpr, ACC: tl.constexpr):
-    """D as it multiplies a tile, [1, PS]."""
-    at_channel = D + head * P + p if PER_CHANNEL else D + head + p * 0
-    return tl.load(at_channel, mask=p < P, other=0.0).to(ACC)[None, :]
-
-
-@triton.jit
-def inner(
-    tiles, slot, slots, head, heads,
-    P: tl.constexpr, N: tl.constexpr, ACC: tl.constexpr,
-    PS: tl.constexpr, P2: tl.constexpr, N2: tl.constexpr,
-):  # fmt: skip
+def inner(states, dstates, slot, head, heads, K):
     """<S, dS>, read in narrow strips: it shares its registers with sums that are wide."""
-    total = tl.zeros([], ACC)
-    for p0 in range(0, P2, PS):
-        p = p0 + tl.arange(0, PS)
-        for n0 in range(0, N2, 16):
+    total = tl.zeros([], K.ACC)
+    for p0 in range(0, K.P2, K.PS):
+        p = p0 + tl.arange(0, K.PS)
+        for n0 in range(0, K.N2, 16):
             n = n0 + tl.arange(0, 16)
-            S = load_state(tiles, slot, head, heads, p, n, P, N).to(ACC)
-            dS = load_state(tiles, slots + slot, head, heads, p, n, P, N).to(ACC)
+            S = ft.load_state(states, slot, head, heads, p, n, K).to(K.ACC)
+            dS = ft.load_state(dstates, slot, head, heads, p, n, K).to(K.ACC)
             total += tl.sum(tl.sum(S * dS, 1), 0)
     return total
 
 
-# Of B and C a program needs one tile for every head. Loaded once, it would hold its registers
-# through the loop over heads and push others out to memory; later heads find it in the cache.
 @triton.jit
-def products(
-    own, other, row, t0, c0, group, q, k, end, n, N: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """C_i . B_j of a tile with its chunk, [Q, CHUNK]."""
-    own_ = load_tile(own, row, t0, group, q, end, n, N)
-    other_ = load_tile(other, row, c0, group, k, end, n, N)
-    return dot(own_, tl.trans(other_), DOT, PRECISION)
-
-
-@triton.jit
-def rows(
-    x, B, C, D, z, dy, tiles, dC, dz, scratch, seq_idx, row, c0, t0, start, end, slot, split, group,
-    length, batch, heads, per_group, per_program,
-    P: tl.constexpr, N: tl.constexpr, D_PER_CHANNEL: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    Q: tl.constexpr, CHUNK: tl.constexpr, PS: tl.constexpr, P2: tl.constexpr, N2: tl.constexpr,
-):  # fmt: skip
-    """dC, dz and the flow into the tokens t0 + q of a chunk that starts at c0."""
-    q, k, n = tl.arange(0, Q), tl.arange(0, CHUNK), tl.arange(0, N2)
-    ti, tj = t0 + q, c0 + k
+def rows(scan, dy, states, dC, dz, scratch, tile, chunk, slot, share, group, first_head, count, K):
+    """dC, dz and the flow into the tokens of a tile, from the chunk's entering state on."""
+    n, heads = tl.arange(0, K.N2), scan.heads
+    ti, tj = tile.t0 + tile.q, chunk.t0 + chunk.q
     later = ti[:, None] > tj[None, :]
-    seen = (ti[:, None] >= tj[None, :]) & (ti < end)[:, None]
-    if seq_idx is not None:
-        docs = seq_idx + row.to(tl.int64) * length
-        doc = tl.load(docs + tl.minimum(ti, end - 1))
-        seen &= doc[:, None] == tl.load(docs + tl.minimum(tj, end - 1))[None, :]
-        entering = doc == tl.load(docs + tl.maximum(c0 - 1, start))
-    CB = products(C, B, row, t0, c0, group, q, k, end, n, N, DOT, PRECISION)  # [i, j]
-    dCB = tl.zeros([Q, CHUNK], ACC)
-    dC_ = tl.zeros([Q, N2], ACC)
-    for r in range(per_program):
-        head = group * per_group + split * per_program + r
-        cs_i = load_plane(scratch, DECAY, row, batch, head, heads, length, ti, end)
-        cs_j = load_plane(scratch, DECAY, row, batch, head, heads, length, tj, end)
+    seen = (ti[:, None] >= tj[None, :]) & ft.inside(tile)[:, None]
+    if scan.seq_idx is not None:
+        doc = ft.document(scan, tile, ti)
+        seen &= doc[:, None] == ft.document(scan, tile, tj)[None, :]
+        entered = doc == ft.document(scan, tile, tl.maximum(chunk.t0 - 1, tile.start))
+    # B and C are loaded where they are used, and again for each head, from the cache: held through
+    # the loop they would push others out of the registers
+    C_i, B_j = ft.load_tile(scan.C, tile, group, n, K.N), ft.load_tile(scan.B, chunk, group, n, K.N)
+    CB = ft.dot(C_i, tl.trans(B_j), K)  # [i, j]
+    dCB = tl.zeros([K.Q, K.CHUNK], K.ACC)
+    dC_ = tl.zeros([K.Q, K.N2], K.ACC)
+    for r in range(count):
+        head = first_head + r
+        cs_i = ft.load_row(scratch, tile, head, DECAY)
+        cs_j = ft.load_row(scratch, chunk, head, DECAY)
         L = tl.exp(tl.where(seen, cs_i[:, None] - cs_j[None, :], float("-inf")))
-        L *= load_plane(scratch, STEP, row, batch, head, heads, length, tj, end)[None, :]
+        L *= ft.load_row(scratch, chunk, head, STEP)[None, :]
         entry = tl.exp(cs_i)
-        if seq_idx is not None:
-            entry = tl.where(entering, entry, 0.0)
-        into = tl.zeros([Q], ACC)
-        for first in range(0, P2, PS):
-            p = first + tl.arange(0, PS)
-            S = load_state(tiles, slot, head, heads, p, n, P, N)  # [PS, N2]
-            x_ = load_tile(x, row, c0, head, k, end, p, P)  # [CHUNK, PS]
-            C_ = load_tile(C, row, t0, group, q, end, n, N)  # [Q, N2]
-            y = dot(C_, tl.trans(S), DOT, PRECISION) * entry[:, None]  # [Q, PS]
-            G = load_gated(dy, z, row, t0, head, q, end, p, P, ACC)  # [Q, PS]
-            into += tl.sum(y * G.to(ACC), 1)
-            dC_ = dot(G.to(ACC) * entry[:, None], S, DOT, PRECISION, dC_)
-            T = dot(G, tl.trans(x_), DOT, PRECISION) * L  # gradient of C_i . B_j, [i, j]
+        if scan.seq_idx is not None:
+            entry = tl.where(entered, entry, 0.0)
+        into = tl.zeros([K.Q], K.ACC)
+        for p0 in range(0, K.P2, K.PS):
+            p = p0 + tl.arange(0, K.PS)
+            S = ft.load_state(states, slot, head, heads, p, n, K)  # [PS, N2]
+            x_ = ft.load_tile(scan.x, chunk, head, p, K.P)  # [CHUNK, PS]
+            C_ = ft.load_tile(scan.C, tile, group, n, K.N)  # [Q, N2]
+            y = ft.dot(C_, tl.trans(S), K) * entry[:, None]  # [Q, PS]
+            G = ft.load_gated(scan, dy, tile, head, p, K)  # [Q, PS]
+            into += tl.sum(y * G.to(K.ACC), 1)
+            dC_ = ft.dot(G.to(K.ACC) * entry[:, None], S, K, dC_)
+            T = ft.dot(G, tl.trans(x_), K) * L  # gradient of C_i . B_j, [i, j]
             dCB += T
             into += tl.sum(tl.where(later, T * CB, 0.0), 1)
-            if z is not None:
-                y = dot(CB * L, x_, DOT, PRECISION, y)
-                if D is not None:
-                    skipped = load_tile(x, row, t0, head, q, end, p, P).to(ACC)
-                    y += skipped * load_skip(D, head, p, P, D_PER_CHANNEL, ACC)
-                z_ = load_tile(z, row, t0, head, q, end, p, P).to(ACC)
-                gate = sigmoid(z_)
-                slope = gate * (1.0 + z_ * (1.0 - gate))
-                dy_ = load_tile(dy, row, t0, head, q, end, p, P).to(ACC)
-                store_tile(dz, row, t0, head, q, end, p, dy_ * y * slope, P)
-        store_plane(into, scratch, INTO, row, batch, head, heads, length, ti, end)
-    B_all = load_tile(B, row, c0, group, k, end, n, N)  # [CHUNK, N2]
-    dC_ = dot(dCB, B_all, DOT, PRECISION, dC_)
-    store_tile(dC, split * batch + row, t0, group, q, end, n, dC_, N)
+            if scan.z is not None:
+                y = ft.dot(CB * L, x_, K, y)
+                if scan.D is not None:
+                    skipped = ft.load_tile(scan.x, tile, head, p, K.P).to(K.ACC)
+                    y += skipped * ft.load_skip(scan.D, head, p, K)
+                z = ft.load_tile(scan.z, tile, head, p, K.P).to(K.ACC)
+                gate = tl.sigmoid(z)
+                slope = gate * (1.0 + z * (1.0 - gate))
+                dy_ = ft.load_tile(dy, tile, head, p, K.P).to(K.ACC)
+                ft.store_tile(dy_ * y * slope, dz, tile, head, p, K.P)
+        ft.store_row(into, scratch, tile, head, INTO)
+    B_all = ft.load_tile(scan.B, chunk, group, n, K.N)  # [CHUNK, N2]
+    ft.store_tile(ft.dot(dCB, B_all, K, dC_), dC, tile, share, n, K.N)
 
 
 @triton.jit
 def columns(
-    x, B, C, D, z, dy, tiles, dx, dB, dD, through, scratch, seq_idx,
-    row, c0, t0, start, end, slot, slots, split, group,
-    length, batch, heads, per_group, per_program,
-    P: tl.constexpr, N: tl.constexpr, D_PER_CHANNEL: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    Q: tl.constexpr, CHUNK: tl.constexpr, PS: tl.constexpr, P2: tl.constexpr, N2: tl.constexpr,
+    scan, dy, states, dstates, dx, dB, dD, through, scratch,
+    tile, chunk, slot, share, group, first_head, count, K,
 ):  # fmt: skip
-    """dx, dB, dD and the flow out of the tokens t0 + q; the chunk's first tile also gets the flow
-    through the chunk, from its entering to its leaving state."""
-    q, k, n = tl.arange(0, Q), tl.arange(0, CHUNK), tl.arange(0, N2)
-    tj, ti = t0 + q, c0 + k
-    last = tl.minimum(c0 + CHUNK, end) - 1
+    """dx, dB, dD and the flow out of the tokens of a tile; the chunk's first tile also gets the
+    flow through the chunk, from its entering to its leaving state."""
+    n, heads = tl.arange(0, K.N2), scan.heads
+    tj, ti = tile.t0 + tile.q, chunk.t0 + chunk.q
+    last = ft.move(tile, tl.minimum(chunk.t0 + K.CHUNK, tile.end) - 1, tl.arange(0, 1))
     later = tj[:, None] < ti[None, :]
-    seen = (tj[:, None] <= ti[None, :]) & (ti < end)[None, :]
-    if seq_idx is not None:
-        docs = seq_idx + row.to(tl.int64) * length
-        doc = tl.load(docs + tl.minimum(tj, end - 1))
-        seen &= doc[:, None] == tl.load(docs + tl.minimum(ti, end - 1))[None, :]
-        leaving = tl.load(docs + last)
-        entering = tl.load(docs + tl.maximum(c0 - 1, start))
-    CB = products(B, C, row, t0, c0, group, q, k, end, n, N, DOT, PRECISION)  # [j, i]
-    dCB = tl.zeros([Q, CHUNK], ACC)
-    dB_ = tl.zeros([Q, N2], ACC)
-    for r in range(per_program):
-        head = group * per_group + split * per_program + r
-        cs_j = load_plane(scratch, DECAY, row, batch, head, heads, length, tj, end)
-        cs_i = load_plane(scratch, DECAY, row, batch, head, heads, length, ti, end)
-        total = load_plane(scratch, DECAY, row, batch, head, heads, length, last, end)
-        step = load_plane(scratch, STEP, row, batch, head, heads, length, tj, end)
+    seen = (tj[:, None] <= ti[None, :]) & ft.inside(chunk)[None, :]
+    if scan.seq_idx is not None:
+        doc = ft.document(scan, tile, tj)
+        seen &= doc[:, None] == ft.document(scan, tile, ti)[None, :]
+        left = ft.document(scan, tile, last.t0)
+        entered = ft.document(scan, tile, tl.maximum(chunk.t0 - 1, tile.start))
+    B_j, C_i = ft.load_tile(scan.B, tile, group, n, K.N), ft.load_tile(scan.C, chunk, group, n, K.N)
+    CB = ft.dot(B_j, tl.trans(C_i), K)  # [j, i]
+    dCB = tl.zeros([K.Q, K.CHUNK], K.ACC)
+    dB_ = tl.zeros([K.Q, K.N2], K.ACC)
+    for r in range(count):
+        head = first_head + r
+        cs_j = ft.load_row(scratch, tile, head, DECAY)
+        cs_i = ft.load_row(scratch, chunk, head, DECAY)
+        step = ft.load_row(scratch, tile, head, STEP)
         L = tl.exp(tl.where(seen, cs_i[None, :] - cs_j[:, None], float("-inf")))  # [j, i]
-        exit = tl.exp(tl.minimum(total - cs_j, 0.0))
-        if seq_idx is not None:
-            exit = tl.where(doc == leaving, exit, 0.0)
-        sent, onward, dstep = tl.zeros([Q], ACC), tl.zeros([Q], ACC), tl.zeros([Q], ACC)
-        for first in range(0, P2, PS):
-            p = first + tl.arange(0, PS)
-            x_ = load_tile(x, row, t0, head, q, end, p, P)  # [Q, PS]
-            G = load_gated(dy, z, row, c0, head, k, end, p, P, ACC)  # [CHUNK, PS]
-            T = dot(x_, tl.trans(G), DOT, PRECISION) * L * step[:, None]  # of C_i . B_j
+        exit = tl.exp(tl.minimum(ft.load_row(scratch, last, head, DECAY) - cs_j, 0.0))
+        if scan.seq_idx is not None:
+            exit = tl.where(doc == left, exit, 0.0)
+        sent, onward, dstep = (tl.zeros([K.Q], K.ACC),) * 3
+        for p0 in range(0, K.P2, K.PS):
+            p = p0 + tl.arange(0, K.PS)
+            x_ = ft.load_tile(scan.x, tile, head, p, K.P)  # [Q, PS]
+            G = ft.load_gated(scan, dy, chunk, head, p, K)  # [CHUNK, PS]
+            T = ft.dot(x_, tl.trans(G), K) * L * step[:, None]  # gradient of C_i . B_j, [j, i]
             dCB += T
             sent += tl.sum(tl.where(later, T * CB, 0.0), 1)
-            du = dot(CB * L, G, DOT, PRECISION)
-            dS = load_state(tiles, slots + slot, head, heads, p, n, P, N)  # [PS, N2]
-            B_ = load_tile(B, row, t0, group, q, end, n, N)  # [Q, N2]
-            dB_ = dot(x_.to(ACC) * (step * exit)[:, None], dS, DOT, PRECISION, dB_)
-            edge = dot(B_, tl.trans(dS), DOT, PRECISION) * exit[:, None]  # [Q, PS]
-            onward += tl.sum(x_.to(ACC) * edge, 1) * step
+            du = ft.dot(CB * L, G, K)
+            dS = ft.load_state(dstates, slot, head, heads, p, n, K)  # [PS, N2]
+            B_ = ft.load_tile(scan.B, tile, group, n, K.N)  # [Q, N2]
+            edge = ft.dot(B_, tl.trans(dS), K) * exit[:, None]  # [Q, PS]
+            dB_ = ft.dot(x_.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
+            onward += tl.sum(x_.to(K.ACC) * edge, 1)
             du += edge
-            dstep += tl.sum(x_.to(ACC) * du, 1)
+            dstep += tl.sum(x_.to(K.ACC) * du, 1)
             du *= step[:, None]
-            if D is not None:
-                skipped = load_gated(dy, z, row, t0, head, q, end, p, P, ACC).to(ACC)
-                du += skipped * load_skip(D, head, p, P, D_PER_CHANNEL, ACC)
-                share = slot * (CHUNK // Q) + (t0 - c0) // Q
-                at_channel = dD + (share.to(tl.int64) * heads + head) * P + p
-                tl.store(at_channel, tl.sum(skipped * x_.to(ACC), 0), mask=p < P)
-            store_tile(dx, row, t0, head, q, end, p, du, P)
-        store_plane(sent, scratch, SENT, row, batch, head, heads, length, tj, end)
-        store_plane(onward, scratch, ONWARD, row, batch, head, heads, length, tj, end)
-        store_plane(dstep, scratch, DSTEP, row, batch, head, heads, length, tj, end)
-    C_all = load_tile(C, row, c0, group, k, end, n, N)  # [CHUNK, N2]
-    dB_ = dot(dCB, C_all, DOT, PRECISION, dB_)
-    store_tile(dB, split * batch + row, t0, group, q, end, n, dB_, N)
+            if scan.D is not None:
+                G_ = ft.load_gated(scan, dy, tile, head, p, K).to(K.ACC)
+                du += G_ * ft.load_skip(scan.D, head, p, K)
+                at_tile = slot * (K.CHUNK // K.Q) + (tile.t0 - chunk.t0) // K.Q
+                at_channel = dD + (at_tile.to(tl.int64) * heads + head) * K.P + p
+                tl.store(at_channel, tl.sum(G_ * x_.to(K.ACC), 0), mask=p < K.P)
+            ft.store_tile(du, dx, tile, head, p, K.P)
+        ft.store_row(sent, scratch, tile, head, SENT)
+        ft.store_row(onward * step, scratch, tile, head, ONWARD)
+        ft.store_row(dstep, scratch, tile, head, DSTEP)
+    C_all = ft.load_tile(scan.C, chunk, group, n, K.N)  # [CHUNK, N2]
+    ft.store_tile(ft.dot(dCB, C_all, K, dB_), dB, tile, share, n, K.N)
 
-    if t0 == c0:
-        for r in range(per_program):
-            head = group * per_group + split * per_program + r
-            total = load_plane(scratch, DECAY, row, batch, head, heads, length, last, end)
-            flow = inner(tiles, slot, slots, head, heads, P, N, ACC, PS, P2, N2) * tl.exp(total)
-            if seq_idx is not None:
-                flow = tl.where(entering == leaving, flow, 0.0)
+    if tile.t0 == chunk.t0:
+        for r in range(count):
+            head = first_head + r
+            total = tl.sum(ft.load_row(scratch, last, head, DECAY), 0)
+            flow = inner(states, dstates, slot, head, heads, K) * tl.exp(total)
+            if scan.seq_idx is not None:
+                flow = tl.where(entered == left, flow, 0.0)
             tl.store(through + slot.to(tl.int64) * heads + head, flow)
 
 
 @triton.jit
-def chunk_of(slot, owner, length, cu_seqlens, CHUNK: tl.constexpr):
-    """Of the chunk in a slot: row of the batch, first token, its sequence's start and end."""
-    seq = slot // tl.cdiv(length, CHUNK) if owner is None else tl.load(owner + slot).to(tl.int32)
-    row, start, end = sequence(seq, length, cu_seqlens)
-    return row, start + (slot - slot_of(seq, start, length, cu_seqlens, CHUNK)) * CHUNK, start, end
-
-
-@triton.jit(do_not_specialize=["length", "slots"])
-def gradients_kernel(
-    x, B, C, D, z, dy, tiles, dx, dB, dC, dz, dD, through, scratch, seq_idx, cu_seqlens, owner,
-    length, slots, batch, heads, per_group, per_program,
-    P: tl.constexpr, N: tl.constexpr, D_PER_CHANNEL: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-    Q: tl.constexpr, CHUNK: tl.constexpr, PS: tl.constexpr, P2: tl.constexpr, N2: tl.constexpr,
-):  # fmt: skip
-    """A program owns `per_program` heads of a group and a tile, as rows or as columns."""
-    splits, groups = per_group // per_program, heads // per_group
-    pid = tl.program_id(0)
-    tile = pid // 2 % (CHUNK // Q)
-    outer = pid // (2 * (CHUNK // Q))
-    split, group, slot = outer % splits, outer // splits % groups, outer // (splits * groups)
-    row, c0, start, end = chunk_of(slot, owner, length, cu_seqlens, CHUNK)
-    t0 = c0 + tile * Q
-    if t0 >= end:  # behind the sequence
-        return
-    if pid % 2 == 0:
-        rows(
-            x, B, C, D, z, dy, tiles, dC, dz, scratch, seq_idx,
-            row, c0, t0, start, end, slot, split, group,
-            length, batch, heads, per_group, per_program,
-            P, N, D_PER_CHANNEL, ACC, DOT, PRECISION, Q, CHUNK, PS, P2, N2,
-        )  # fmt: skip
-    else:
-        columns(
-            x, B, C, D, z, dy, tiles, dx, dB, dD, through, scratch, seq_idx,
-            row, c0, t0, start, end, slot, slots, split, group,
-            length, batch, heads, per_group, per_program,
-            P, N, D_PER_CHANNEL, ACC, DOT, PRECISION, Q, CHUNK, PS, P2, N2,
-        )  # fmt: skip
+def chunk_of(scan, slot, owner, length, K):
+    """The chunk in a slot of the array of all."""
+    seq = slot // tl.cdiv(length, K.CHUNK)
+    if owner is not None:
+        seq = tl.load(owner + slot).to(tl.int32)
+    chunk = ft.sequence(scan, seq, length, tl.arange(0, K.CHUNK))
+    before = slot - ft.slot_of(scan, seq, chunk.start, length, K.CHUNK)
+    return ft.move(chunk, chunk.start + before * K.CHUNK, chunk.q)
 
 
 @triton.jit(do_not_specialize=["length"])
-def steps_kernel(
-    dt, A, dt_bias, ddt, through, sums, scratch, cu_seqlens, owner, length, batch, heads,
-    ACC: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    CHUNK: tl.constexpr,
-):  # fmt: skip
+def gradients_kernel(
+    scan, dy, states, dstates, dx, dB, dC, dz, dD, through, scratch, owner, count, length, K
+):
+    """A program owns `count` heads of a group and a tile, as rows or as columns."""
+    TILES: tl.constexpr = K.CHUNK // K.Q
+    splits, groups = scan.per_group // count, scan.heads // scan.per_group
+    pid = tl.program_id(0)
+    outer = pid // (2 * TILES)
+    share, slot = outer % (splits * groups), outer // (splits * groups)
+    split, group = share // groups, share % groups
+    first_head = group * scan.per_group + split * count
+    chunk = chunk_of(scan, slot, owner, length, K)
+    tile = ft.move(chunk, chunk.t0 + pid // 2 % TILES * K.Q, tl.arange(0, K.Q))
+    if tile.t0 >= tile.end:
+        return
+    place = tile, chunk, slot, share, group, first_head, count
+    if pid % 2 == 0:
+        rows(scan, dy, states, dC, dz, scratch, *place, K)
+    else:
+        columns(scan, dy, states, dstates, dx, dB, dD, through, scratch, *place, K)
+
+
+@triton.jit(do_not_specialize=["length"])
+def steps_kernel(scan, ddt, through, sums, scratch, owner, length, K):
     """ddt, and a chunk's shares of dA and ddt_bias: the log decay of a token scales all that flows
     from before it to itself or later, summed so that no flow is counted and taken off again."""
-    head, slot = tl.program_id(0) % heads, tl.program_id(0) // heads
-    row, t0, _, end = chunk_of(slot, owner, length, cu_seqlens, CHUNK)
-    if t0 >= end:
+    head, slot = tl.program_id(0) % scan.heads, tl.program_id(0) // scan.heads
+    chunk = chunk_of(scan, slot, owner, length, K)
+    if chunk.t0 >= chunk.end:
         return
-    k = tl.arange(0, CHUNK)
-    inside = t0 + k < end
-    step, slope = step_sizes(dt, dt_bias, row, t0, head, k, end, ACC, SOFTPLUS, LOW, HIGH)
-    into = load_plane(scratch, INTO, row, batch, head, heads, length, t0 + k, end)
-    into -= load_plane(scratch, SENT, row, batch, head, heads, length, t0 + k, end)
-    onward = load_plane(scratch, ONWARD, row, batch, head, heads, length, t0 + k, end)
-    dstep = load_plane(scratch, DSTEP, row, batch, head, heads, length, t0 + k, end)
-    at_sum = slot.to(tl.int64) * heads + head
+    k = chunk.q
+    step, slope = ft.step_sizes(scan, chunk, head, K)
+    into = ft.load_row(scratch, chunk, head, INTO) - ft.load_row(scratch, chunk, head, SENT)
+    onward = ft.load_row(scratch, chunk, head, ONWARD)
+    at_sum = slot.to(tl.int64) * scan.heads + head
     flow = tl.where(k[:, None] >= k[None, :], into[:, None], onward[:, None])
     flow = tl.sum(flow, 0) + tl.load(through + at_sum)
-    dstep = (dstep + flow * tl.load(A + head).to(ACC)) * slope
-    offsets = at(ddt, row, t0, head) + k * ddt.token
-    tl.store(offsets, dstep.to(ddt.data.dtype.element_ty), mask=inside)
+    dstep = ft.load_row(scratch, chunk, head, DSTEP)
+    dstep = (dstep + flow * tl.load(scan.A + head).to(K.ACC)) * slope
+    ft.store_row(dstep, ddt, chunk, head)
     tl.store(sums + at_sum * 2, tl.sum(step * flow, 0))
     tl.store(sums + at_sum * 2 + 1, tl.sum(dstep, 0))
 
@@ -307,22 +226,21 @@ def splits_of_group(programs: int, per_group: int, multiprocessors: int) -> int:
     return next((d for d in divisors if programs * d >= 2 * multiprocessors), per_group)
 
 
-def backward(
-    dy, dfinal, x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens,
-    softplus: bool, low: float, high: float,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, dt, A, B, C, D, z, initial_states, dt_bias; None for what is absent."""
+def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
+    """Gradients of the first nine fields of a Scan, None for what is absent; the arguments are
+    those of `forward`."""
+    given, options = ft.Scan(*arguments[:11]), arguments[11:]
+    x, dt, A, B, C, D, z, initial_states, dt_bias, _, cu_seqlens = given[:11]
     batch, length, heads, P = x.shape
     groups, N = B.shape[2:]
-    per_group = heads // groups
     sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    numbers = arithmetic(x, B, C, dt, A, D, z, initial_states, dt_bias)
-    given = constants(x, B, numbers, softplus, low, high)
-    family, multiprocessors = device(x)
-    sweep, main = launch("states", family, given), launch("gradients", family, given)
-    chunk = sweep["CHUNK"] = main["CHUNK"]
-    exact = torch.float64 if given["ACC"] == tl.float64 else torch.float32
-    stored = {tl.float64: torch.float64, tl.float32: torch.float32, tl.bfloat16: torch.bfloat16}
+    scan, K = ft.as_kernels_see(given, *options)
+    family, multiprocessors = device(x.device)
+    sweep_K, sweep_options = ft.launch("states", family, K)
+    K, options = ft.launch("gradients", family, K)
+    chunk, slices = K.CHUNK, K.P2 // sweep_K.PS
+    exact = accumulator(*given[:9])
+    factors = torch.bfloat16 if tl.bfloat16 == K.DOT else exact
 
     def empty(*shape: int, dtype: torch.dtype = exact) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -334,46 +252,47 @@ def backward(
         index = torch.arange(slots, device=x.device)
         firsts = cu_seqlens[:-1] // chunk + index[:sequences]
         owner = torch.searchsorted(firsts, index, right=True) - 1
-    slices = given["P2"] // sweep["PS"]
-    count = segments(sequences, 2 * heads, slices, length, multiprocessors)
-    shares = slots * (chunk // main["Q"])
-    splits = splits_of_group(2 * shares * groups, per_group, multiprocessors)
+    count = segments(sequences, 2 * heads, slices, batch * length, multiprocessors)
+    tiles = slots * (chunk // K.Q)
+    splits = splits_of_group(2 * tiles * groups, scan.per_group, multiprocessors)
 
-    ends, whole = empty(2, sequences, count, heads, P, N), empty(sequences, count, heads)
-    tiles = empty(2, slots, heads, P, N, dtype=stored[given["DOT"]])
-    scratch = empty(6, batch, heads, length)
+    ends = dends = whole = None
+    if count > 1:
+        ends, dends = (empty(sequences, count, heads, P, N) for _ in range(2))
+        whole = empty(sequences, count, heads)
+    states, dstates = (empty(slots, heads, P, N, dtype=factors) for _ in range(2))
+    # of whole blocks of tokens: aligned, and whatever the length is the kernels stay the same
+    scratch = ft.view(empty(batch, heads, 6, triton.cdiv(length, 16) * 16).permute(0, 3, 1, 2))
     through = empty(slots, heads)
     sums = torch.zeros(slots, heads, 2, dtype=exact, device=x.device)
-    dD = None if D is None else torch.zeros(shares, heads, P, dtype=exact, device=x.device)
+    dD = None if D is None else torch.zeros(tiles, heads, P, dtype=exact, device=x.device)
     dx, ddt = empty(*x.shape, dtype=x.dtype), empty(*dt.shape, dtype=dt.dtype)
     dz = None if z is None else empty(*z.shape, dtype=z.dtype)
     dinitial = None if initial_states is None else torch.empty_like(initial_states)
-    dB, dC = (
-        empty(splits * batch, *t.shape[1:], dtype=t.dtype if splits == 1 else exact) for t in (B, C)
-    )
-    options = {k: given.pop(k) for k in ("SOFTPLUS", "LOW", "HIGH")}
+    shares = (batch, length, splits * groups, N)
+    dB, dC = (empty(*shares, dtype=t.dtype if splits == 1 else exact) for t in (B, C))
+    dy, K = ft.view(dy), ft.static(K)
+    sweep_K = ft.static(sweep_K._replace(CHUNK=chunk))  # it stores what the others read
 
     with torch.cuda.device_of(x):
-        for stored_states in [tiles] if count == 1 else [None, tiles]:
+        for stored in [True] if count == 1 else [False, True]:
             states_kernel[(2 * sequences * count * heads * slices,)](
-                view(x), view(dt), A, view(B), view(C), view(z), dt_bias, view(dy), initial_states,
-                dfinal, dinitial, ends, whole, stored_states, scratch, seq_idx, cu_seqlens, length,
-                slots, heads, per_group, sequences, batch, SEGMENTS=count,
-                **given, **options, **sweep,
+                scan, dy, dfinal, dinitial, ends, dends, whole, states if stored else None,
+                dstates if stored else None, scratch, sequences, length, sweep_K, SEGMENTS=count,
+                **sweep_options,
             )  # fmt: skip
-        gradients_kernel[(2 * shares * groups * splits,)](
-            view(x), view(B), view(C), D, view(z), view(dy), tiles, view(dx), view(dB), view(dC),
-            view(dz), dD, through, scratch, seq_idx, cu_seqlens, owner,
-            length, slots, batch, heads, per_group, per_group // splits,
-            D_PER_CHANNEL=D is not None and D.ndim == 2, **given, **main,
+        gradients_kernel[(2 * tiles * groups * splits,)](
+            scan, dy, states, dstates, *map(ft.view, (dx, dB, dC, dz)), dD, through, scratch, owner,
+            scan.per_group // splits, length, K, **options,
         )  # fmt: skip
         steps_kernel[(slots * heads,)](
-            view(dt), A, dt_bias, view(ddt), through, sums, scratch, cu_seqlens, owner,
-            length, batch, heads, ACC=given["ACC"], CHUNK=chunk, **options,
-        )  # fmt: skip
+            scan, ft.view(ddt), through, sums, scratch, owner, length, K, **ROUND_ONCE
+        )
 
     if splits > 1:
-        dB, dC = (d.view(splits, *t.shape).sum(0).to(t.dtype) for d, t in ((dB, B), (dC, C)))
+        dB, dC = (
+            d.unflatten(2, (splits, groups)).sum(2).to(t.dtype) for d, t in ((dB, B), (dC, C))
+        )
     dA = sums[:, :, 0].sum(0).to(A.dtype)
     ddt_bias = None if dt_bias is None else sums[:, :, 1].sum(0).to(dt_bias.dtype)
     dD = None if D is None else dD.sum(0 if D.ndim == 2 else (0, 2)).to(D.dtype)

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator
-from ysnake_kernels.triton_math import clamp, softplus
+from ysnake_kernels.triton_math import ROUND_ONCE, clamp, softplus
 
 TILE = 2048  # elements of the state per program: 8 KB in float32, small enough for batch 1
 MAX_STATE = 4096  # N, a row of the tile
@@ -44,7 +44,7 @@ def step(
 
 
 @triton.jit
-def _kernel(
+def _step_kernel(
     state,
     x,
     dt,
@@ -117,7 +117,7 @@ def configuration(head_dim: int, n: int) -> dict[str, int]:
     """Rows and columns of the state's tile, and warps, on any architecture."""
     cols = triton.next_power_of_2(n)
     rows = min(triton.next_power_of_2(head_dim), max(1, TILE // cols))
-    return {"ROWS": rows, "COLS": cols, "num_warps": 4}
+    return {"ROWS": rows, "COLS": cols, "num_warps": 4, **ROUND_ONCE}
 
 
 def _adjacent(t: Tensor | None) -> Tensor | None:
@@ -153,7 +153,7 @@ def _step(
     options = configuration(head_dim, n)
     acc = accumulator(state, x)
     with torch.cuda.device_of(x):
-        _kernel[(batch, heads, triton.cdiv(head_dim, options["ROWS"]))](
+        _step_kernel[(batch, heads, triton.cdiv(head_dim, options["ROWS"]))](
             *(state, x, dt, A, B, C, D, z, dt_bias, indices, y, heads),
             *(*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2]),
             *((0, 0) if z is None else z.stride()[:2]),
