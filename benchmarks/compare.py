@@ -27,6 +27,7 @@ from rich.progress import Progress, TaskID, TimeElapsedColumn
 from tyro.conf import Positional, arg
 
 from benchmarks import compare_report, quality
+from benchmarks.compare_report import DROPIN, GPT2, HF, LIMIT, YSNAKE
 from ysnake import cli
 from ysnake.config import PRESETS, InputError, model_config
 from ysnake.settings import MODEL_SIZES, Settings
@@ -35,8 +36,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 Case = Literal["scan", "step", "lengths", "prefill", "decode", "context", "quality"]
 DISAGREE = 1e-3  # relative difference of results that are the same but for rounding
-YSNAKE, HF, GPT2 = "ysnake", "transformers Mamba2", "transformers GPT-2"
-DROPIN, LLAMA, LIMIT = "transformers with our drop-in", "llama.cpp", "matrix products alone"
+LLAMA = "llama.cpp"
 
 
 @dataclass
@@ -216,7 +216,7 @@ class Worker:
     def __init__(self, module: str, job: dict, threads: int):
         paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
         variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-        self.errors = tempfile.TemporaryFile("w+")
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by end()
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(job)],
             **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors},
@@ -344,6 +344,8 @@ def main(argv: list[str]) -> int:
     out = options.out or (None if options.quick else RESULTS)
     names = options.cases or get_args(Case)[:-1]
     console, failed = cli.console(), False
+    if not console.is_terminal:
+        console.width = 140  # tables whole, whatever shows the file
     results = compare_report.read(out) if out else {}
     bar = Progress(
         *("{task.description}", TimeElapsedColumn()),

@@ -4,19 +4,15 @@ pictures of speed and memory by sequence length and of decoding by context.
 
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-COLOURS = {
-    "ysnake": "#1b7837",
-    "transformers Mamba2": "#762a83",
-    "transformers GPT-2": "#3c78c8",
-    "transformers with our drop-in": "#f2a33c",
-    "matrix products alone": "#888888",
-}
+YSNAKE, HF, GPT2 = "ysnake", "transformers Mamba2", "transformers GPT-2"
+DROPIN, LIMIT = "transformers with our drop-in", "matrix products alone"
+COLOURS = {YSNAKE: "#1b7837", HF: "#762a83", GPT2: "#3c78c8", DROPIN: "#f2a33c", LIMIT: "#888888"}
 
 
 def read(folder: Path) -> dict[str, dict]:
@@ -42,7 +38,7 @@ def cells(group: dict) -> list[list[str]]:
     if quality:
         head = ["", "nats per byte", "parameters", "steps", "tokens/s", memory]
     else:
-        head = ["", "tokens/s", "ms", memory, *(f"{base} is faster by" for base in group["bases"])]
+        head = ["", "tokens/s", "ms", memory, *(f"{base} / it" for base in group["bases"])]
     out = [head]
     for row in group["rows"]:
         if why := row.get("absent") or row.get("failed"):
@@ -54,6 +50,8 @@ def cells(group: dict) -> list[list[str]]:
             out.append([row["by"], f"{row['loss_per_byte']:.4f}", f"{row['parameters']:,}"])
             out[-1] += [f"{row['steps']:,}", speed, size]
             continue
+        if row["by"] == LIMIT:
+            size = ""  # that of its operands, which says nothing
         milliseconds = 1e3 * statistics.median(row["seconds"])
         name = row["by"] + (" (ANOTHER RESULT)" if row.get("differs") else "")
         out.append([name, speed, f"{milliseconds:,.{1 if milliseconds < 100 else 0}f}", size])
@@ -73,7 +71,7 @@ def table(group: dict) -> Table:
     head, *rows = cells(group)
     out = Table(title=group["title"], title_justify="left")
     for i, name in enumerate(head):
-        out.add_column(name, justify="right" if i else "left")
+        out.add_column(name, justify="right" if i else "left", overflow="fold")
     for row in rows:
         out.add_row(*row)
     return out
@@ -84,8 +82,9 @@ def markdown(results: dict[str, dict]) -> str:
     lines = [
         "# ysnake and its peers",
         "",
-        'Made by `python -m benchmarks.compare`. Medians; "faster by" is the ratio of the times '
-        "per token within one turn, its median and its extremes. Float32 if not said otherwise.",
+        "Made by `python -m benchmarks.compare`. Medians. `ysnake / it` is how many times as fast "
+        "ysnake is: the ratio of the times per token in each turn, its median and its extremes. "
+        "Float32 where nothing else is said.",
     ]
     for case, result in results.items():
         m = result["machine"]
@@ -112,23 +111,25 @@ def _figure() -> tuple[Any, Any]:
     return figure, axes
 
 
-def _by_length(results: dict[str, dict], value: Callable[[dict], float], label: str) -> Any:
+def _by_length(
+    results: dict[str, dict],
+    value: Callable[[dict], float],
+    label: str,
+    without: Sequence[str] = (),
+) -> Any:
     """Of training steps, one line for each contestant."""
     groups = [g for case in ("step", "lengths") for g in results.get(case, {}).get("groups", [])]
     groups.sort(key=lambda group: group["shape"]["length"])
     lines: dict[str, list] = {}
     for group in groups:
         for row in group["rows"]:
-            if "tokens_per_s" in row:
+            if "tokens_per_s" in row and row["by"] not in without:
                 lines.setdefault(row["by"], []).append((group["shape"]["length"], value(row)))
     if not lines:
         return None
     figure, axes = _figure()
     for name, points in lines.items():
-        limit = name == "matrix products alone"
-        if limit and label != "tokens/s":
-            continue
-        style = "--" if limit else "o-"
+        style = "--" if name == LIMIT else "o-"
         axes.plot(*zip(*points, strict=True), style, color=COLOURS[name], label=name, markersize=5)
     ticks = [group["shape"]["length"] for group in groups]
     axes.set_xscale("log", base=2)
@@ -145,7 +146,7 @@ def throughput(results: dict[str, dict]) -> Any:
 
 
 def memory(results: dict[str, dict]) -> Any:
-    return _by_length(results, lambda row: row["peak"] / 1e9, "peak resident memory, GB")
+    return _by_length(results, lambda row: row["peak"] / 1e9, "peak resident memory, GB", [LIMIT])
 
 
 def decoding(results: dict[str, dict]) -> Any:

@@ -331,7 +331,8 @@ def saved(folder: str, sizes: dict) -> Path:
         from ysnake.model import Model
 
         torch.manual_seed(0)
-        learnt = tokenizer.train("bpe", ["a model of random weights has nothing to say"], 300)
+        text = ["a model of random weights has nothing to say"] * 2  # llama.cpp needs merges
+        learnt = tokenizer.train("bpe", text, 300)
         checkpoint.save(path, Model(ModelConfig(**sizes)), learnt)
     return path
 

@@ -10,11 +10,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.compare_report import GPT2, HF, YSNAKE
 from benchmarks.contestants import gpt2, memory, saved
 from ysnake.config import IGNORED, InputError
 from ysnake.settings import Settings
@@ -27,11 +28,7 @@ if TYPE_CHECKING:
 SEQ_LEN, BATCH_SIZE, WARMUP_STEPS, WEIGHT_DECAY = 256, 8, 100, 0.1
 EVALUATIONS = 10
 LEAST = 1_000_000  # bytes of a text that is worth the time
-NAMES = {
-    "ysnake": (),
-    "transformers Mamba2": ("transformers",),
-    "transformers GPT-2": ("transformers",),
-}
+NAMES = {YSNAKE: (), HF: ("transformers",), GPT2: ("transformers",)}  # and what each needs
 
 
 @dataclass
@@ -42,7 +39,7 @@ class Corpus:
     sizes: dict[str, int]
     held_out_tokens: int
     held_out_bytes: int  # of these tokens
-    frame: int = field(default=0)  # the token that begins and ends a document
+    frame: int  # the token that begins and ends a document
 
 
 def prepare(text: Path | None, folder: Path, sizes: dict[str, int], quick: bool) -> Corpus:
@@ -165,11 +162,11 @@ def _model(job: dict) -> tuple[Any, Callable[["Batch"], "Tensor"]]:
 
     folder = saved(f"{job['folder']}/model", job["sizes"])
     ours = checkpoint.load(folder)
-    if job["name"] == "ysnake":
+    if job["name"] == YSNAKE:
         keep_freed_memory()  # as ysnake.train does
         return ours, lambda batch: ours.loss(*map(torch.from_numpy, (batch.ids, batch.targets)))
 
-    if job["name"].endswith("GPT-2"):
+    if job["name"] == GPT2:
         one, two = (
             sum(p.numel() for p in gpt2(job["sizes"], SEQ_LEN, n_inner=n).parameters())
             for n in (1, 2)
