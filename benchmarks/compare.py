@@ -1,0 +1,395 @@
+"""`python -m benchmarks.compare [CASE...]`: ours and every peer that is installed, on this machine.
+
+Each contestant is a process of its own, with the same shapes and the same weights. They take turns,
+one repetition each, so that what disturbs the machine disturbs all; a ratio is taken of the two
+times of one turn. The matrix-product limit, the time that the products of a task would take by
+themselves, is one more contestant. Results, tables and pictures go to benchmarks/results/.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import tyro
+from rich.progress import Progress, TaskID, TimeElapsedColumn
+from tyro.conf import Positional, arg
+
+from benchmarks import compare_report, quality
+from benchmarks.compare_report import DROPIN, GPT2, HF, LIMIT, YSNAKE
+from ysnake import cli
+from ysnake.config import PRESETS, InputError, model_config
+from ysnake.settings import MODEL_SIZES, Settings
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+Case = Literal["scan", "step", "lengths", "prefill", "decode", "context", "quality"]
+DISAGREE = 1e-3  # relative difference of results that are the same but for rounding
+LLAMA = "llama.cpp"
+
+
+@dataclass
+class Options:
+    """Compare ysnake with its peers on this machine, and with the speed of matrix products."""
+
+    cases: Positional[Annotated[tuple[Case, ...], arg(metavar="CASE...")]] = ()
+    """scan, step (of training), lengths (the same at more sequence lengths), prefill, decode,
+    context (how speed and memory depend on it); by default all of these. Only by name: quality (the
+    same minutes of training on the same text)."""
+    repeat: int = 5
+    """Repetitions of each contestant."""
+    threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    """Threads of each contestant; by default as many as there are cores."""
+    quick: bool = False
+    """Tiny shapes, to see that it runs; its figures say nothing. Kept only with --out."""
+    out: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where results go; by default benchmarks/results. Cases that are not run keep theirs."""
+    text: Annotated[Path | None, arg(metavar="FILE")] = None
+    """For quality: a text of several megabytes."""
+    minutes: float = 10.0
+    """For quality: how long each contestant trains."""
+    lr: float = 2e-3
+    """For quality: the highest learning rate."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row of a group: a function of benchmarks.contestants with its arguments."""
+
+    name: str
+    function: str
+    tokens: int  # of a repetition
+    arguments: dict
+    needs: tuple[str, ...] = ()  # modules
+
+
+@dataclass(frozen=True)
+class Group:
+    """Contestants that take turns. Those in `bases` are what the others are compared with."""
+
+    title: str
+    contestants: list[Contestant]
+    bases: tuple[str, ...] = (YSNAKE,)
+    memory: str = "peak"  # or "extra": without what was there before the first repetition
+    shape: dict[str, int] = field(default_factory=dict)
+
+
+def preset(name: str) -> dict[str, int]:
+    """Sizes of a preset's model with all the vocabulary that it may have."""
+    settings = Settings(**PRESETS[name].settings)
+    config = model_config(settings, PRESETS[name].max_vocab, 0)
+    return {size: getattr(config, size) for size in ("vocab_size", *MODEL_SIZES)}
+
+
+TINY = {"vocab_size": 512, "d_model": 64, "n_layers": 2, "d_state": 16, "head_dim": 16}
+SMALL = {"vocab_size": 8192, "d_model": 384, "n_layers": 4, "d_state": 128, "head_dim": 64}
+
+
+def scan(folder: Path, options: Options) -> Iterator[Group]:
+    """Forward and backward of the scan alone."""
+    shape = {"batch": 2, "length": 1024, "heads": 24, "head_dim": 64, "d_state": 128}
+    if options.quick:
+        shape = {"batch": 1, "length": 128, "heads": 4, "head_dim": 16, "d_state": 16}
+    tokens = shape["batch"] * shape["length"]
+    contestants = [
+        Contestant(YSNAKE, "scan_ysnake", tokens, shape),
+        Contestant(HF, "scan_transformers", tokens, shape, ("transformers",)),
+        Contestant(LIMIT, "scan_limit", tokens, shape),
+    ]
+    title = "Scan, forward + backward, {batch} x {length} tokens, {heads} heads".format(**shape)
+    yield Group(title, contestants, memory="extra", shape=shape)
+
+
+def step(folder: Path, options: Options) -> Iterator[Group]:
+    """Forward and backward of a training step."""
+    for batch, length in [(2, 32)] if options.quick else [(8, 256), (2, 1024)]:
+        yield _training(folder, options, batch, length)
+
+
+def lengths(folder: Path, options: Options) -> Iterator[Group]:
+    """The same number of tokens in longer and shorter sequences."""
+    for batch, length in [(1, 64)] if options.quick else [(16, 128), (4, 512), (1, 2048)]:
+        yield _training(folder, options, batch, length)
+
+
+def _training(folder: Path, options: Options, batch: int, length: int) -> Group:
+    shape = {"sizes": TINY if options.quick else SMALL, "batch": batch, "length": length}
+    here = shape | {"folder": str(folder / "small")}
+    tokens, needs = batch * length, ("transformers",)
+    contestants = [
+        Contestant(YSNAKE, "step_ysnake", tokens, here),
+        Contestant(HF, "step_transformers", tokens, here, needs),
+        Contestant(DROPIN, "step_transformers", tokens, here | {"dropin": True}, needs),
+        Contestant(GPT2, "step_gpt2", tokens, shape, needs),
+        Contestant(LIMIT, "step_limit", tokens, shape),
+    ]
+    title = f"Training step, forward + backward, {batch} x {length} tokens"
+    return Group(title, contestants, shape={"batch": batch, "length": length})
+
+
+def prefill(folder: Path, options: Options) -> Iterator[Group]:
+    """A prompt's last logits."""
+    length, sizes = (32, TINY) if options.quick else (512, preset("ys-71m"))
+    here = {"folder": str(folder / "large"), "sizes": sizes, "length": length}
+    contestants = [
+        Contestant(YSNAKE, "prefill_ysnake", length, here),
+        Contestant(HF, "prefill_transformers", length, here, ("transformers",)),
+        Contestant(
+            *(f"{LLAMA} F32", "prefill_llama", length),
+            *(here | {"threads": options.threads}, ("llama_cpp", "gguf")),
+        ),
+    ]
+    name = "tiny model" if options.quick else "71M parameters"
+    yield Group(f"Prefill, {name}, {length} tokens", contestants)
+
+
+def decode(folder: Path, options: Options) -> Iterator[Group]:
+    """Token by token; ours also with int8 weights, and many sequences at once."""
+    count, sizes = (4, TINY) if options.quick else (32, preset("ys-71m"))
+    here = {"folder": str(folder / "large"), "sizes": sizes, "count": count, "context": 10}
+    llama = here | {"threads": options.threads}
+    needs, rows = ("llama_cpp", "gguf"), 2 if options.quick else 16
+    ours = [f"{YSNAKE} float32", f"{YSNAKE} int8", f"{YSNAKE} float32, {rows} at once"]
+    contestants = [
+        Contestant(ours[0], "decode_ysnake", count, here),
+        Contestant(ours[1], "decode_ysnake", count, here | {"weights": "int8"}),
+        Contestant(ours[2], "decode_ysnake", rows * count, here | {"batch": rows}),
+        Contestant(f"{LLAMA} F32", "decode_llama", count, llama | {"type": "f32"}, needs),
+        Contestant(f"{LLAMA} Q8_0", "decode_llama", count, llama | {"type": "q8_0"}, needs),
+        Contestant(HF, "decode_transformers", count, here, ("transformers",)),
+    ]
+    name = "tiny model" if options.quick else "71M parameters"
+    yield Group(f"Decoding, {name}", contestants, tuple(ours))
+
+
+def context(folder: Path, options: Options) -> Iterator[Group]:
+    """How speed and memory depend on what was read before."""
+    sizes = TINY if options.quick else preset("quick")
+    here = {"folder": str(folder / "context"), "sizes": sizes}
+    read = [64, 128] if options.quick else [1024 * 4**k for k in range(5)]
+    contestants = []
+    for n in read:
+        times = max(1, 8 * read[0] // n)
+        arguments = here | {"context": n, "times": times}
+        contestants.append(
+            Contestant(f"{YSNAKE}, {n:,} tokens", "read_ysnake", n * times, arguments)
+        )
+    yield Group("Prefill of long prompts, `quick` model", contestants, (contestants[0].name,))
+
+    count = 4 if options.quick else 64
+    contestants = [
+        Contestant(
+            *(f"{YSNAKE}, context {n:,}", "decode_ysnake", count),
+            here | {"context": n, "count": count},
+        )
+        for n in ([10, 100] if options.quick else [10, 1000, 100_000])
+    ]
+    base = contestants[0].name
+    contestants += [
+        Contestant(
+            *(f"{HF}, context {n:,}", "decode_transformers", count),
+            *(here | {"context": n, "count": count}, ("transformers",)),
+        )
+        for n in ([10] if options.quick else [10, 1000])
+    ]
+    yield Group("Decoding after a context, `quick` model", contestants, (base,))
+
+
+class Failed(RuntimeError):
+    """A contestant has ended before its time; the message says why."""
+
+
+class Worker:
+    """A process that answers in lines of JSON."""
+
+    def __init__(self, module: str, job: dict, threads: int):
+        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by end()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, json.dumps(job)],
+            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors},
+            text=True,
+            env=os.environ | variables | {"PYTHONPATH": os.pathsep.join(paths)},
+        )
+
+    def answer(self) -> dict:
+        """What it says next."""
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        code = self.process.wait()
+        self.errors.seek(0)
+        lines = self.errors.read().strip().splitlines()
+        reason = "killed, perhaps for want of memory" if code == -9 else "".join(lines[-1:])
+        raise Failed(f"{reason or 'no reason given'} (exit code {code})")
+
+    def repeat(self) -> dict:
+        """Have it do one repetition."""
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, and answer() says why
+        return self.answer()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+def measure(group: Group, options: Options, show: Callable[[str], None]) -> list[dict]:
+    """One row for each contestant: times, memory and ratios, or why there are none."""
+    rows, workers = [], {}
+    try:
+        for i, each in enumerate(group.contestants):
+            row = {"by": each.name, "tokens": each.tokens, "seconds": []}
+            row["context"] = each.arguments.get("context")
+            rows.append(row)
+            if missing := [name for name in each.needs if find_spec(name) is None]:
+                row["absent"] = f"{', '.join(missing)} not installed"
+                continue
+            show(f"starting {each.name}")
+            job = {"function": each.function, "arguments": each.arguments}
+            workers[i] = Worker("benchmarks.contestants", job, options.threads)
+            if i == 0:  # it writes the weights that the others read
+                _ask(workers, i, row, workers[i].answer)
+        for i in list(workers):
+            if i:
+                show(f"waiting for {rows[i]['by']}")
+                _ask(workers, i, rows[i], workers[i].answer)
+        for turn in range(options.repeat):
+            for i in list(workers):
+                show(f"{rows[i]['by']}, {turn + 1} of {options.repeat}")
+                _ask(workers, i, rows[i], workers[i].repeat)
+    finally:
+        for worker in workers.values():
+            worker.end()
+    _compare(rows, group.bases)
+    return rows
+
+
+def _ask(workers: dict[int, Worker], i: int, row: dict, question: Callable[[], dict]) -> None:
+    """Put the answer into the row; a contestant that fails is out and does not stop the others."""
+    try:
+        answer = question()
+    except Failed as error:
+        row["failed"] = str(error)
+        workers.pop(i).end()
+        return
+    if "seconds" in answer:
+        row["seconds"].append(answer.pop("seconds"))
+    row |= answer
+
+
+def _compare(rows: list[dict], bases: tuple[str, ...]) -> None:
+    """Add to each row how many times faster each base is, and whether results differ."""
+    by_name = {row["by"]: row for row in rows if "failed" not in row and "absent" not in row}
+    for row in by_name.values():
+        row["tokens_per_s"] = row["tokens"] / statistics.median(row["seconds"])
+        row["ratios"] = {}
+        for base in bases:
+            if base not in by_name:
+                continue
+            ours = by_name[base]
+            ratios = [
+                (theirs / row["tokens"]) / (mine / ours["tokens"])
+                for mine, theirs in zip(ours["seconds"], row["seconds"], strict=True)
+            ]
+            row["ratios"][base] = [statistics.median(ratios), min(ratios), max(ratios)]
+        if row["norms"] and (expected := rows[0].get("norms")):
+            far = [abs(a - b) / b for a, b in zip(row["norms"], expected, strict=True) if b]
+            row["differs"] = max(far) > DISAGREE
+
+
+def machine(threads: int) -> dict:
+    """What the figures belong to."""
+    info = Path("/proc/cpuinfo")
+    named = [x.split(":")[1] for x in info.read_text().splitlines() if x.startswith("model name")]
+    versions = {}
+    for name in ("torch", "transformers", "llama-cpp-python"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "cpu": " ".join(named[0].split()),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Measure as the command line says."""
+    config = (tyro.conf.FlagCreatePairsOff,)
+    options = tyro.cli(Options, prog="python -m benchmarks.compare", args=argv, config=config)
+    for name in ("repeat", "threads"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    out = options.out or (None if options.quick else RESULTS)
+    names = options.cases or get_args(Case)[:-1]
+    console, failed = cli.console(), False
+    if not console.is_terminal:
+        console.width = 140  # tables whole, whatever shows the file
+    results = compare_report.read(out) if out else {}
+    bar = Progress(
+        *("{task.description}", TimeElapsedColumn()),
+        **{"console": console, "transient": True, "disable": not console.is_terminal},
+    )
+    task = bar.add_task("")
+    with tempfile.TemporaryDirectory(prefix="ysnake-compare-") as scratch:
+        for name in names:
+            result = {"machine": machine(options.threads), "date": time.strftime("%Y-%m-%d")}
+            result |= {"repeat": options.repeat, "quick": options.quick, "groups": []}
+            with bar:
+                for group in _groups(name, Path(scratch), options, bar, task):
+                    result["groups"].append(group)
+                    bar.update(task, description="")
+                    console.print(compare_report.table(group))
+                    failed |= any(row.get("differs") or "failed" in row for row in group["rows"])
+            results[name] = result
+            if out:
+                compare_report.write(results, out)
+    return cli.FAILED if failed else cli.DONE
+
+
+def _groups(
+    name: str, scratch: Path, options: Options, bar: Progress, task: TaskID
+) -> Iterator[dict]:
+    """The groups of a case, measured."""
+
+    def show(what: str) -> None:
+        bar.update(task, description=f"{name}: {what}")
+
+    if name == "quality":
+        sizes = TINY if options.quick else preset("quick")
+        show("learning the vocabulary")
+        corpus = quality.prepare(options.text, scratch / "text", sizes, options.quick)
+        worker = partial(Worker, threads=options.threads)
+        yield quality.measure(corpus, options.minutes, options.lr, worker, show)
+        return
+    for group in CASES[name](scratch, options):
+        rows = measure(group, options, show)
+        about = {"title": group.title, "bases": group.bases, "memory": group.memory}
+        yield about | {"shape": group.shape, "rows": rows}
+
+
+CASES = {f.__name__: f for f in (scan, step, lengths, prefill, decode, context)}
+
+if __name__ == "__main__":
+    cli.run(main)

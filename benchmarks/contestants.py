@@ -1,0 +1,391 @@
+"""The contestants of `benchmarks.compare`, each to be run in a process of its own.
+
+Each function prepares one of them and returns a repetition: a call that does the work once and
+returns tensors to compare with the others', or None. `python -m benchmarks.contestants JOB` then
+does one repetition for each line it reads, so a contestant takes no time while others have a turn.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Repetition = Callable[[], Any]
+STATUS = Path("/proc/self/status")
+
+
+# The scan: forward and backward, inputs as a layer of the model has them.
+
+
+def scan_ysnake(**shape: int) -> Repetition:
+    from ysnake_kernels import ssd_scan
+
+    return _scan(ssd_scan, {}, **shape)
+
+
+def scan_transformers(chunk_size: int = 256, **shape: int) -> Repetition:
+    from transformers.models.mamba2 import modeling_mamba2
+
+    return _scan(modeling_mamba2.mamba2_chunk_scan, {"chunk_size": chunk_size}, **shape)
+
+
+def _scan(
+    scan: Callable, options: dict, batch: int, length: int, heads: int, head_dim: int, d_state: int
+) -> Repetition:
+    import torch
+
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, batch, length, heads, head_dim)
+    B, C = torch.randn(2, batch, length, 1, d_state)
+    leaves = [x, torch.randn(batch, length, heads), -torch.arange(1.0, heads + 1), B, C]
+    leaves += [torch.ones(heads), torch.linspace(-7, -2, heads)]
+    leaves = [t.requires_grad_() for t in leaves]
+
+    def call(length: int | None) -> list["Tensor"]:
+        x, dt, A, B, C, D, dt_bias = leaves
+        tokens = [t[:, :length] for t in (x, dt, B, C)]
+        y = scan(*tokens[:2], A, *tokens[2:], D=D, dt_bias=dt_bias, dt_softplus=True, **options)
+        return [y, *torch.autograd.grad(y, leaves, dy[:, :length])]
+
+    call(8)  # what libraries set up once does not count as memory of the scan
+    return lambda: call(None)
+
+
+def scan_limit(batch: int, length: int, **shape: int) -> Repetition:
+    return _in_turn(_scan_products(batch * length, **shape))
+
+
+def _scan_products(tokens: int, heads: int, head_dim: int, d_state: int) -> list[Repetition]:
+    """C B^T, its product with x, C S and B^T x of every chunk of 64 tokens."""
+    q, inner = min(64, tokens), heads * head_dim
+    chunks = tokens // q
+    return [
+        _products(chunks, q, d_state, q),
+        _products(chunks * heads, q, q, head_dim),
+        _products(chunks, q, d_state, inner),
+        _products(chunks, d_state, q, inner),
+    ]
+
+
+def _products(batch: int, rows: int, inner: int, columns: int) -> Repetition:
+    """A matrix product and the two of its gradients, with outputs that are reused."""
+    import torch
+
+    x, w = torch.randn(batch, rows, inner), torch.randn(batch, inner, columns)
+    y, dx, dw = torch.randn(batch, rows, columns), torch.empty_like(x), torch.empty_like(w)
+    multiply = torch.bmm
+    if batch == 1:
+        x, w, y, dx, dw = (t[0] for t in (x, w, y, dx, dw))
+        multiply = torch.mm
+    xt, wt, dy = x.transpose(-1, -2), w.transpose(-1, -2), torch.randn_like(y)
+
+    def repetition() -> None:
+        multiply(x, w, out=y)
+        multiply(dy, wt, out=dx)
+        multiply(xt, dy, out=dw)
+
+    return repetition
+
+
+def _in_turn(calls: list[Repetition]) -> Repetition:
+    def repetition() -> None:
+        for call in calls:
+            call()
+
+    return repetition
+
+
+# A training step: forward and backward of the mean loss of the next token.
+
+
+def step_ysnake(folder: str, sizes: dict, batch: int, length: int) -> Repetition:
+    from ysnake import checkpoint, memory
+    from ysnake.config import IGNORED
+
+    memory.keep_freed_memory()  # as ysnake.train does
+    model = checkpoint.load(saved(folder, sizes)).train()
+    ids = _ids(batch, length, sizes)
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = IGNORED
+    count = batch * (length - 1)
+    return _step(model, lambda: model.loss(ids, targets) / count)
+
+
+def step_transformers(
+    folder: str, sizes: dict, batch: int, length: int, dropin: bool = False
+) -> Repetition:
+    if dropin:
+        import ysnake_kernels.dropin
+
+        ysnake_kernels.dropin.install()
+    from transformers import Mamba2ForCausalLM
+
+    model = Mamba2ForCausalLM.from_pretrained(folder).train()
+    ids = _ids(batch, length, sizes)
+    return _step(model, lambda: model(ids, labels=ids, use_cache=False).loss)
+
+
+def step_gpt2(sizes: dict, batch: int, length: int) -> Repetition:
+    model = gpt2(sizes, length).train()
+    ids = _ids(batch, length, sizes)
+    repetition = _step(model, lambda: model(ids, labels=ids, use_cache=False).loss)
+    return lambda: repetition() and None  # another model: nothing to compare
+
+
+def gpt2(sizes: dict, length: int, **more: int) -> Any:
+    """GPT-2 with as many layers of the same width. Without dropout, which would cost it time."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        **{"vocab_size": sizes["vocab_size"], "n_positions": length, "n_embd": sizes["d_model"]},
+        **{"n_layer": sizes["n_layers"], "n_head": max(1, sizes["d_model"] // 64)},
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
+        **more,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def step_limit(sizes: dict, batch: int, length: int) -> Repetition:
+    """Every linear layer, the head, and the scan of every layer; the layers share operands."""
+    from ysnake.config import ModelConfig
+
+    c, tokens = ModelConfig(**sizes), batch * length
+    layer = [
+        _products(1, tokens, c.d_model, c.d_inner + c.d_conv + c.n_heads),
+        *_scan_products(tokens, c.n_heads, c.head_dim, c.d_state),
+        _products(1, tokens, c.d_inner, c.d_model),
+    ]
+    return _in_turn(c.n_layers * layer + [_products(1, tokens, c.d_model, c.vocab_size)])
+
+
+def _step(model: Any, loss_of: Callable[[], "Tensor"]) -> Repetition:
+    def repetition() -> list["Tensor"]:
+        model.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in model.parameters())]
+
+    return repetition
+
+
+# Prefill: a prompt read at once, the logits of its last token.
+
+
+def prefill_ysnake(folder: str, sizes: dict, length: int) -> Repetition:
+    decoder = _decoder(saved(folder, sizes))
+    ids = _ids(1, length, sizes)
+    return lambda: [decoder.step(ids, None, last_only=True)[0]]
+
+
+def prefill_transformers(folder: str, sizes: dict, length: int) -> Repetition:
+    import torch
+    from transformers import Mamba2ForCausalLM
+
+    model = Mamba2ForCausalLM.from_pretrained(folder).eval()
+    ids = _ids(1, length, sizes)
+
+    @torch.inference_mode()
+    def repetition() -> list["Tensor"]:
+        return [model(ids, use_cache=True, logits_to_keep=1).logits]
+
+    return repetition
+
+
+def prefill_llama(folder: str, sizes: dict, length: int, threads: int) -> Repetition:
+    llm = _llama(folder, "f32", threads)
+    ids = _ids(1, length, sizes)[0].tolist()
+
+    def repetition() -> list["Tensor"]:
+        import torch
+
+        llm.reset()
+        llm.eval(ids)
+        return [torch.from_numpy(_llama_logits(llm).copy())]
+
+    return repetition
+
+
+# Decoding: the likeliest token, one after another, after a context read in pieces.
+
+
+def decode_ysnake(
+    folder: str, sizes: dict, count: int, context: int, batch: int = 1, weights: str = "float32"
+) -> Repetition:
+    decoder = _decoder(saved(folder, sizes), weights)
+    logits, state = decoder.step(_ids(batch, min(context, 1000), sizes), None, last_only=True)
+    if context > 1000:
+        reader = _read(decoder, sizes, context)
+        logits, state = reader.logits[None], reader.state
+
+    def repetition() -> None:
+        nonlocal logits, state
+        for _ in range(count):
+            logits, state = decoder.step(logits.argmax(-1), state)
+
+    return repetition
+
+
+def decode_transformers(folder: str, sizes: dict, count: int, context: int) -> Repetition:
+    import torch
+    from transformers import Mamba2ForCausalLM
+
+    model = Mamba2ForCausalLM.from_pretrained(folder).eval()
+    ids = _ids(1, context, sizes)
+    with torch.inference_mode():
+        out = model(ids, use_cache=True, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def repetition() -> None:
+        nonlocal out
+        for _ in range(count):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(token, cache_params=out.cache_params, use_cache=True)
+
+    return repetition
+
+
+def decode_llama(
+    folder: str, sizes: dict, count: int, context: int, type: str, threads: int
+) -> Repetition:
+    llm = _llama(folder, type, threads)
+    llm.eval([i % sizes["vocab_size"] for i in range(context)])
+
+    def repetition() -> None:
+        for _ in range(count):
+            llm.eval([int(_llama_logits(llm).argmax())])
+
+    return repetition
+
+
+def read_ysnake(folder: str, sizes: dict, context: int, times: int) -> Repetition:
+    """A long prompt in pieces, a few times over if it is short."""
+    decoder = _decoder(saved(folder, sizes))
+
+    def repetition() -> None:
+        for _ in range(times):
+            _read(decoder, sizes, context)
+
+    return repetition
+
+
+def _read(decoder: Any, sizes: dict, context: int) -> Any:
+    from ysnake.generate import Context
+
+    reader = Context(decoder, sizes["vocab_size"])
+    piece = _ids(1, min(context, 1024), sizes)[0].tolist()
+    for i in range(0, context, len(piece)):
+        reader.feed(piece[: context - i])
+    return reader
+
+
+def _decoder(folder: Path, weights: str = "float32") -> Any:
+    """A checkpoint ready to read and write as `ysnake.run` does."""
+    from ysnake import checkpoint
+    from ysnake.decoding import Decoder
+
+    return Decoder(checkpoint.load(folder), weights)
+
+
+def _llama(folder: str, type: str, threads: int) -> Any:
+    """The checkpoint as a GGUF, exported by another process, in llama.cpp."""
+    file = Path(f"{folder}-{type}") / "model.gguf"
+    if not file.exists():
+        file.parent.mkdir()
+        command = [sys.executable, "-m", "ysnake.export", folder, "--gguf", str(file)]
+        subprocess.run([*command, "--type", type], check=True, stdout=subprocess.DEVNULL)
+    from llama_cpp import Llama
+
+    options = {"n_ctx": 4096, "n_batch": 512, "verbose": False}
+    return Llama(str(file), n_threads=threads, n_threads_batch=threads, **options)
+
+
+def _llama_logits(llm: Any) -> Any:
+    """The logits of the last token read, as NumPy sees them."""
+    import llama_cpp
+    import numpy as np
+
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),))
+
+
+# What they share.
+
+
+def saved(folder: str, sizes: dict) -> Path:
+    """The checkpoint folder of a model with random weights, written if it is not there yet."""
+    path = Path(folder)
+    if not path.exists():
+        import torch
+
+        from ysnake import checkpoint, tokenizer
+        from ysnake.config import ModelConfig
+        from ysnake.model import Model
+
+        torch.manual_seed(0)
+        text = ["a model of random weights has nothing to say"] * 2  # llama.cpp needs merges
+        learnt = tokenizer.train("bpe", text, 300)
+        checkpoint.save(path, Model(ModelConfig(**sizes)), learnt)
+    return path
+
+
+def _ids(batch: int, length: int, sizes: dict) -> "Tensor":
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(sizes["vocab_size"], (batch, length), generator=generator)
+
+
+def norms(tensors: list["Tensor"] | None) -> list[float] | None:
+    """Of the result, and of all gradients together: the same for equal models."""
+    if tensors is None:
+        return None
+    first, *gradients = (t.detach().double().norm().item() for t in tensors)
+    return [first, sum(n * n for n in gradients) ** 0.5]
+
+
+def memory(key: str) -> int:
+    """Bytes of this process: VmRSS, resident now, or VmHWM, the most so far.
+
+    Where the system does not say, the most so far. `ru_maxrss` alone would not do on Linux: a
+    process begins with that of the one which started it.
+    """
+    if STATUS.exists():
+        line = next(x for x in STATUS.read_text().splitlines() if x.startswith(key))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main() -> None:
+    """Prepare the contestant of the job, then answer each line with a repetition's seconds."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    job = json.loads(sys.argv[1])
+    repetition = globals()[job["function"]](**job["arguments"])
+    loaded, before = memory("VmHWM"), memory("VmRSS")
+    if STATUS.exists():
+        Path("/proc/self/clear_refs").write_text("5")  # the most so far is now's
+    found = norms(repetition())
+    answers.write(json.dumps({"norms": found}) + "\n")
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        repetition()
+        answer = {"seconds": time.perf_counter() - start}
+        most = memory("VmHWM")
+        answer |= {"peak": max(loaded, most), "extra": most - before}
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

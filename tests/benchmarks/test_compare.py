@@ -1,0 +1,60 @@
+"""The comparison with peers runs with the ones that are installed, at tiny shapes."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def compare(*arguments, **environment):
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")} | environment
+    command = [sys.executable, "-m", "benchmarks.compare", *map(str, arguments)]
+    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    return subprocess.run(command, env=environment, cwd=ROOT, **options)
+
+
+def test_ours_and_peers_take_turns(tmp_path):
+    done = compare("scan", "step", "--quick", "--repeat", 2, "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    results = json.loads((tmp_path / "compare.json").read_text())
+    assert list(results) == ["scan", "step"]
+    peers = {"transformers Mamba2", "transformers with our drop-in", "transformers GPT-2"}
+    for case, result in results.items():
+        assert result["machine"]["cpu"]
+        (group,) = result["groups"]
+        rows = {row["by"]: row for row in group["rows"]}
+        assert {"ysnake", "matrix products alone"} <= rows.keys()
+        assert rows.keys() - {"ysnake", "matrix products alone"} <= peers
+        for name, row in rows.items():
+            if name in peers and not find_spec("transformers"):
+                assert row["absent"] == "transformers not installed"
+                continue
+            assert len(row["seconds"]) == 2
+            assert min(row["seconds"]) > 0
+            assert row["peak"] > 50e6
+            median, least, most = row["ratios"]["ysnake"]
+            assert least <= median <= most
+        assert rows["ysnake"]["ratios"]["ysnake"] == [1, 1, 1]
+        text = (tmp_path / "compare.md").read_text()
+        assert all(f"| {name} |" in text for name in rows), case
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"compare-throughput.png", "compare-memory.png"}
+
+
+def test_what_is_wrong_is_said_in_one_line(tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("too little")
+    for arguments, message in (
+        (["quality"], "--text: quality needs a file"),
+        (["quality", "--text", few], "--text: expected at least"),
+        (["scan", "--repeat", 0], "--repeat: expected at least 1"),
+    ):
+        done = compare(*arguments, "--out", tmp_path / "out")
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
