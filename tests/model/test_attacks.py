@@ -9,6 +9,7 @@ import struct
 import sys
 import time
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from small import TINY, corpus, saved
 
 from ysnake import checkpoint, settings, train
 from ysnake.config import InputError
+from ysnake.parallel import Ranks
 
 REFUSED_WITHIN = 1.0  # seconds of this process; it takes a few hundredths
 MEMORY = 300_000_000  # bytes that a refusal may need
@@ -327,7 +329,7 @@ def stopped(tmp_path):
 
 
 def resume(folder):
-    return train.resume(settings.read(folder), Console(quiet=True))
+    return train.resume(replace(settings.read(folder), resume=True), Ranks(), Console(quiet=True))
 
 
 def test_a_training_state_with_a_payload(stopped):

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -16,6 +17,7 @@ from small import TINY, corpus, entry, model
 
 from ysnake import checkpoint, evaluate, export, run, serve, settings, tokenizer, train
 from ysnake.config import InputError
+from ysnake.parallel import Ranks
 
 OPTIONS = [*TINY, "--vocab-size", "300", "--threads", "1", "--max-steps", "6"]
 OPTIONS += ["--eval-every", "6", "--checkpoint-every", "1"]
@@ -104,7 +106,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder, caplog, where, me
         assert used == folder / "last.old"
         assert message in caplog.text
     caplog.clear()
-    again = train.resume(settings.read(folder), Console(quiet=True))
+    options = replace(settings.read(folder), resume=True)
+    again = train.resume(options, Ranks(), Console(quiet=True))
     assert again.progress.step == 5
     assert message in caplog.text
     assert f"goes on from {folder / 'last.old'}" in caplog.text
