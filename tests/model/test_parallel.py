@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import ROOT, TINY, corpus, environment
-from test_train import in_process, metrics
+from small import ROOT, TINY, corpus, entry, environment
+from test_train import metrics
 
 from ysnake import checkpoint, parallel, train
 
@@ -237,12 +237,13 @@ WRONG = {
 def test_wrong_combinations_are_said_by_one_rank(tmp_path, monkeypatch, message):
     corpus(tmp_path)
     size, options = WRONG[message]
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parallel, "TO_BE_NAMED", 0)
     for rank in (0,) if size is None else (0, size - 1):
         if size is not None:
             monkeypatch.setenv("WORLD_SIZE", str(size))
             monkeypatch.setenv("RANK", str(rank))
-        code, errors = in_process(monkeypatch, tmp_path, [*TINY, "--data", "snakes.txt", *options])
+        code, _, errors = entry(train.main, *TINY, "--data", "snakes.txt", *options)
         assert code == 2
         assert errors.count("\n") == errors.count(message) == (rank == 0)
     assert [p.name for p in tmp_path.iterdir()] == ["snakes.txt"]
