@@ -5,7 +5,6 @@ Each task leaves a file of JSON per rank, or the run folder that a training leav
 
 import copy
 import json
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -116,16 +115,22 @@ def memory(rank, size, out, context, length, **sizes):
             kept[storage.data_ptr()] = storage.nbytes()
         return t
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = loss_of(*tensors)
     (loss * size).backward()
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    grown = peak() - before
     saved = {name: p.grad for name, p in model.named_parameters()}
     torch.save(saved, f"{out}.{rank}.grads")
     write(
         out, rank, {"kept": sum(kept.values()), "grown": grown, "loss": ranks.total(loss.detach())}
     )
+
+
+def peak():
+    """The most memory this process has had, in bytes; getrusage would begin at its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def write(out, rank, content):

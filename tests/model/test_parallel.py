@@ -238,6 +238,7 @@ def test_wrong_combinations_are_said_by_one_rank(tmp_path, monkeypatch, message)
     corpus(tmp_path)
     monkeypatch.chdir(tmp_path)
     size, options = WRONG[message]
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parallel, "TO_BE_NAMED", 0)
     for rank in (0,) if size is None else (0, size - 1):
         if size is not None:
