@@ -28,7 +28,7 @@ from tyro.conf import Positional, arg
 
 from benchmarks import compare_report, quality
 from benchmarks.compare_report import DROPIN, GPT2, HF, LIMIT, YSNAKE
-from ysnake import cli
+from ysnake import cli, memory
 from ysnake.config import PRESETS, InputError, model_config
 from ysnake.settings import MODEL_SIZES, Settings
 
@@ -49,7 +49,9 @@ class Options:
     same minutes of training on the same text)."""
     repeat: int = 5
     """Repetitions of each contestant."""
-    threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    threads: int = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
     """Threads of each contestant; by default as many as there are cores."""
     quick: bool = False
     """Tiny shapes, to see that it runs; its figures say nothing. Kept only with --out."""
@@ -310,13 +312,14 @@ def _compare(rows: list[dict], bases: tuple[str, ...]) -> None:
             row["ratios"][base] = [statistics.median(ratios), min(ratios), max(ratios)]
         if row["norms"] and (expected := rows[0].get("norms")):
             far = [abs(a - b) / b for a, b in zip(row["norms"], expected, strict=True) if b]
-            row["differs"] = max(far) > DISAGREE
+            row["differs"] = any(not each <= DISAGREE for each in far)  # NaN too
 
 
 def machine(threads: int) -> dict:
     """What the figures belong to."""
     info = Path("/proc/cpuinfo")
-    named = [x.split(":")[1] for x in info.read_text().splitlines() if x.startswith("model name")]
+    lines = info.read_text().splitlines() if info.exists() else []
+    cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     versions = {}
     for name in ("torch", "transformers", "llama-cpp-python"):
         try:
@@ -324,10 +327,10 @@ def machine(threads: int) -> dict:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {
-        "cpu": " ".join(named[0].split()),
+        "cpu": cpu[0] if cpu else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "memory": memory.available(),
         "system": platform.platform(),
         "python": platform.python_version(),
         **versions,

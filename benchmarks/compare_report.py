@@ -91,7 +91,7 @@ def markdown(results: dict[str, dict]) -> str:
         peers = (f"{k} {m[k] or 'absent'}" for k in ("torch", "transformers", "llama-cpp-python"))
         lines += ["", f"## {case}", ""]
         lines += [f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, "]
-        lines[-1] += f"{m['memory'] / 1e9:.0f} GB; {', '.join(peers)}; {result['date']}; "
+        lines[-1] += f"{(m['memory'] or 0) / 1e9:.0f} GB; {', '.join(peers)}; {result['date']}; "
         lines[-1] += f"{result['repeat']} repetitions"
         lines[-1] += "; TINY SHAPES, figures without meaning" if result["quick"] else ""
         for group in result["groups"]:
@@ -165,7 +165,7 @@ def decoding(results: dict[str, dict]) -> Any:
         for name, points in lines.items():
             points = list(zip(*points, strict=True))
             axes.plot(*points, style, color=COLOURS[name], label=f"{name} {verb}", markersize=5)
-    title = "The `quick` model: speed by what was read before"
+    title = "The quick model: speed by what was read before"
     axes.set(xlabel="context, tokens", ylabel="tokens/s", title=title, xscale="log", yscale="log")
     axes.legend(frameon=False)
     return figure
