@@ -183,8 +183,9 @@ def compile_job(job: tuple) -> list[Compiled]:
         start = time.perf_counter()
         compiled = compile_launch(kernel, args, kwargs, target)
         seconds = time.perf_counter() - start
-        operator, name_of = kernel.fn.__module__.split(".")[1], kernel.fn.__name__
-        label = f"{operator} {name_of.removesuffix('_kernel').strip('_')}"
+        operator = kernel.fn.__module__.split(".")[1]
+        name_of = kernel.fn.__name__.removesuffix("_kernel").strip("_")
+        label = operator if name_of == operator else f"{operator} {name_of}"
         usage = (*resources(compiled), compiled.metadata.shared)
         rows.append(Compiled(label, name, *shape, form, *usage, limit, seconds))
     return rows

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 FIRST = ["ssd forward", "ssd states", "ssd gradients", "ssd steps"]
-REST = ["conv forward", "conv backward", "norm forward", "norm backward", "conv step", "step step"]
+REST = ["conv forward", "conv backward", "norm forward", "norm backward", "conv step", "step"]
 # bytes a thread that the launch table accepts, and says why: (target, kernel, state) -> at most
 ACCEPTED = {("sm_80", "ssd gradients", 128): 8}
 
