@@ -300,7 +300,7 @@ def _llama(folder: str, type: str, threads: int) -> Any:
     """The checkpoint as a GGUF, exported by another process, in llama.cpp."""
     file = Path(f"{folder}-{type}") / "model.gguf"
     if not file.exists():
-        file.parent.mkdir()
+        file.parent.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "ysnake.export", folder, "--gguf", str(file)]
         subprocess.run([*command, "--type", type], check=True, stdout=subprocess.DEVNULL)
     from llama_cpp import Llama
@@ -333,6 +333,8 @@ def saved(folder: str, sizes: dict) -> Path:
         torch.manual_seed(0)
         text = ["a model of random weights has nothing to say"] * 2  # llama.cpp needs merges
         learnt = tokenizer.train("bpe", text, 300)
+        missing = sizes["vocab_size"] - learnt.get_vocab_size()
+        learnt.add_tokens([f"filler {i}" for i in range(missing)])  # one for each row
         checkpoint.save(path, Model(ModelConfig(**sizes)), learnt)
     return path
 
