@@ -106,10 +106,12 @@ def _in_turn(calls: list[Repetition]) -> Repetition:
 
 
 def step_ysnake(folder: str, sizes: dict, batch: int, length: int) -> Repetition:
-    from ysnake import checkpoint, memory
+    from ysnake_kernels.allocator import keep_freed_memory
+
+    from ysnake import checkpoint
     from ysnake.config import IGNORED
 
-    memory.keep_freed_memory()  # as ysnake.train does
+    keep_freed_memory()  # as ysnake.train does
     model = checkpoint.load(saved(folder, sizes)).train()
     ids = _ids(batch, length, sizes)
     targets = ids.roll(-1, 1)
@@ -290,9 +292,10 @@ def _read(decoder: Any, sizes: dict, context: int) -> Any:
 
 def _decoder(folder: Path, weights: str = "float32") -> Any:
     """A checkpoint ready to read and write as `ysnake.run` does."""
-    from ysnake import checkpoint
+    from ysnake import checkpoint, cli
     from ysnake.decoding import Decoder
 
+    cli.use_huge_pages()
     return Decoder(checkpoint.load(folder), weights)
 
 

@@ -156,9 +156,9 @@ def _model(job: dict) -> tuple[Any, Callable[["Batch"], "Tensor"]]:
     of transformers' models can, so ours does not either."""
     import torch
     import torch.nn.functional as F
+    from ysnake_kernels.allocator import keep_freed_memory
 
     from ysnake import checkpoint
-    from ysnake.memory import keep_freed_memory
 
     folder = saved(f"{job['folder']}/model", job["sizes"])
     ours = checkpoint.load(folder)

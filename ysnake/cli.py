@@ -1,5 +1,6 @@
 """What the command lines share: options from a dataclass, errors in one line, exit codes."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,6 +103,20 @@ def pick_device(name: str) -> str:
     if (device.index or 0) >= count.get(device.type, 0):
         raise InputError(f"device: {name} is not available here")
     return name
+
+
+def use_huge_pages() -> None:
+    """Have torch ask the system for huge pages: weights are read faster, some memory is wasted.
+
+    torch looks once, when it makes its first tensor.
+    """
+    import torch
+
+    name = "THP_MEM_ALLOC_ENABLE"
+    if name not in os.environ:
+        os.environ[name] = "1"
+        torch.empty(1)
+        del os.environ[name]  # not for processes that this one starts
 
 
 def use_threads(count: int | None) -> None:

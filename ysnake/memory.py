@@ -4,9 +4,7 @@ The prediction counts what a step keeps, tensor by tensor, at its highest point:
 backward pass through the last layer. `python -m benchmarks.memory` compares it with measured peaks.
 """
 
-import ctypes
 import os
-import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,20 +129,6 @@ def available() -> float | None:
         if text != "max":
             found.append(int(text))
     return float(min(found)) if found else None
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what is freed for the next step, instead of giving it back.
-
-    A training step asks for the same memory again and again; memory that is mapped anew has to be
-    cleared by the system first, page by page.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-    libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def table(config: ModelConfig, settings: "Settings") -> "Table":

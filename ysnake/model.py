@@ -28,7 +28,8 @@ from ysnake.loss import summed_loss
 class LayerState:
     """What one layer remembers; its size does not depend on how much was read."""
 
-    conv: Tensor  # (batch, d_conv, conv_width - 1), the last tokens before the convolution
+    conv: Tensor  # (batch, d_conv, conv_width - 1), the last tokens before the convolution;
+    # token by token in memory
     ssm: Tensor  # (batch, n_heads, head_dim, d_state), float32
 
 
@@ -249,10 +250,10 @@ class Model(nn.Module):
         """The state before the first token."""
         c, weight = self.config, self.backbone.embeddings.weight
         exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        conv, ssm = (c.d_conv, c.conv_width - 1), (c.n_heads, c.head_dim, c.d_state)
+        conv, ssm = (c.conv_width - 1, c.d_conv), (c.n_heads, c.head_dim, c.d_state)
         return [
             LayerState(
-                torch.zeros(batch, *conv, dtype=weight.dtype, device=weight.device),
+                torch.zeros(batch, *conv, dtype=weight.dtype, device=weight.device).mT,
                 torch.zeros(batch, *ssm, dtype=exact, device=weight.device),
             )
             for _ in range(c.n_layers)

@@ -695,7 +695,9 @@ def main(argv: list[str]) -> int:
             console.print(plan(settings, console))
             return cli.DONE
         cli.use_threads(settings.threads)
-    memory.keep_freed_memory()
+    from ysnake_kernels.allocator import keep_freed_memory
+
+    keep_freed_memory()
     with parallel.joined(settings) as ranks:
         return _train(settings, ranks)
 

@@ -9,6 +9,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
 
+from ysnake_kernels import allocator
 from ysnake_kernels.dropin import functions, modules
 
 # The releases whose interface this is; "+ysnake" says that it is not them.
@@ -30,7 +31,7 @@ _OFFERED: dict[str, tuple[str, ...]] = {
 }
 
 
-def install(force: bool = False) -> None:
+def install(force: bool = False, keep_freed_memory: bool = True) -> None:
     """Make `mamba_ssm` and `causal_conv1d` importable, each where the real one is not installed.
 
     Whatever else is imported from them raises an ImportError that says so. Installing again changes
@@ -38,6 +39,8 @@ def install(force: bool = False) -> None:
 
     Args:
         force: stand in for the real packages even where they are installed.
+        keep_freed_memory: set the C library's allocator to keep for the next step what a step
+            frees, `allocator.keep_freed_memory`; a CPU trains a third faster with it.
 
     Raises:
         RuntimeError: too late, since a model of transformers, or a real package that is to be
@@ -63,6 +66,8 @@ def install(force: bool = False) -> None:
             _add_module(name)
     if wanted and not any(isinstance(finder, _Refuser) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Refuser())
+    if keep_freed_memory:
+        allocator.keep_freed_memory()
 
 
 def _is_ours(package: str) -> bool:
