@@ -9,7 +9,13 @@ from torch.autograd.function import once_differentiable
 
 from ysnake.config import IGNORED
 
-SLICE = 1 << 22  # logits of a slice: 16 MB in float32
+SLICE = 1 << 23  # logits of a slice: 32 MB in float32
+LEAST_ROWS = 256  # of a slice, whatever the vocabulary: with fewer the products are slow
+
+
+def slice_rows(vocab_size: int) -> int:
+    """The tokens of a slice."""
+    return max(LEAST_ROWS, SLICE // vocab_size)
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -38,7 +44,7 @@ class _SummedLoss(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if differentiated else None
         dweight = torch.zeros_like(weight, dtype=exact) if differentiated else None
         total = hidden.new_zeros((), dtype=exact)
-        rows = max(1, SLICE // len(weight))
+        rows = slice_rows(len(weight))
         for i in range(0, len(hidden), rows):
             h, target = hidden[i : i + rows], targets[i : i + rows, None]
             counts = target != IGNORED

@@ -42,7 +42,7 @@ def predict(config: ModelConfig, batch_size: int, seq_len: int, recompute: bool)
     from ysnake_kernels.mixer.eager import CHUNK_ELEMENTS
     from ysnake_kernels.ssd.eager import CPU_CHUNK
 
-    from ysnake.loss import SLICE
+    from ysnake.loss import slice_rows
 
     c = config
     head = c.vocab_size * c.d_model
@@ -69,7 +69,7 @@ def predict(config: ModelConfig, batch_size: int, seq_len: int, recompute: bool)
     group = rows * seq_len * (3 * c.d_conv + 2 * c.d_inner) + states
     chunk = rows * q * (12 * c.d_inner + 4 * c.n_heads * q)
     working = tokens * (projected + 3 * c.d_model) + group + chunk
-    logits = min(max(SLICE, c.vocab_size), tokens * c.vocab_size)  # of a slice
+    logits = min(slice_rows(c.vocab_size), tokens) * c.vocab_size  # of a slice
     working += 2 * logits + head  # and the head's gradient
     return Plan(parameters, 16.0 * parameters, FLOAT * kept, FLOAT * working)
 
