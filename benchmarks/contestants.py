@@ -295,7 +295,7 @@ def _decoder(folder: Path, weights: str = "float32") -> Any:
     from ysnake import checkpoint, cli
     from ysnake.decoding import Decoder
 
-    cli.use_huge_pages()
+    cli.tune_memory()
     return Decoder(checkpoint.load(folder), weights)
 
 

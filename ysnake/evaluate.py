@@ -109,7 +109,7 @@ def main(argv: list[str]) -> int:
     from ysnake import checkpoint
     from ysnake.decoding import Decoder
 
-    cli.use_huge_pages()
+    cli.tune_memory()
     cli.use_threads(options.threads)
     path, device = options.path or cli.newest_run(), cli.pick_device(options.device)
     folder, tokenizer, model = checkpoint.load_all(path, device=device)

@@ -137,7 +137,7 @@ def main(argv: list[str]) -> int:
     from ysnake.decoding import Decoder
     from ysnake.generate import Context
 
-    cli.use_huge_pages()
+    cli.tune_memory()
     cli.use_threads(options.threads)
     device = cli.pick_device(options.device)
     _, tokenizer, model = checkpoint.load_all(path, options.checkpoint, device)

@@ -178,7 +178,7 @@ def load(options: Options) -> Service:
     from ysnake.decoding import Decoder
 
     path = options.path or cli.newest_run()
-    cli.use_huge_pages()
+    cli.tune_memory()
     cli.use_threads(options.threads)
     device = cli.pick_device(options.device)
     folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint, device)
