@@ -116,6 +116,11 @@ def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: "Tokeni
             "--gguf: llama.cpp has no such tokenizer as this model's; "
             "it has that of models trained with --tokenizer bpe"
         )
+    if not model["merges"]:
+        raise InputError(
+            "--gguf: llama.cpp takes no tokenizer without merges, and this one has learnt none; "
+            "it needs more text, or a larger --vocab-size"
+        )
     added = {token["id"]: token for token in content["added_tokens"]}
     by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
     tokens, types = [], []

@@ -1,5 +1,6 @@
 """Standing in for mamba_ssm and causal-conv1d: under transformers' models, and by itself."""
 
+import platform
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -64,6 +65,23 @@ def python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's allocator")
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_kept_unless_told_not_to(keep):
+    given_back = python(f"""
+import torch
+import ysnake_kernels.dropin
+ysnake_kernels.dropin.install(keep_freed_memory={keep})
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+large = torch.ones(25_000_000)
+before = resident()
+del large
+print(before - resident())
+""")
+    assert (int(given_back) < 1e6) if keep else (int(given_back) > 90e6)
 
 
 def test_what_can_be_imported():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ysnake import checkpoint, memory
 from ysnake.config import InputError, ModelConfig
 from ysnake.settings import Settings
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SIZES = {"vocab_size": 1024, "d_model": 256, "n_layers": 3, "d_state": 64}
 
 
@@ -57,6 +59,24 @@ for _ in range(2):
     optimizer.step()
 print(peak() - before)
 """
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.is_file() or "[never]" in HUGE_PAGES.read_text(),
+    reason="this system has no huge pages",
+)
+def test_what_reads_weights_has_huge_pages():
+    code = """
+from ysnake import cli
+cli.tune_memory()
+import os, torch
+kept = torch.ones(25_000_000)
+lines = open("/proc/self/smaps_rollup").read().splitlines()
+print(next(line for line in lines if line.startswith("AnonHugePages")).split()[1])
+assert "THP_MEM_ALLOC_ENABLE" not in os.environ
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 0  # kilobytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted as on Linux")

@@ -33,7 +33,9 @@ def step(
     S.view(batch, groups, -1, n).addcmul_(
         (xs * dt[..., None]).reshape(batch, groups, -1, 1), B.to(acc)[:, :, None]
     )
-    y = torch.matmul(S.view(batch, groups, -1, n), C.to(acc)[..., None]).view(x.shape)
+    # C S^T for each head: S C takes up to ten times as long
+    C = C.to(acc)[:, :, None].expand(-1, -1, x.shape[1] // groups, -1).reshape(-1, 1, n)
+    y = torch.bmm(C, S.view(-1, x.shape[2], n).transpose(1, 2)).view(x.shape)
     if state_batch_indices is not None:
         state[state_batch_indices] = S.to(state.dtype)
     elif S is not state:
