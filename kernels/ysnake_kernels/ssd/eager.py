@@ -1,16 +1,18 @@
 """The SSD scan in pure torch: one sweep over chunks, forward, and one back, written by hand.
 
-A sweep carries the state from chunk to chunk as the fused kernel does, so that its temporaries
-are a chunk's and stay in the cache. Heads of a group share B and C: the products with the state
-are single matrix products over all heads of a group. `forward` and `backward` hand over a chunk's
-outputs while they are there, so that what follows the scan, a gate here and the norm in the mixer,
-needs no sweep of its own. Symbols are those of the paper (arXiv 2405.21060); b is batch times
-groups, q the tokens of a chunk, r the heads of a group, p the head size, n the state size.
+A sweep takes some chunks at a time, a piece: as many as stay in the cache. What a chunk does by
+itself is done for all of a piece at once, and only the state goes from chunk to chunk. Heads of a
+group share B and C: the products with the state are single matrix products over all heads of a
+group. `forward` and `backward` hand over a piece's outputs while they are there, so that what
+follows the scan, a gate here and the norm in the mixer, needs no sweep of its own. Symbols are
+those of the paper (arXiv 2405.21060); k is the chunks of a piece, b batch times groups, q the
+tokens of a chunk, r the heads of a group, p the head size, n the state size.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from ysnake_kernels.numerics import accumulator, step_sizes, step_sizes_backward
 
 CPU_CHUNK = 64  # 32 to 64 measured best on two cores, 128 and above lost
 GPU_CHUNK = 128
+PIECE_ELEMENTS = 512 * 1024  # of x in a piece: two megabytes in float32
 FLOOR = -60.0  # of an exponent: e^-60 is as good as zero, and smaller numbers slow a CPU tenfold
 
 
@@ -45,18 +48,6 @@ def scan(
     return uncompiled(_Scan.apply)(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options)
 
 
-def _fold(t: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """[batch q (g k) ...] -> [b q k ...] in `dtype`, a view where one group and the dtype allow."""
-    batch, q = t.shape[:2]
-    t = t.to(dtype).view(batch, q, groups, -1, *t.shape[3:])
-    return t[:, :, 0] if groups == 1 else t.transpose(1, 2).flatten(0, 1)
-
-
-def _unfold(t: Tensor, groups: int) -> Tensor:
-    """[b q k ...] -> [batch q (g k) ...], the inverse of `_fold`."""
-    return t if groups == 1 else t.unflatten(0, (-1, groups)).transpose(1, 2).flatten(2, 3)
-
-
 def _fold_state(states: Tensor, groups: int) -> Tensor:
     """[batch (g r) p n] -> [b n (r p)], contiguous."""
     t = states.unflatten(1, (groups, -1)).flatten(0, 1)  # [b r p n]
@@ -70,19 +61,25 @@ def _unfold_state(S: Tensor, groups: int, heads: int) -> Tensor:
 
 
 @dataclass
-class _Decays:
-    """The decays inside one chunk; all exponents are <= 0, and zero stands for another document."""
+class _Piece:
+    """Some chunks in a row. No decay's exponent is above 0; zero stands for another document."""
 
-    L: Tensor | None  # [b r i j] exp(cs_i - cs_j) for j <= i, else 0
-    entry: Tensor  # [b q r] exp(cs_i): from the entering state to token i
-    exit: Tensor  # [b q r] exp(cs_last - cs_j): from token j to the leaving state
-    whole: Tensor  # [b 1 r] exp(cs_last): from the entering to the leaving state
+    span: slice  # of the tokens
+    x: Tensor  # [k b q r p]
+    dt: Tensor  # [k b q r]
+    u: Tensor  # [k b q r p] dt x
+    B: Tensor  # [(k b) q n]
+    C: Tensor  # [(k b) q n]
+    L: Tensor | None  # [k b r i j] exp(cs_i - cs_j) for j <= i, else 0
+    entry: Tensor  # [k b q r] exp(cs_i): from the entering state to token i
+    exit: Tensor  # [k b q r] exp(cs_last - cs_j): from token j to the leaving state
+    whole: Tensor  # [k b 1 r] exp(cs_last): from the entering to the leaving state
 
 
 class _Sweep:
-    """The inputs folded by group, cut into chunks, with the buffers that the chunks share.
+    """The inputs folded by group and cut into pieces, with the buffers that the pieces share.
 
-    A state is [b n (r p)], or None for one of zeros, which costs nothing.
+    The states that enter a piece's chunks, or leave them, are [k b n (r p)]; none is one of zeros.
     """
 
     def __init__(self, x, dt, A, B, C, D, seq_idx, chunk_size, acc):
@@ -92,7 +89,8 @@ class _Sweep:
         self.b = self.batch * self.groups
         if chunk_size is None:
             chunk_size = CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK
-        self.acc, self.chunk_size = acc, min(chunk_size, self.length)
+        self.acc, self.q = acc, min(chunk_size, self.length)
+        self.n_chunks = -(-self.length // self.q)
         self.x, self.dt, self.B, self.C = x, dt, B, C
         self.A = self._by_head(A)[..., 0]  # [b 1 r]
         self.D = None if D is None else self._by_head(D)  # [b 1 r p] or [b 1 r 1]
@@ -103,88 +101,141 @@ class _Sweep:
         t = t.to(self.acc).view(1, self.groups, 1, self.r, -1)
         return t.expand(self.batch, -1, -1, -1, -1).flatten(0, 1)
 
-    def spans(self) -> list[slice]:
-        starts = range(0, self.length, self.chunk_size)
-        return [slice(s, min(s + self.chunk_size, self.length)) for s in starts]
+    def pieces(self) -> list[range]:
+        """The numbers of each piece's chunks.
+
+        The first chunk, which perhaps no state enters, and the last, which perhaps is shorter and
+        whose state perhaps nobody wants, are pieces of their own.
+        """
+        size = max(1, PIECE_ELEMENTS // (self.batch * self.q * self.heads * self.head_dim))
+        last = self.n_chunks - 1
+        cuts = sorted({0, *range(1, last, size), last, self.n_chunks})
+        return [range(*ends) for ends in pairwise(cuts)]
 
     def buffer(self, name: str, *shape: int) -> Tensor:
-        """Uninitialised memory that lives as long as the sweep: made once, used by every chunk."""
+        """Uninitialised memory that lives as long as the sweep and is used by every piece."""
         full = self.buffers.get(name)
         size = torch.Size(shape).numel()
         if full is None or full.numel() < size:
             full = self.buffers[name] = torch.empty(size, dtype=self.acc, device=self.x.device)
         return full[:size].view(shape)
 
-    def fold(self, t: Tensor, span: slice) -> Tensor:
-        return _fold(t[:, span], self.groups, self.acc)
+    def states(self, name: str, count: int) -> Tensor:
+        return self.buffer(name, count, self.b, self.n, self.r * self.head_dim)
+
+    def cut(self, t: Tensor, k: int) -> Tensor:
+        """[batch (k q) (g r) ...] -> [k batch g q r ...], a view."""
+        t = t.unflatten(2, (self.groups, -1)).unflatten(1, (k, -1))
+        return t.movedim((1, 0, 3, 2), (0, 1, 2, 3))
+
+    def fold(self, t: Tensor, k: int) -> Tensor:
+        """[batch (k q) (g r) ...] -> [k b q r ...], a view where there is one group."""
+        return self.cut(t.to(self.acc), k).flatten(1, 2)
 
     def unfold(self, t: Tensor) -> Tensor:
-        """[b q k ...] -> [batch q g k ...], a view."""
-        return t.unflatten(0, (-1, self.groups)).transpose(1, 2)
+        """[k b q r ...] -> [batch (k q) (g r) ...]."""
+        t = t.unflatten(1, (-1, self.groups)).movedim((1, 0, 3, 2), (0, 1, 2, 3))
+        return t.flatten(1, 2).flatten(2, 3)
 
-    def chunk(self, span: slice, with_L: bool = True) -> tuple[Tensor, ...]:
-        """x, dt and u = dt x of a chunk, [b q r (p)], B and C, [b q n], and its decays."""
-        x, dt = self.fold(self.x, span), self.fold(self.dt, span)
-        B, C = (self.fold(t, span)[:, :, 0] for t in (self.B, self.C))
+    def write(self, values: Tensor, to: Tensor) -> None:
+        """Values [k b q r ...] into a tensor [batch (k q) (g r) ...]."""
+        self.cut(to, len(values)).copy_(values.unflatten(1, (-1, self.groups)))
+
+    def piece(self, chunks: range, with_L: bool = True) -> _Piece:
+        k = len(chunks)
+        span = slice(chunks[0] * self.q, min(chunks.stop * self.q, self.length))
+        x, dt, B, C = (self.fold(t[:, span], k) for t in (self.x, self.dt, self.B, self.C))
         u = torch.mul(x, dt[..., None], out=self.buffer("u", *x.shape))
-        return x, dt, u, B, C, self.decays(dt, span, with_L)
+        B, C = (t[:, :, :, 0].flatten(0, 1) for t in (B, C))
+        return _Piece(span, x, dt, u, B, C, *self.decays(dt, chunks, span, with_L))
 
-    def decays(self, dt: Tensor, span: slice, with_L: bool) -> _Decays:
-        cs = (dt * self.A).cumsum(1)
-        entry, exit = cs.clamp(min=FLOOR).exp_(), (cs[:, -1:] - cs).clamp_(min=FLOOR).exp_()
-        whole = entry[:, -1:]
+    def decays(self, dt: Tensor, chunks: range, span: slice, with_L: bool) -> tuple:
+        """L, entry, exit and whole of a piece."""
+        cs = (dt * self.A).cumsum(2)
+        entry, exit = cs.clamp(min=FLOOR).exp_(), (cs[:, :, -1:] - cs).clamp_(min=FLOOR).exp_()
+        whole = entry[:, :, -1:]
         L = None
         if with_L:
-            q = dt.shape[1]
-            rows = cs.transpose(1, 2).contiguous()  # [b r q]
-            L = self.buffer("L", self.b, self.r, q, q)
+            rows = cs.transpose(2, 3).contiguous()  # [k b r q]
+            L = self.buffer("L", *rows.shape, rows.shape[3])
             torch.sub(rows[..., :, None], rows[..., None, :], out=L)
             L.clamp_(FLOOR, 0).exp_().tril_()
         if self.seq_idx is not None:
-            seq = self.seq_idx[:, span].repeat_interleave(self.groups, 0)  # [b q]
-            before = self.seq_idx[:, max(span.start - 1, 0)].repeat_interleave(self.groups, 0)
-            entry = entry * (seq == before[:, None])[..., None]
-            exit = exit * (seq == seq[:, -1:])[..., None]
-            whole = whole * (seq[:, -1] == before)[:, None, None]
+            seq = self.seq_idx[:, span].unflatten(1, (len(chunks), -1))
+            before = self.seq_idx[:, [max(c * self.q - 1, 0) for c in chunks]]
+            seq, before = (
+                t.transpose(0, 1).repeat_interleave(self.groups, 1) for t in (seq, before)
+            )  # [k b q], [k b]
+            entry = entry * (seq == before[..., None])[..., None]
+            exit = exit * (seq == seq[..., -1:])[..., None]
+            whole = whole * (seq[..., -1] == before)[..., None, None]
             if L is not None:
-                L.mul_((seq[:, :, None] == seq[:, None, :])[:, None])
-        return _Decays(L, entry, exit, whole)
+                L.mul_((seq[..., :, None] == seq[..., None, :])[:, :, None])
+        return L, entry, exit, whole
 
-    def leaving(self, S: Tensor | None, u: Tensor, B: Tensor, decays: _Decays, out: Tensor) -> None:
-        """Writes the state after a chunk that S enters; out may be S."""
-        V = torch.mul(u, decays.exit[..., None], out=self.buffer("V", *u.shape)).flatten(2)
-        if S is None:
-            torch.bmm(B.transpose(1, 2), V, out=out)
-        else:
-            torch.mul(self.by_head(S), decays.whole[..., None], out=self.by_head(out))
-            out.baddbmm_(B.transpose(1, 2), V)
+    def around(self, name: str, known: Tensor | None, chunks: range, at: int) -> list:
+        """The states that enter a piece's chunks and those that leave them: all but one the same.
+
+        One is known: the first that enters (at = 0), or the last that leaves (at = -1); the others
+        are to be written. Only at an edge of a piece of one chunk it may be that of zeros, None.
+        """
+        if len(chunks) == 1:
+            other = self.states(f"{name} {chunks[0] % 2}", 1)
+            pair = [None if known is None else known[None], other]
+            return pair if at == 0 else pair[::-1]
+        both = self.states(name, len(chunks) + 1)
+        both[at] = known
+        return [both[:-1], both[1:]]
+
+    def pass_on(self, piece: _Piece, entering: Tensor | None, leaving: Tensor) -> None:
+        """Writes leaving; but for its first, entering is the same memory."""
+        V = self.at_exit(piece)
+        torch.bmm(piece.B.transpose(1, 2), V, out=leaving.flatten(0, 1))
+        if entering is not None:
+            self.add_decayed(entering[0], piece.whole[0], leaving[0])
+        for c in range(1, len(leaving)):
+            self.add_decayed(leaving[c - 1], piece.whole[c], leaving[c])
+
+    def add_decayed(self, state: Tensor, whole: Tensor, to: Tensor) -> None:
+        self.by_head(to).addcmul_(self.by_head(state), whole[..., None])
+
+    def at_exit(self, piece: _Piece) -> Tensor:
+        """V = exp(cs_last - cs) u, [(k b) q (r p)]."""
+        V = torch.mul(piece.u, piece.exit[..., None], out=self.buffer("V", *piece.u.shape))
+        return V.flatten(3).flatten(0, 1)
+
+    def by_head(self, S: Tensor) -> Tensor:
+        """[... n (r p)] -> [... n r p]."""
+        return S.unflatten(-1, (self.r, self.head_dim))
 
     def dot(self, a: Tensor, b: Tensor) -> Tensor:
         """Inner products along the last dimension."""
         return torch.mul(a, b, out=self.buffer("dot", *a.shape)).sum(-1)
 
-    def by_head(self, S: Tensor) -> Tensor:
-        """[b n (r p)] -> [b n r p]."""
-        return S.view(self.b, self.n, self.r, self.head_dim)
-
     def per_head(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        """Products [r i k] x [r k j] for each b: left [b r i k], right [b r k j], any strides."""
-        out = self.buffer(name, self.b, self.r, left.shape[2], right.shape[3])
-        for i in range(self.b):
-            torch.bmm(left[i], right[i], out=out[i])
+        """Products [r i m] x [r m j]: left [k b r i m], right [k b r m j], any strides."""
+        out = self.buffer(name, *left.shape[:4], right.shape[4])
+        for c in range(len(left)):
+            for i in range(self.b):
+                torch.bmm(left[c, i], right[c, i], out=out[c, i])
         return out
 
-    def outputs(
-        self, W: Tensor, x: Tensor, u: Tensor, CS: Tensor | None, decays: _Decays
-    ) -> Tensor:
-        """y of a chunk, [batch q heads p]: W u + exp(cs) C S + D x."""
-        y = self.per_head("inside", W, u.transpose(1, 2)).transpose(1, 2)  # [b q r p]
+    def read(self, piece: _Piece, states: Tensor | None) -> Tensor | None:
+        """C S for the entering states, [k b q r p]."""
+        if states is None:
+            return None
+        return torch.bmm(piece.C, states.flatten(0, 1)).view(piece.x.shape)
+
+    def outputs(self, W: Tensor, piece: _Piece, CS: Tensor | None) -> Tensor:
+        """y of a piece, [batch (k q) heads p]: W u + exp(cs) C S + D x."""
+        y = self.per_head("inside", W, piece.u.transpose(2, 3)).transpose(2, 3)  # [k b q r p]
+        k, b, *rest = y.shape
+        out = self.buffer("y", b, k, *rest).transpose(0, 1)
         if CS is not None:
-            entered = torch.mul(CS, decays.entry[..., None], out=self.buffer("V", *x.shape))
-            y = entered.add_(y)
+            y = torch.mul(CS, piece.entry[..., None], out=out).add_(y)
         if self.D is not None:
-            y = torch.addcmul(y, x, self.D, out=self.buffer("V", *x.shape))
-        return _unfold(y, self.groups)
+            y = torch.addcmul(y, piece.x, self.D, out=out)
+        return self.unfold(y)
 
 
 def forward(
@@ -201,25 +252,24 @@ def forward(
     finish: Callable[[slice, Tensor], None],
     want_states: bool = True,
 ) -> Tensor | None:
-    """One sweep; `finish(span, y)` gets each chunk's y, [batch q heads p], before any gate.
+    """One sweep; `finish(span, y)` gets each piece's y, [batch tokens heads p], before any gate.
 
-    y is memory that the next chunk uses again. Returns the final states if they are wanted.
+    y is memory that the next piece uses again. Returns the final states if they are wanted.
     """
     chunk_size, *step_options = options
     acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
     dts = step_sizes(dt, dt_bias, *step_options, acc)
     sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
     S = None if initial_states is None else _fold_state(initial_states.to(acc), sweep.groups)
-    memory = sweep.buffer("S", sweep.b, sweep.n, sweep.r * sweep.head_dim)
-    spans = sweep.spans()
-    for span in spans:
-        xc, _, u, Bc, Cc, decays = sweep.chunk(span)
-        W = decays.L.mul_(torch.bmm(Cc, Bc.transpose(1, 2))[:, None])
-        CS = None if S is None else torch.bmm(Cc, S).view(xc.shape)
-        finish(span, sweep.outputs(W, xc, u, CS, decays))
-        if want_states or span is not spans[-1]:
-            sweep.leaving(S, u, Bc, decays, memory)
-            S = memory
+    pieces = sweep.pieces()
+    for chunks in pieces:
+        piece = sweep.piece(chunks)
+        W = piece.L.mul_(torch.bmm(piece.C, piece.B.transpose(1, 2)).view_as(piece.L[:, :, :1]))
+        entering, leaving = sweep.around("S", S, chunks, 0)
+        if want_states or chunks is not pieces[-1]:
+            sweep.pass_on(piece, entering, leaving)
+        finish(piece.span, sweep.outputs(W, piece, sweep.read(piece, entering)))
+        S = leaving[-1]
     return _unfold_state(S, sweep.groups, sweep.heads) if want_states else None
 
 
@@ -243,78 +293,83 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The sweep forward for the entering states, and one back; writes dx, ddt, dB and dC.
 
-    `gradient(span, y)` returns that of a chunk's y, both [batch q heads p]; y() computes y, as
+    `gradient(span, y)` returns that of a piece's y, both [batch tokens heads p]; y() computes y, as
     `forward` handed it over. Returns the gradients of A, D, initial_states and dt_bias.
     """
     chunk_size, *step_options = options
     acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
     dts = step_sizes(dt, dt_bias, *step_options, acc)
     sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
-    spans = sweep.spans()
+    pieces = sweep.pieces()
 
-    S = None if initial_states is None else _fold_state(initial_states.to(acc), sweep.groups)
-    memory = sweep.buffer("S", len(spans), sweep.b, sweep.n, sweep.r * sweep.head_dim)
-    entering = [S, *memory[1:]]
-    for c, span in enumerate(spans[:-1]):
-        _, _, u, Bc, _, decays = sweep.chunk(span, with_L=False)
-        sweep.leaving(entering[c], u, Bc, decays, entering[c + 1])
+    def entered(chunks: range) -> bool:
+        return chunks[0] > 0 or initial_states is not None
 
-    dS = None if dstates is None else _fold_state(dstates.to(acc), sweep.groups).clone()
+    states = sweep.states("S", sweep.n_chunks)
+    if initial_states is not None:
+        states[0] = _fold_state(initial_states.to(acc), sweep.groups)
+    for chunks in pieces[:-1]:
+        entering = states[chunks[0] : chunks.stop] if entered(chunks) else None
+        leaving = states[chunks[0] + 1 : chunks.stop + 1]
+        sweep.pass_on(sweep.piece(chunks, with_L=False), entering, leaving)
+
+    dS = None if dstates is None else _fold_state(dstates.to(acc), sweep.groups)
     dts_grad = torch.empty_like(dts)
     dl = torch.empty_like(dts)  # gradient of dt * A
     dD = None if D is None else torch.zeros(sweep.b, sweep.r, sweep.head_dim).to(dts)
-    for span in reversed(spans):
-        S = entering.pop()
-        xc, dtc, u, Bc, Cc, decays = sweep.chunk(span)
-        CB = torch.bmm(Cc, Bc.transpose(1, 2))
-        W = torch.mul(decays.L, CB[:, None], out=sweep.buffer("W", *decays.L.shape))
-        CS = None if S is None else torch.bmm(Cc, S).view(xc.shape)
-        y = partial(sweep.outputs, W, xc, u, CS, decays)
-        G = _fold(gradient(span, y), sweep.groups, acc)
+    for chunks in reversed(pieces):
+        k, piece = len(chunks), sweep.piece(chunks)
+        xc, u, Bc, Cc = piece.x, piece.u, piece.B, piece.C
+        S = states[chunks[0] : chunks.stop] if entered(chunks) else None
+        CB = torch.bmm(Cc, Bc.transpose(1, 2)).view_as(piece.L[:, :, 0])
+        W = torch.mul(piece.L, CB[:, :, None], out=sweep.buffer("W", *piece.L.shape))
+        CS = sweep.read(piece, S)
+        G = sweep.fold(gradient(piece.span, partial(sweep.outputs, W, piece, CS)), k)
 
-        # Inside the chunk: y_i = sum_j W_ij u_j, with u = dt x.
-        Gr = G.transpose(1, 2)  # [b r q p]
-        T = sweep.per_head("T", Gr, u.permute(0, 2, 3, 1)).mul_(decays.L)  # dL/dCB_ij by head
-        du = sweep.per_head("inside", W.transpose(2, 3), Gr).transpose(1, 2)
-        dCB = T.sum(1)
-        M = T.mul_(CB.tril_(-1)[:, None])  # dL/d(cs_i - cs_j), j < i strictly
-        dcs = (M.sum(3) - M.sum(2)).transpose(1, 2)  # [b q r]
+        # Inside the chunks: y_i = sum_j W_ij u_j, with u = dt x.
+        Gr = G.transpose(2, 3)  # [k b r q p]
+        T = sweep.per_head("T", Gr, u.permute(0, 1, 3, 4, 2)).mul_(piece.L)  # dL/dCB_ij by head
+        du = sweep.per_head("inside", W.transpose(3, 4), Gr).transpose(2, 3)
+        dCB = T.sum(2).flatten(0, 1)
+        M = T.mul_(CB.tril_(-1)[:, :, None])  # dL/d(cs_i - cs_j), j < i strictly
+        dcs = (M.sum(4) - M.sum(3)).transpose(2, 3)  # [k b q r]
         dCc, dBc = torch.bmm(dCB, Bc), torch.bmm(dCB.transpose(1, 2), Cc)
 
-        # Across its edges: y_i += exp(cs_i) C_i S, and S' = exp(cs_last) S + sum_j V_j B_j.
+        # Across their edges: y_i += exp(cs_i) C_i S, and S' = exp(cs_last) S + sum_j V_j B_j.
+        dentering, dleaving = sweep.around("dS", dS, chunks, -1)
         if S is not None:
-            dcs += decays.entry * sweep.dot(CS, G)
-            Gs = torch.mul(G, decays.entry[..., None], out=sweep.buffer("Gs", *G.shape)).flatten(2)
-            dCc.baddbmm_(Gs, S.transpose(1, 2))
-        dlc = dcs.flip(1).cumsum(1).flip(1)  # sum over i >= t
-        if dS is not None:
-            left = torch.bmm(Bc, dS).view(xc.shape).mul_(decays.exit[..., None])
-            q = sweep.dot(left, u)
-            dlc += q.cumsum(1) - q
+            dcs += piece.entry * sweep.dot(CS, G)
+            Gs = torch.mul(G, piece.entry[..., None], out=sweep.buffer("Gs", *G.shape))
+            Gs = Gs.flatten(3).flatten(0, 1)
+            dCc.baddbmm_(Gs, S.flatten(0, 1).transpose(1, 2))
+            torch.bmm(Cc.transpose(1, 2), Gs, out=dentering.flatten(0, 1))
+            if dleaving is not None:
+                sweep.add_decayed(dleaving[-1], piece.whole[-1], dentering[-1])
+            for c in reversed(range(k - 1)):
+                sweep.add_decayed(dentering[c + 1], piece.whole[c], dentering[c])
+        dlc = dcs.flip(2).cumsum(2).flip(2)  # sum over i >= t
+        if dleaving is not None:
+            dleft = dleaving.flatten(0, 1)
+            left = torch.bmm(Bc, dleft).view(xc.shape).mul_(piece.exit[..., None])
+            t = sweep.dot(left, u)
+            dlc += t.cumsum(2) - t
             du = left.add_(du)
-            V = torch.mul(u, decays.exit[..., None], out=sweep.buffer("V", *u.shape)).flatten(2)
-            dBc.baddbmm_(V, dS.transpose(1, 2))
-        if S is not None and dS is not None:
-            through = sweep.dot(sweep.by_head(dS), sweep.by_head(S)).sum(1)  # [b r]
-            dlc += decays.whole * through[:, None]
+            dBc.baddbmm_(sweep.at_exit(piece), dleft.transpose(1, 2))
+            if S is not None:
+                through = sweep.dot(sweep.by_head(dleaving), sweep.by_head(S)).sum(2)  # [k b r]
+                dlc += piece.whole * through[:, :, None]
         if S is not None:
-            if dS is None:
-                dS = torch.bmm(Cc.transpose(1, 2), Gs)
-            else:
-                sweep.by_head(dS).mul_(decays.whole[..., None])
-                dS.baddbmm_(Cc.transpose(1, 2), Gs)
+            dS = dentering[0]
 
-        dl[:, span] = _unfold(dlc, sweep.groups)
-        dts_grad[:, span] = _unfold(sweep.dot(xc, du), sweep.groups)
+        sweep.write(dlc, dl[:, piece.span])
+        sweep.write(sweep.dot(xc, du), dts_grad[:, piece.span])
+        du = torch.mul(du, piece.dt[..., None], out=u)
         if D is not None:
-            dD += torch.mul(xc, G, out=sweep.buffer("V", *xc.shape)).sum(1)
-        place = dx[:, span].unflatten(2, (sweep.groups, -1))
-        du = torch.mul(du, dtc[..., None], out=u)
-        if D is not None:
+            dD += torch.mul(xc, G, out=sweep.buffer("V", *xc.shape)).sum((0, 2))
             du.addcmul_(G, sweep.D)
-        place.copy_(sweep.unfold(du))
-        dB[:, span] = _unfold(dBc[:, :, None], sweep.groups)
-        dC[:, span] = _unfold(dCc[:, :, None], sweep.groups)
+        sweep.write(du, dx[:, piece.span])
+        for grad, to in ((dBc, dB), (dCc, dC)):
+            sweep.write(grad.view(k, sweep.b, -1, 1, sweep.n), to[:, piece.span])
 
     dA = (dl * dts).sum((0, 1)).to(A.dtype)
     dts_grad.addcmul_(dl, A.to(acc))
