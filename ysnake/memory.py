@@ -39,7 +39,8 @@ class Plan:
 
 def predict(config: ModelConfig, batch_size: int, seq_len: int, recompute: bool) -> Plan:
     """What training this model on batch_size windows of seq_len tokens takes, in float32."""
-    from ysnake_kernels.ssd.eager import CPU_CHUNK, PIECE_ELEMENTS
+    from ysnake_kernels.mixer.eager import CHUNK_ELEMENTS
+    from ysnake_kernels.ssd.eager import CPU_CHUNK
 
     from ysnake.loss import slice_rows
 
@@ -63,7 +64,7 @@ def predict(config: ModelConfig, batch_size: int, seq_len: int, recompute: bool)
 
     # The mixer's backward: its whole gradients, and a group of rows at a time what it recomputes.
     q = min(c.chunk_size or CPU_CHUNK, seq_len)
-    rows = min(batch_size, max(1, PIECE_ELEMENTS // (c.d_inner * q)))
+    rows = min(batch_size, max(1, CHUNK_ELEMENTS // (c.d_inner * q)))
     states = -(-seq_len // q) * rows * c.d_state * c.d_inner
     group = rows * seq_len * (3 * c.d_conv + 2 * c.d_inner) + states
     chunk = rows * q * (12 * c.d_inner + 4 * c.n_heads * q)

@@ -21,6 +21,8 @@ from ysnake_kernels.norm import eager as norm
 from ysnake_kernels.numerics import accumulator
 from ysnake_kernels.ssd import eager as ssd
 
+CHUNK_ELEMENTS = 512 * 1024  # of a chunk of z: two megabytes in float32
+
 
 def mixer(*arguments) -> tuple[Tensor, Tensor | None]:
     """Arguments as `composed.mixer`'s without its first."""
@@ -89,7 +91,7 @@ def _row_groups(zxbcdt: Tensor, options: tuple) -> list[slice]:
     batch, length, _ = zxbcdt.shape
     sizes, scan_options = options[0], options[3]
     chunk_size = min(scan_options[0] or ssd.CPU_CHUNK, length)
-    size = max(1, ssd.PIECE_ELEMENTS // (sizes[0] * chunk_size))
+    size = max(1, CHUNK_ELEMENTS // (sizes[0] * chunk_size))
     return [slice(start, start + size) for start in range(0, batch, size)]
 
 
