@@ -142,6 +142,7 @@ def test_rows_of_a_large_batch_go_in_groups(case, monkeypatch):
     extra = {"chunk_size": 8, "return_final_states": True, **options}
     whole = outputs_and_gradients(mamba_split_conv1d_scan_combined, inputs(**case), extra, None)
     monkeypatch.setattr(mixer_eager, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(mixer_eager.ssd, "PIECE_ELEMENTS", 1)  # and the chunks one by one
     each = outputs_and_gradients(mamba_split_conv1d_scan_combined, inputs(**case), extra, whole[2])
     for a, b in zip(each[0], whole[0], strict=True):
         assert distance(a, b) < 1e-14

@@ -145,7 +145,7 @@ def test_a_state_spaces_folder_runs_trains_and_is_evaluated(tmp_path, capsys):
     data = corpus(tmp_path)
     assert all(t.dtype == torch.float32 for t in checkpoint.load(folder).state_dict().values())
     for command, options in {
-        run: ("--prompt", "The adder", "--max-tokens", "3"),
+        run: ("--prompt", "The adder", "--max-tokens", "20", "--seed", "1"),
         evaluate: ("--data", str(data), "--max-documents", "2"),
     }.items():
         assert command.main([str(folder), *options]) == 0
