@@ -39,7 +39,7 @@ def arguments(s):
 def launches(monkeypatch):
     """A list that every launch joins: its kernel's name, and the arrays of addresses that it reads
     and writes, by the bytes of an element."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is for Linux")
     if torch.cuda.is_available():
         pytest.skip("what a launch touches is seen in Triton's interpreter only")
     from triton.runtime import interpreter

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
 from comparison import (
     DEVICE,
     DTYPES,

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
 from comparison import DEVICE, DTYPES, assert_equals_reference, on_device
 from test_norm import CASES
 from test_norm import inputs as on_cpu

@@ -5,7 +5,7 @@ is one and else in Triton's interpreter; launches, saved bytes, determinism, tor
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton is for Linux")
 
 from comparison import TOLERANCES, assert_equals_reference, distance
 from test_ssd import CASES, EVERYTHING, OPTIONS, inputs

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+
 from comparison import DEVICE, DTYPES, TOLERANCES, distance, on_device
 from ysnake_kernels import backend, ssd_step
 from ysnake_kernels.step import fused

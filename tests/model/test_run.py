@@ -63,11 +63,11 @@ def test_a_state_in_a_file_goes_on_where_the_prompt_ended(folder, tmp_path, caps
     assert done.stderr.endswith("state: the state of another model\n")
 
 
-def test_interactive_loop(folder):
+def test_interactive_loop(tmp_path):
     """In a real terminal: two prompts, Ctrl-C inside a completion, an empty line, Ctrl-D."""
+    folder = saved(tmp_path, eos_id=None)  # no completion ends by itself
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        # with this seed neither completion ends by itself before it is stopped
         [*(sys.executable, "-m", "ysnake.run", str(folder)), "--max-tokens=2000000", "--seed=1"],
         stdin=follower,
         stdout=follower,

@@ -40,7 +40,7 @@ def install(force: bool = False, keep_freed_memory: bool = True) -> None:
     Args:
         force: stand in for the real packages even where they are installed.
         keep_freed_memory: set the C library's allocator to keep for the next step what a step
-            frees, `allocator.keep_freed_memory`; a CPU trains a third faster with it.
+            frees, so that training is faster on a CPU (`allocator.keep_freed_memory`).
 
     Raises:
         RuntimeError: too late, since a model of transformers, or a real package that is to be

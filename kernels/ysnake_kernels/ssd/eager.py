@@ -79,7 +79,7 @@ class _Piece:
 class _Sweep:
     """The inputs folded by group and cut into pieces, with the buffers that the pieces share.
 
-    The states that enter a piece's chunks, or leave them, are [k b n (r p)]; none is one of zeros.
+    The states that enter a piece's chunks, or leave them, are [k b n (r p)], None if all zeros.
     """
 
     def __init__(self, x, dt, A, B, C, D, seq_idx, chunk_size, acc):
@@ -173,19 +173,19 @@ class _Sweep:
                 L.mul_((seq[..., :, None] == seq[..., None, :])[:, :, None])
         return L, entry, exit, whole
 
-    def around(self, name: str, known: Tensor | None, chunks: range, at: int) -> list:
+    def around(self, name: str, known: Tensor | None, chunks: range, at: int) -> tuple:
         """The states that enter a piece's chunks and those that leave them: all but one the same.
 
         One is known: the first that enters (at = 0), or the last that leaves (at = -1); the others
-        are to be written. Only at an edge of a piece of one chunk it may be that of zeros, None.
+        are to be written. For a piece of one chunk it may be None, and is not copied.
         """
         if len(chunks) == 1:
-            other = self.states(f"{name} {chunks[0] % 2}", 1)
-            pair = [None if known is None else known[None], other]
-            return pair if at == 0 else pair[::-1]
+            known = None if known is None else known[None]
+            other = self.states(f"{name} {chunks[0] % 2}", 1)  # the known one is not there
+            return (known, other) if at == 0 else (other, known)
         both = self.states(name, len(chunks) + 1)
         both[at] = known
-        return [both[:-1], both[1:]]
+        return both[:-1], both[1:]
 
     def pass_on(self, piece: _Piece, entering: Tensor | None, leaving: Tensor) -> None:
         """Writes leaving; but for its first, entering is the same memory."""
