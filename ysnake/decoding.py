@@ -10,12 +10,12 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from ysnake_kernels.linear import Linear
 
 from ysnake.config import InputError
 from ysnake.model import Model, State
 
 WEIGHTS = ("float32", "int8")
-FEW = 32  # rows up to which a product is as fast as its weight is read
 
 
 class Decoder:
@@ -122,7 +122,7 @@ class _Norm:
         return torch.mul(t, scale).view(x.shape).mul_(self.weight)
 
 
-class OneRow(nn.Linear):
+class OneRow(Linear):
     """A linear layer whose weight lies in memory as its transpose, for products with few rows."""
 
     def lay_out(self) -> None:
@@ -132,10 +132,9 @@ class OneRow(nn.Linear):
         self.parts = self.weight.detach().t().view(self.cuts, -1, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
-        if rows > FEW or torch.is_grad_enabled():
+        if x.shape[:-1].numel() > 1 or torch.is_grad_enabled():
             return super().forward(x)
-        y = torch.bmm(x.reshape(rows, self.cuts, -1).transpose(0, 1), self.parts).sum(0)
+        y = torch.bmm(x.view(self.cuts, 1, -1), self.parts).sum(0)
         if self.bias is not None:
             y += self.bias
         return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)

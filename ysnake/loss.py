@@ -6,6 +6,7 @@ The gradient is taken with the loss while a slice's logits are there: nothing is
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from ysnake_kernels.linear import product
 
 from ysnake.config import IGNORED
 
@@ -49,7 +50,7 @@ class _SummedLoss(torch.autograd.Function):
             h, target = hidden[i : i + rows], targets[i : i + rows, None]
             counts = target != IGNORED
             target = target.clamp(min=0)
-            p = (h @ weight.t()).to(exact)  # logits, and probabilities later
+            p = product(h, weight).to(exact)  # logits, and probabilities later
             greatest = p.amax(1, keepdim=True)
             log_p = p.gather(1, target) - greatest
             scale = p.sub_(greatest).exp_().sum(1, keepdim=True)
@@ -58,7 +59,7 @@ class _SummedLoss(torch.autograd.Function):
                 p.mul_(counts / scale)
                 p.scatter_add_(1, target, -counts.to(exact))
                 p = p.to(h.dtype)
-                torch.mm(p, weight, out=dhidden[i : i + rows])
+                dhidden[i : i + rows] = product(p, weight.t())
                 if p.dtype == exact:
                     dweight.addmm_(p.t(), h)
                 else:

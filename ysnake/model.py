@@ -5,7 +5,6 @@ agree: whole sequences in parallel, and token by token with a state of constant 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from ysnake_kernels import (
     ssd_scan,
     ssd_step,
 )
+from ysnake_kernels.linear import Linear, normed_linear
 
 from ysnake.config import ModelConfig
 from ysnake.loss import summed_loss
@@ -57,13 +57,13 @@ class Mixer(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.in_proj = nn.Linear(c.d_model, c.d_inner + c.d_conv + c.n_heads, bias=c.bias)
+        self.in_proj = Linear(c.d_model, c.d_inner + c.d_conv + c.n_heads, bias=c.bias)
         self.conv1d = nn.Conv1d(c.d_conv, c.d_conv, c.conv_width, groups=c.d_conv, bias=c.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(c.n_heads))
         self.A_log = nn.Parameter(torch.empty(c.n_heads))
         self.D = nn.Parameter(torch.empty(c.n_heads))
         self.norm = RMSNorm(c.d_inner, c.norm_eps, c.n_groups)
-        self.out_proj = nn.Linear(c.d_inner, c.d_model, bias=c.bias)
+        self.out_proj = Linear(c.d_inner, c.d_model, bias=c.bias)
 
     def forward(
         self, projected: Tensor, seq_idx: Tensor | None, state: LayerState | None
@@ -130,11 +130,13 @@ class Block(nn.Module):
         self.mixer = Mixer(config)
 
     def forward(self, h: Tensor, seq_idx: Tensor | None, state: LayerState | None) -> Tensor:
-        projected = _recomputed(self.project, h)
-        return h + self.mixer(projected, seq_idx, state)
+        return h + self.mixer(self.project(h), seq_idx, state)
 
     def project(self, h: Tensor) -> Tensor:
-        return self.mixer.in_proj(self.norm(h).to(self.norm.weight.dtype))
+        norm, layer = self.norm, self.mixer.in_proj
+        if not torch.is_grad_enabled():
+            return layer(norm(h).to(norm.weight.dtype))
+        return normed_linear(h, norm.weight, norm.eps, layer.weight, layer.bias)
 
 
 class Backbone(nn.Module):
@@ -156,17 +158,12 @@ class Backbone(nn.Module):
             h = h.float()
         for i, layer in enumerate(self.layers):
             if self.recompute and state is None:
-                h = _recomputed(layer, h, seq_idx, None)
+                h = checkpoint(
+                    *(layer, h, seq_idx, None), use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 h = layer(h, seq_idx, None if state is None else state[i])
         return self.norm_f(h).to(self.norm_f.weight.dtype)
-
-
-def _recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-    """function(*args); what it computes on the way is not kept, and computed again in backward."""
-    if not torch.is_grad_enabled():
-        return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class FactorisedHead(nn.Module):
@@ -174,8 +171,8 @@ class FactorisedHead(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.down = nn.Linear(config.d_model, config.output_size, bias=False)
-        self.up = nn.Linear(config.output_size, config.vocab_size, bias=False)
+        self.down = Linear(config.d_model, config.output_size, bias=False)
+        self.up = Linear(config.output_size, config.vocab_size, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.up(self.down(h))
@@ -192,7 +189,7 @@ class Model(nn.Module):
         if config.output_size is not None:
             self.lm_head = FactorisedHead(config)
         else:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
             if config.tied:
                 self.lm_head.weight = self.backbone.embeddings.weight
         initialise(self, init)

@@ -8,6 +8,7 @@ done for a few rows of the batch at a time, so that a chunk stays in the cache.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.backend import uncompiled
 from ysnake_kernels.conv import eager as conv
+from ysnake_kernels.linear import product
 from ysnake_kernels.mixer.composed import scan_inputs
 from ysnake_kernels.norm import eager as norm
 from ysnake_kernels.numerics import accumulator
@@ -26,41 +28,56 @@ CHUNK_ELEMENTS = 512 * 1024  # of a chunk of z: two megabytes in float32
 
 def mixer(*arguments) -> tuple[Tensor, Tensor | None]:
     """Arguments as `composed.mixer`'s without its first."""
-    return uncompiled(_Mixer.apply)(*arguments)
+    return uncompiled(_mixer)(*arguments)
+
+
+def _mixer(
+    zxbcdt: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    dt_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    norm_weight: Tensor | None,
+    out_weight: Tensor | None,
+    out_bias: Tensor | None,
+    *options,
+) -> tuple[Tensor, Tensor | None]:
+    # First all is saved, then it is computed: a checkpoint around this, which in backward computes
+    # again what was saved, stops at the last that was. This one's work is not done once more.
+    sizes, ngroups, *_, return_states, dtype = options
+    d_inner, channels, heads = sizes
+    features = d_inner if out_weight is None else out_weight.shape[0]
+    new = partial(torch.empty, device=zxbcdt.device)
+    out = new(*zxbcdt.shape[:2], features, dtype=zxbcdt.dtype if out_weight is None else dtype)
+    states = None
+    if return_states:
+        shape = (len(zxbcdt), heads, d_inner // heads, (channels - d_inner) // (2 * ngroups))
+        states = new(shape, dtype=accumulator(zxbcdt, A, D, initial_states, dt_bias))
+    parameters = (conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, out_bias)
+    saved = (zxbcdt, initial_states, seq_idx)
+    out, states = _Mixer.apply(out, states, *saved, *parameters, *options)
+    with torch.no_grad():
+        for rows in _row_groups(zxbcdt, options):
+            inputs = [None if t is None else t[rows] for t in saved]
+            end = _forward(*inputs, *parameters, *options, out[rows])
+            if states is not None:
+                states[rows] = end
+    return out, states
 
 
 class _Mixer(torch.autograd.Function):
+    """The gradient of what is written to out and states."""
+
     @staticmethod
-    def forward(
-        ctx,
-        zxbcdt,
-        conv_weight,
-        conv_bias,
-        dt_bias,
-        A,
-        D,
-        initial_states,
-        seq_idx,
-        norm_weight,
-        out_weight,
-        out_bias,
-        *options,
-    ):
-        parameters = (conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, out_bias)
+    def forward(ctx, out, states, zxbcdt, initial_states, seq_idx, *arguments):
+        parameters, ctx.options = arguments[:8], arguments[8:]
         ctx.save_for_backward(zxbcdt, initial_states, seq_idx, *parameters)
-        ctx.options = options
         ctx.set_materialize_grads(False)
-        sizes, *_, return_states, dtype = options
-        if out_weight is None:
-            features, dtype = sizes[0], zxbcdt.dtype
-        else:
-            features = out_weight.shape[0]
-        out = torch.empty(*zxbcdt.shape[:2], features, dtype=dtype, device=zxbcdt.device)
-        states = []
-        for rows in _row_groups(zxbcdt, options):
-            inputs = [None if t is None else t[rows] for t in (zxbcdt, initial_states, seq_idx)]
-            states.append(_forward(*inputs, *parameters, *options, out[rows]))
-        return out, torch.cat(states) if return_states else None
+        ctx.mark_dirty(*(t for t in (out, states) if t is not None))
+        return out, states
 
     @staticmethod
     @once_differentiable
@@ -83,7 +100,7 @@ class _Mixer(torch.autograd.Function):
             for p, g in zip(parameters, totals, strict=True)
         ]
         nones = [None] * len(ctx.options)
-        return dzxbcdt, *given[:5], dinitial, None, *given[5:], *nones
+        return None, None, dzxbcdt, dinitial, None, *given, *nones
 
 
 def _row_groups(zxbcdt: Tensor, options: tuple) -> list[slice]:
@@ -136,7 +153,7 @@ def _forward(
     states = ssd.forward(*scan, finish, return_states)
     if out_weight is not None:
         rows = out.view(-1, out.shape[-1])
-        torch.mm(done.flatten(0, 1), out_weight.to(dtype).t(), out=rows)
+        rows.copy_(product(done.flatten(0, 1), out_weight.to(dtype)))
         if out_bias is not None:
             rows += out_bias.to(dtype)
     return states
@@ -173,7 +190,8 @@ def _backward(
         dout = torch.zeros_like(z)
     elif out_weight is not None:
         dprojected = dout.to(dtype)
-        dout = (dprojected @ out_weight.to(dtype)).to(z.dtype)
+        dout = product(dprojected.flatten(0, 1), out_weight.to(dtype).t()).to(z.dtype)
+        dout = dout.view(z.shape)
         done = torch.empty(z.shape, dtype=dtype, device=z.device)
     if norm_weight is not None:
         dnorm_weight = torch.zeros_like(norm_weight, dtype=accumulator(z, norm_weight))

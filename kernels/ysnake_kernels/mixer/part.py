@@ -9,13 +9,13 @@ the state (ssd/segment.py) first, and scans when it knows the state that enters.
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.backend import backend, choose
 from ysnake_kernels.checks import INTEGERS, check
 from ysnake_kernels.conv import causal_conv1d
+from ysnake_kernels.linear import linear
 from ysnake_kernels.mixer import check_sizes
 from ysnake_kernels.mixer.composed import scan_inputs
 from ysnake_kernels.norm import rms_norm_gated
@@ -114,7 +114,7 @@ class _Part:
     def finish(self, y, z, norm, projection, shift) -> Tensor:
         group_size = self.sizes[0] // self.ngroups
         y = rms_norm_gated(y.flatten(2), norm, None, z, self.eps, group_size, False)
-        return F.linear(y, projection, shift)
+        return linear(y, projection, shift)
 
     def log_decays(self, dt, dt_bias, A, acc) -> tuple[Tensor, Tensor]:
         """dt as the recurrence uses it, and dt A."""

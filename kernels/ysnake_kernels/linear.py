@@ -1,0 +1,129 @@
+"""Linear layers by the fastest library that torch has for their products.
+
+On a CPU, torch multiplies float32 matrices by the BLAS it was built with. Beside that it has oneDNN,
+for convolutions; where the CPU has AVX-512, that one multiplies a tenth to a third faster, and up to
+twice as fast for few rows. For every other device, dtype and kind of tensor a layer here is torch's.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from ysnake_kernels.backend import choose
+from ysnake_kernels.norm import eager as norm
+from ysnake_kernels.norm import rms_norm_gated
+
+PLAIN = (Tensor, nn.Parameter)  # not the tensors of a mesh of devices, say
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, as `torch.nn.functional.linear`; differentiable once.
+
+    Args:
+        x: (..., features).
+        weight: (outputs, features).
+        bias: (outputs,).
+
+    Returns:
+        (..., outputs).
+    """
+    if _by_onednn(x, weight):
+        return _Linear.apply(x, None, weight, bias, None)
+    return F.linear(x, weight, bias)
+
+
+def normed_linear(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """`linear` of x / rms(x) * norm_weight, in weight's dtype; for backward it keeps x, not that.
+
+    Args:
+        x: (..., features).
+        norm_weight: (features,).
+        eps: added to the mean square.
+        weight, bias: as in `linear`.
+    """
+    if _by_onednn(x, weight) and choose(x) == "eager":
+        return _Linear.apply(x, norm_weight, weight, bias, eps)
+
+    def compute(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(rms_norm_gated(x, norm_weight, eps=eps).to(weight.dtype), weight, bias)
+
+    tensors = (x, norm_weight, weight, bias)
+    return checkpoint(compute, *tensors, use_reentrant=False, preserve_rng_state=False)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` with its products by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """With a norm_weight, of the norm of x, which backward computes again."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, weight, bias, eps):
+        ctx.save_for_backward(x, norm_weight, weight)
+        ctx.options = (eps, x.shape[-1], True)
+        if norm_weight is not None:
+            x = norm.norm(x, norm_weight, None, None, *ctx.options)
+        y = product(x.reshape(-1, x.shape[-1]), weight)
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, norm_weight, weight = ctx.saved_tensors
+        unit = x
+        if norm_weight is not None:
+            unit = norm.norm(x, norm_weight, None, None, *ctx.options)
+        rows, unit = dy.reshape(-1, len(weight)), unit.reshape(-1, x.shape[-1])
+        needs = ctx.needs_input_grad
+        dweight = rows.t() @ unit if needs[2] else None
+        dbias = rows.sum(0) if needs[3] else None
+        del unit
+        dx = dnorm_weight = None
+        if needs[0] or needs[1]:
+            dx = product(rows, weight.t()).view(x.shape)
+            if norm_weight is not None:
+                dx, dnorm_weight, *_ = norm.gradients(x, norm_weight, None, None, dx, ctx.options)
+        return dx, dnorm_weight, dweight, dbias, None
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T of x (rows, features) and weight (outputs, features); not differentiable."""
+    if not _by_onednn(x, weight):
+        return x @ weight.t()
+    # For each number of rows oneDNN writes code that stays, under a megabyte for each size of
+    # weight. Four numbers for each doubling of the rows are all that it gets to see.
+    rows = len(x)
+    spare = -rows % (1 << max(0, (rows - 1).bit_length() - 3))
+    if spare:
+        x = F.pad(x, (0, 0, 0, spare))
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")[:rows]
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and _onednn_is_faster()
+    )
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return torch.backends.mkldnn.is_available() and cpu == "AVX512"
