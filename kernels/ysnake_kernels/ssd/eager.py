@@ -25,6 +25,7 @@ from ysnake_kernels.numerics import accumulator, step_sizes, step_sizes_backward
 CPU_CHUNK = 64  # 32 to 64 measured best on two cores, 128 and above lost
 GPU_CHUNK = 128
 PIECE_ELEMENTS = 256 * 1024  # of x in a piece of several chunks: a megabyte in float32
+TINY = 1e-18  # of dt where a gradient is divided by it: as good as zero
 FLOOR = -60.0  # of an exponent: e^-60 is as good as zero, and smaller numbers slow a CPU tenfold
 
 
@@ -67,12 +68,11 @@ class _Piece:
     span: slice  # of the tokens
     x: Tensor  # [k b q r p]
     dt: Tensor  # [k b q r]
-    u: Tensor  # [k b q r p] dt x
     B: Tensor  # [(k b) q n]
     C: Tensor  # [(k b) q n]
-    L: Tensor | None  # [k b r i j] exp(cs_i - cs_j) for j <= i, else 0
+    L: Tensor | None  # [k b r i j] exp(cs_i - cs_j) dt_j for j <= i, else 0
     entry: Tensor  # [k b q r] exp(cs_i): from the entering state to token i
-    exit: Tensor  # [k b q r] exp(cs_last - cs_j): from token j to the leaving state
+    exit: Tensor  # [k b q r] exp(cs_last - cs_j) dt_j: from token j to the leaving state
     whole: Tensor  # [k b 1 r] exp(cs_last): from the entering to the leaving state
 
 
@@ -93,7 +93,10 @@ class _Sweep:
         self.n_chunks = -(-self.length // self.q)
         self.x, self.dt, self.B, self.C = x, dt, B, C
         self.A = self._by_head(A)[..., 0]  # [b 1 r]
-        self.D = None if D is None else self._by_head(D)  # [b 1 r p] or [b 1 r 1]
+        D = None if D is None else self._by_head(D)  # [b 1 r p] or [b 1 r 1]
+        per_head = D is not None and D.shape[3] == 1
+        self.D = None if per_head else D
+        self.D_head = D.transpose(1, 2)[..., 0] if per_head else None  # [b r 1]
         self.seq_idx = seq_idx
         self.buffers: dict[str, Tensor] = {}
 
@@ -145,21 +148,21 @@ class _Sweep:
         k = len(chunks)
         span = slice(chunks[0] * self.q, min(chunks.stop * self.q, self.length))
         x, dt, B, C = (self.fold(t[:, span], k) for t in (self.x, self.dt, self.B, self.C))
-        u = torch.mul(x, dt[..., None], out=self.buffer("u", *x.shape))
         B, C = (t[:, :, :, 0].flatten(0, 1) for t in (B, C))
-        return _Piece(span, x, dt, u, B, C, *self.decays(dt, chunks, span, with_L))
+        return _Piece(span, x, dt, B, C, *self.decays(dt, chunks, span, with_L))
 
     def decays(self, dt: Tensor, chunks: range, span: slice, with_L: bool) -> tuple:
         """L, entry, exit and whole of a piece."""
         cs = (dt * self.A).cumsum(2)
-        entry, exit = cs.clamp(min=FLOOR).exp_(), (cs[:, :, -1:] - cs).clamp_(min=FLOOR).exp_()
+        entry = cs.clamp(min=FLOOR).exp_()
+        exit = (cs[:, :, -1:] - cs).clamp_(min=FLOOR).exp_().mul_(dt)
         whole = entry[:, :, -1:]
         L = None
         if with_L:
-            rows = cs.transpose(2, 3).contiguous()  # [k b r q]
+            rows, sizes = (t.transpose(2, 3).contiguous() for t in (cs, dt))  # [k b r q]
             L = self.buffer("L", *rows.shape, rows.shape[3])
             torch.sub(rows[..., :, None], rows[..., None, :], out=L)
-            L.clamp_(FLOOR, 0).exp_().tril_()
+            L.clamp_(FLOOR, 0).exp_().mul_(sizes[..., None, :]).tril_()
         if self.seq_idx is not None:
             seq = self.seq_idx[:, span].unflatten(1, (len(chunks), -1))
             before = self.seq_idx[:, [max(c * self.q - 1, 0) for c in chunks]]
@@ -200,8 +203,8 @@ class _Sweep:
         self.by_head(to).addcmul_(self.by_head(state), whole[..., None])
 
     def at_exit(self, piece: _Piece) -> Tensor:
-        """V = exp(cs_last - cs) u, [(k b) q (r p)]."""
-        V = torch.mul(piece.u, piece.exit[..., None], out=self.buffer("V", *piece.u.shape))
+        """V = exp(cs_last - cs) dt x, [(k b) q (r p)]."""
+        V = torch.mul(piece.x, piece.exit[..., None], out=self.buffer("V", *piece.x.shape))
         return V.flatten(3).flatten(0, 1)
 
     def by_head(self, S: Tensor) -> Tensor:
@@ -226,13 +229,20 @@ class _Sweep:
             return None
         return torch.bmm(piece.C, states.flatten(0, 1)).view(piece.x.shape)
 
+    def weigh(self, L: Tensor, CB: Tensor, out: Tensor) -> Tensor:
+        """W_ij = L_ij CB_ij, and D more where i = j."""
+        W = torch.mul(L, CB[:, :, None], out=out)
+        if self.D_head is not None:
+            W.diagonal(dim1=3, dim2=4).add_(self.D_head)
+        return W
+
     def outputs(self, W: Tensor, piece: _Piece, CS: Tensor | None) -> Tensor:
-        """y of a piece, [batch (k q) heads p]: W u + exp(cs) C S + D x."""
-        y = self.per_head("inside", W, piece.u.transpose(2, 3)).transpose(2, 3)  # [k b q r p]
+        """y of a piece, [batch (k q) heads p]: W x + exp(cs) C S, and D x if W is without D."""
+        y = self.per_head("inside", W, piece.x.transpose(2, 3)).transpose(2, 3)  # [k b q r p]
         k, b, *rest = y.shape
         out = self.buffer("y", b, k, *rest).transpose(0, 1)
         if CS is not None:
-            y = torch.mul(CS, piece.entry[..., None], out=out).add_(y)
+            y = torch.addcmul(y, CS, piece.entry[..., None], out=out)
         if self.D is not None:
             y = torch.addcmul(y, piece.x, self.D, out=out)
         return self.unfold(y)
@@ -264,7 +274,8 @@ def forward(
     pieces = sweep.pieces()
     for chunks in pieces:
         piece = sweep.piece(chunks)
-        W = piece.L.mul_(torch.bmm(piece.C, piece.B.transpose(1, 2)).view_as(piece.L[:, :, :1]))
+        CB = torch.bmm(piece.C, piece.B.transpose(1, 2)).view_as(piece.L[:, :, 0])
+        W = sweep.weigh(piece.L, CB, piece.L)
         entering, leaving = sweep.around("S", S, chunks, 0)
         if want_states or chunks is not pieces[-1]:
             sweep.pass_on(piece, entering, leaving)
@@ -298,7 +309,7 @@ def backward(
     """
     chunk_size, *step_options = options
     acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
-    dts = step_sizes(dt, dt_bias, *step_options, acc)
+    dts = step_sizes(dt, dt_bias, *step_options, acc).clamp_(min=TINY)
     sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
     pieces = sweep.pieces()
 
@@ -316,23 +327,29 @@ def backward(
     dS = None if dstates is None else _fold_state(dstates.to(acc), sweep.groups)
     dts_grad = torch.empty_like(dts)
     dl = torch.empty_like(dts)  # gradient of dt * A
-    dD = None if D is None else torch.zeros(sweep.b, sweep.r, sweep.head_dim).to(dts)
+    dD = None if D is None else torch.zeros(sweep.b, sweep.r, *D.shape[1:]).to(dts)
     for chunks in reversed(pieces):
         k, piece = len(chunks), sweep.piece(chunks)
-        xc, u, Bc, Cc = piece.x, piece.u, piece.B, piece.C
+        xc, Bc, Cc = piece.x, piece.B, piece.C
         S = states[chunks[0] : chunks.stop] if entered(chunks) else None
         CB = torch.bmm(Cc, Bc.transpose(1, 2)).view_as(piece.L[:, :, 0])
-        W = torch.mul(piece.L, CB[:, :, None], out=sweep.buffer("W", *piece.L.shape))
+        W = sweep.weigh(piece.L, CB, sweep.buffer("W", *piece.L.shape))
         CS = sweep.read(piece, S)
         G = sweep.fold(gradient(piece.span, partial(sweep.outputs, W, piece, CS)), k)
 
-        # Inside the chunks: y_i = sum_j W_ij u_j, with u = dt x.
+        # Inside the chunks: y_i = sum_j W_ij x_j.
         Gr = G.transpose(2, 3)  # [k b r q p]
-        T = sweep.per_head("T", Gr, u.permute(0, 1, 3, 4, 2)).mul_(piece.L)  # dL/dCB_ij by head
-        du = sweep.per_head("inside", W.transpose(3, 4), Gr).transpose(2, 3)
-        dCB = T.sum(2).flatten(0, 1)
-        M = T.mul_(CB.tril_(-1)[:, :, None])  # dL/d(cs_i - cs_j), j < i strictly
-        dcs = (M.sum(4) - M.sum(3)).transpose(2, 3)  # [k b q r]
+        T = sweep.per_head("T", Gr, xc.permute(0, 1, 3, 4, 2))  # dL/dW_ij
+        if sweep.D_head is not None:
+            dD += T.diagonal(dim1=3, dim2=4).sum((0, 3))
+        dxc = sweep.per_head("inside", W.transpose(3, 4), Gr).transpose(2, 3)
+        dCB = T.mul_(piece.L).sum(2).flatten(0, 1)
+        M = T.mul_(CB[:, :, None])  # dL/d(cs_i - cs_j + log dt_j)
+        diagonal = M.diagonal(dim1=3, dim2=4)
+        dlog = diagonal.clone()  # of dt, [k b r q]
+        diagonal.zero_()
+        columns = M.sum(3)
+        dlog, dcs = (t.transpose(2, 3) for t in (dlog.add_(columns), M.sum(4) - columns))
         dCc, dBc = torch.bmm(dCB, Bc), torch.bmm(dCB.transpose(1, 2), Cc)
 
         # Across their edges: y_i += exp(cs_i) C_i S, and S' = exp(cs_last) S + sum_j V_j B_j.
@@ -350,10 +367,11 @@ def backward(
         dlc = dcs.flip(2).cumsum(2).flip(2)  # sum over i >= t
         if dleaving is not None:
             dleft = dleaving.flatten(0, 1)
-            left = torch.bmm(Bc, dleft).view(xc.shape).mul_(piece.exit[..., None])
-            t = sweep.dot(left, u)
+            left = torch.bmm(Bc, dleft).view(xc.shape)
+            t = sweep.dot(left, xc).mul_(piece.exit)
+            dlog += t
             dlc += t.cumsum(2) - t
-            du = left.add_(du)
+            dxc.addcmul_(left, piece.exit[..., None])
             dBc.baddbmm_(sweep.at_exit(piece), dleft.transpose(1, 2))
             if S is not None:
                 through = sweep.dot(sweep.by_head(dleaving), sweep.by_head(S)).sum(2)  # [k b r]
@@ -362,12 +380,11 @@ def backward(
             dS = dentering[0]
 
         sweep.write(dlc, dl[:, piece.span])
-        sweep.write(sweep.dot(xc, du), dts_grad[:, piece.span])
-        du = torch.mul(du, piece.dt[..., None], out=u)
-        if D is not None:
+        sweep.write(dlog.div_(piece.dt), dts_grad[:, piece.span])
+        if sweep.D is not None:
             dD += torch.mul(xc, G, out=sweep.buffer("V", *xc.shape)).sum((0, 2))
-            du.addcmul_(G, sweep.D)
-        sweep.write(du, dx[:, piece.span])
+            dxc.addcmul_(G, sweep.D)
+        sweep.write(dxc, dx[:, piece.span])
         for grad, to in ((dBc, dB), (dCc, dC)):
             sweep.write(grad.view(k, sweep.b, -1, 1, sweep.n), to[:, piece.span])
 
@@ -377,8 +394,7 @@ def backward(
     ddt.copy_(draw)
     dbias = None if dt_bias is None else draw.sum((0, 1)).to(dt_bias.dtype)
     if D is not None:
-        dD = dD.view(sweep.batch, sweep.heads, -1).sum(0)
-        dD = (dD if D.ndim == 2 else dD.sum(1)).to(D.dtype)
+        dD = dD.view(sweep.batch, *D.shape).sum(0).to(D.dtype)
     dinitial = None
     if initial_states is not None:
         dinitial = _unfold_state(dS, sweep.groups, sweep.heads).to(initial_states.dtype)
