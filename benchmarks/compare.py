@@ -27,7 +27,7 @@ from rich.progress import Progress, TaskID, TimeElapsedColumn
 from tyro.conf import Positional, arg
 
 from benchmarks import compare_report, quality
-from benchmarks.compare_report import DROPIN, GPT2, HF, LIMIT, YSNAKE
+from benchmarks.compare_report import DROPIN, GPT2, HF, LIMIT, LIMIT_ONEDNN, YSNAKE
 from ysnake import cli, memory
 from ysnake.config import PRESETS, InputError, model_config
 from ysnake.settings import MODEL_SIZES, Settings
@@ -135,6 +135,7 @@ def _training(folder: Path, options: Options, batch: int, length: int) -> Group:
         Contestant(DROPIN, "step_transformers", tokens, here | {"dropin": True}, needs),
         Contestant(GPT2, "step_gpt2", tokens, shape, needs),
         Contestant(LIMIT, "step_limit", tokens, shape),
+        Contestant(LIMIT_ONEDNN, "step_limit", tokens, shape | {"onednn": True}),
     ]
     title = f"Training step, forward + backward, {batch} x {length} tokens"
     return Group(title, contestants, shape={"batch": batch, "length": length})

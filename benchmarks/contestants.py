@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,17 +158,36 @@ def gpt2(sizes: dict, length: int, **more: int) -> Any:
     return GPT2LMHeadModel(config)
 
 
-def step_limit(sizes: dict, batch: int, length: int) -> Repetition:
+def step_limit(sizes: dict, batch: int, length: int, onednn: bool = False) -> Repetition:
     """Every linear layer, the head, and the scan of every layer; the layers share operands."""
     from ysnake.config import ModelConfig
 
     c, tokens = ModelConfig(**sizes), batch * length
+    linear = _linear_products if onednn else partial(_products, 1)
     layer = [
-        _products(1, tokens, c.d_model, c.d_inner + c.d_conv + c.n_heads),
+        linear(tokens, c.d_model, c.d_inner + c.d_conv + c.n_heads),
         *_scan_products(tokens, c.n_heads, c.head_dim, c.d_state),
-        _products(1, tokens, c.d_inner, c.d_model),
+        linear(tokens, c.d_inner, c.d_model),
     ]
-    return _in_turn(c.n_layers * layer + [_products(1, tokens, c.d_model, c.vocab_size)])
+    return _in_turn(c.n_layers * layer + [linear(tokens, c.d_model, c.vocab_size)])
+
+
+def _linear_products(rows: int, inner: int, columns: int) -> Repetition:
+    """`_products` as a linear layer of ysnake has them, whose outputs are new."""
+    import torch
+    from ysnake_kernels.allocator import keep_freed_memory
+    from ysnake_kernels.linear import product
+
+    keep_freed_memory()
+    x, w, dy = (torch.randn(*s) for s in ((rows, inner), (columns, inner), (rows, columns)))
+    dw = torch.empty_like(w)
+
+    def repetition() -> None:
+        product(x, w)
+        product(dy, w.t())
+        torch.mm(dy.t(), x, out=dw)
+
+    return repetition
 
 
 def _step(model: Any, loss_of: Callable[[], "Tensor"]) -> Repetition:

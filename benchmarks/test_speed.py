@@ -7,6 +7,7 @@ Small shapes of the proportions that real ones have. `--benchmark-json FILE` kee
 import pytest
 import torch
 import ysnake_kernels as ours
+from ysnake_kernels.linear import Linear
 
 from ysnake.config import ModelConfig
 from ysnake.decoding import Decoder
@@ -66,6 +67,20 @@ def test_operator(benchmark, name, backward):
 
     benchmark.extra_info["tokens"] = BATCH * LENGTH
     benchmark(call)
+
+
+@pytest.mark.parametrize("rows", [1, 16, LENGTH])
+@pytest.mark.parametrize("layer", [Linear, torch.nn.Linear], ids=["ours", "torch's"])
+def test_linear(benchmark, layer, rows):
+    torch.manual_seed(0)
+    x, layers = torch.randn(rows, 2 * INNER), [layer(2 * INNER, 4 * INNER) for _ in range(16)]
+
+    def call():  # layer after layer, so that weights come from memory as in a model
+        for each in layers:
+            each(x)
+
+    with torch.no_grad():
+        benchmark(call)
 
 
 def test_step_of_the_state(benchmark):

@@ -16,6 +16,7 @@ from ysnake.config import InputError
 from ysnake.model import Model, State
 
 WEIGHTS = ("float32", "int8")
+FEW = 2  # rows up to which a product cut along its features is the faster one
 
 
 class Decoder:
@@ -132,9 +133,10 @@ class OneRow(Linear):
         self.parts = self.weight.detach().t().view(self.cuts, -1, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[:-1].numel() > 1 or torch.is_grad_enabled():
+        rows = x.shape[:-1].numel()
+        if rows > FEW or torch.is_grad_enabled():
             return super().forward(x)
-        y = torch.bmm(x.view(self.cuts, 1, -1), self.parts).sum(0)
+        y = torch.bmm(x.reshape(rows, self.cuts, -1).transpose(0, 1), self.parts).sum(0)
         if self.bias is not None:
             y += self.bias
         return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from small import model
 from ysnake_kernels import backend
+from ysnake_kernels.mixer import eager as mixer
 
 from ysnake.config import PRESETS, InputError, ModelConfig, padded_vocab
 from ysnake.model import LayerState, Model, initialise
@@ -84,6 +85,22 @@ def test_training_reads_on_from_a_state():
     assert not state[0].ssm.requires_grad
     second.sum().backward()
     assert m.backbone.layers[0].mixer.in_proj.weight.grad.abs().sum() > 0
+
+
+def test_a_recomputed_block_does_not_go_through_its_mixer_again(monkeypatch):
+    """Only what the mixer's gradient starts from is computed once more, and all of it is right."""
+    m, ids = model(), torch.arange(20).view(2, 10)
+    m.loss(ids, ids).backward()
+    expected = [p.grad.clone() for p in m.parameters()]
+    m.zero_grad()
+    passes = []
+    forward = mixer._forward
+    monkeypatch.setattr(mixer, "_forward", lambda *args: passes.append(1) or forward(*args))
+    m.backbone.recompute = True
+    m.loss(ids, ids).backward()
+    assert len(passes) == len(m.backbone.layers)
+    for parameter, grad in zip(m.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
 
 
 def test_order_of_tokens_matters_without_positions():

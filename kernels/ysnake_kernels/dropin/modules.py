@@ -18,6 +18,7 @@ from ysnake_kernels.dropin.functions import (
     rmsnorm_fn,
     selective_state_update,
 )
+from ysnake_kernels.linear import Linear
 
 
 class RMSNorm(nn.Module):
@@ -106,7 +107,7 @@ class Mamba2(nn.Module):
         made = {"device": device, "dtype": dtype}
 
         features = 2 * self.d_mlp + self.d_ssm + self.d_xbc + self.nheads
-        self.in_proj = nn.Linear(d_model, features, bias=bias, **made)
+        self.in_proj = Linear(d_model, features, bias=bias, **made)
         self.conv1d = nn.Conv1d(
             self.d_xbc,
             self.d_xbc,
@@ -130,7 +131,7 @@ class Mamba2(nn.Module):
         if rmsnorm:
             size = self.d_ssm // ngroups
             self.norm = RMSNorm(self.d_ssm, 1e-5, size, norm_before_gate, **made)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **made)
+        self.out_proj = Linear(self.d_inner, d_model, bias=bias, **made)
 
     def forward(
         self,
