@@ -75,6 +75,8 @@ def test_interactive_loop(tmp_path):
         cwd=folder.parent,
         env=environment() | {"TERM": "dumb"},
         start_new_session=True,
+        # what a shell starts in the background ignores Ctrl-C, and so would this
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(follower)
     seen = ""
