@@ -83,20 +83,19 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, norm_weight, weight = ctx.saved_tensors
-        unit = x
-        if norm_weight is not None:
-            unit = norm.norm(x, norm_weight, None, None, *ctx.options)
-        rows, unit = dy.reshape(-1, len(weight)), unit.reshape(-1, x.shape[-1])
-        needs = ctx.needs_input_grad
-        dweight = rows.t() @ unit if needs[2] else None
-        dbias = rows.sum(0) if needs[3] else None
-        del unit
-        dx = dnorm_weight = None
+        rows, needs = dy.reshape(-1, len(weight)), ctx.needs_input_grad
+        dx = dnorm_weight = dweight = None
         if needs[0] or needs[1]:
             dx = product(rows, weight.t()).view(x.shape)
+        if needs[2]:
+            unit = x
             if norm_weight is not None:
-                dx, dnorm_weight, *_ = norm.gradients(x, norm_weight, None, None, dx, ctx.options)
-        return dx, dnorm_weight, dweight, dbias, None
+                unit = norm.norm(x, norm_weight, None, None, *ctx.options)
+            dweight = rows.t() @ unit.reshape(-1, x.shape[-1])
+        if dx is not None and norm_weight is not None:
+            arguments = (x, norm_weight, None, None, dx, dx, ctx.options)
+            dnorm_weight, *_ = norm.gradients(*arguments)
+        return dx, dnorm_weight, dweight, rows.sum(0) if needs[3] else None, None
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -42,15 +42,22 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return *gradients(*ctx.saved_tensors, dy, ctx.options), None
+        x, *others = ctx.saved_tensors
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return dx, *gradients(x, *others, dy, dx, ctx.options), None
 
 
 def gradients(
-    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, dy: Tensor, options: tuple
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Those of x, weight, bias and z, a block of rows at a time."""
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    dy: Tensor,
+    dx: Tensor,
+    options: tuple,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Those of weight, bias and z, a block of rows at a time; writes dx, which may be dy."""
     acc = accumulator(x, weight, bias, z)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dw, db = torch.zeros_like(weight, dtype=acc), torch.zeros_like(weight, dtype=acc)
     for xb, zb, gb, dxb, dzb in _rows(x, z, dy, dx, dz):
@@ -58,7 +65,7 @@ def gradients(
         dxb.copy_(grad)
         if dzb is not None:
             dzb.copy_(dzs)
-    return dx, dw.to(weight.dtype), None if bias is None else db.to(bias.dtype), dz
+    return dw.to(weight.dtype), None if bias is None else db.to(bias.dtype), dz
 
 
 def _rows(*tensors: Tensor | None) -> list[list[Tensor | None]]:
