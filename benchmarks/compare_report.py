@@ -140,7 +140,7 @@ def _by_length(
     tokens = {group["shape"]["batch"] * group["shape"]["length"] for group in groups}
     title = f"A training step of {' or '.join(f'{n:,}' for n in sorted(tokens))} tokens"
     axes.set(xlabel="sequence length, tokens", ylabel=label, title=title, ylim=(0, None))
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
