@@ -163,17 +163,27 @@ def decode(folder: Path, options: Options) -> Iterator[Group]:
     here = {"folder": str(folder / "large"), "sizes": sizes, "count": count, "context": 10}
     llama = here | {"threads": options.threads}
     needs, rows = ("llama_cpp", "gguf"), 2 if options.quick else 16
-    ours = [f"{YSNAKE} float32", f"{YSNAKE} int8", f"{YSNAKE} float32, {rows} at once"]
+    many = f"{YSNAKE} float32, {rows} at once"
+    ours = {
+        f"{YSNAKE} float32": {},
+        f"{YSNAKE} float32, --compile": {"compile": True},
+        f"{YSNAKE} int8": {"weights": "int8"},
+        f"{YSNAKE} int8, --compile": {"weights": "int8", "compile": True},
+        many: {"batch": rows},
+        f"{many}, --compile": {"batch": rows, "compile": True},
+    }
     contestants = [
-        Contestant(ours[0], "decode_ysnake", count, here),
-        Contestant(ours[1], "decode_ysnake", count, here | {"weights": "int8"}),
-        Contestant(ours[2], "decode_ysnake", rows * count, here | {"batch": rows}),
+        *(
+            Contestant(name, "decode_ysnake", more.get("batch", 1) * count, here | more)
+            for name, more in ours.items()
+        ),
         Contestant(f"{LLAMA} F32", "decode_llama", count, llama | {"type": "f32"}, needs),
         Contestant(f"{LLAMA} Q8_0", "decode_llama", count, llama | {"type": "q8_0"}, needs),
         Contestant(HF, "decode_transformers", count, here, ("transformers",)),
     ]
     name = "tiny model" if options.quick else "71M parameters"
-    yield Group(f"Decoding, {name}", contestants, tuple(ours))
+    bases = [name for name in ours if not name.startswith(many)]
+    yield Group(f"Decoding, {name}", contestants, tuple(bases))
 
 
 def context(folder: Path, options: Options) -> Iterator[Group]:

@@ -241,9 +241,9 @@ def prefill_llama(folder: str, sizes: dict, length: int, threads: int) -> Repeti
 
 
 def decode_ysnake(
-    folder: str, sizes: dict, count: int, context: int, batch: int = 1, weights: str = "float32"
+    folder: str, sizes: dict, count: int, context: int, batch: int = 1, **more: Any
 ) -> Repetition:
-    decoder = _decoder(saved(folder, sizes), weights)
+    decoder = _decoder(saved(folder, sizes), **more)
     logits, state = decoder.step(_ids(batch, min(context, 1000), sizes), None, last_only=True)
     if context > 1000:
         reader = _read(decoder, sizes, context)
@@ -310,13 +310,13 @@ def _read(decoder: Any, sizes: dict, context: int) -> Any:
     return reader
 
 
-def _decoder(folder: Path, weights: str = "float32") -> Any:
+def _decoder(folder: Path, **more: Any) -> Any:
     """A checkpoint ready to read and write as `ysnake.run` does."""
     from ysnake import checkpoint, cli
     from ysnake.decoding import Decoder
 
     cli.tune_memory()
-    return Decoder(checkpoint.load(folder), weights)
+    return Decoder(checkpoint.load(folder), **more)
 
 
 def _llama(folder: str, type: str, threads: int) -> Any:

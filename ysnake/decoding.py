@@ -6,6 +6,8 @@ products as there are threads, it reads memory with all of them. `weights="int8"
 """
 
 import warnings
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +24,18 @@ FEW = 2  # rows up to which a product cut along its features is the faster one
 class Decoder:
     """A model made ready to read and write one token after another, in `step`s like its own."""
 
-    def __init__(self, model: Model, weights: str = "float32"):
+    def __init__(self, model: Model, weights: str = "float32", compile: bool = False):
         """Lays out the model's weights anew where they are.
 
         With "int8" its matrices become 8-bit integers with a scale for each output, and their
         inputs 8-bit integers with a scale for each token. CPU only.
 
+        With `compile`, torch.compile makes a few loops of all that lies between the products, for
+        one row at once, and when they are first asked for, for two and for more. It needs a C++
+        compiler and, the first time on a machine, a quarter of a minute for each. CPU only.
+
         Raises:
-            InputError: `weights` is neither, or int8 is not possible here.
+            InputError: `weights` is neither, or int8 or compiling is not possible here.
         """
         if weights not in WEIGHTS:
             raise InputError(f"--weights: expected {' or '.join(WEIGHTS)}, got {weights}")
@@ -45,6 +51,9 @@ class Decoder:
             _transpose(model)
         self.layers = [_Layer(block) for block in model.backbone.layers] if self.fast else []
         self.norm = _Norm(model.backbone.norm_f.weight, model.backbone.norm_f.eps)
+        self.write = self._write
+        if compile:
+            self._compile()
 
     @torch.no_grad()
     def step(
@@ -56,12 +65,28 @@ class Decoder:
             return self.model.step(ids, state, last_only)
         if state is None:
             state = self.model.empty_state(ids.shape[0])
-        backbone = self.model.backbone
-        h = backbone.embeddings(ids.view(-1))
-        for layer, memory in zip(self.layers, state, strict=True):
-            layer(h, memory.conv, memory.ssm)
-        logits = self.model.lm_head(self.norm(h))
+        memory = [s.conv for s in state], [s.ssm for s in state]
+        logits = self.write(ids.view(-1), *memory)
         return logits if ids.ndim == 1 or last_only else logits[:, None], state
+
+    def _write(self, ids: Tensor, convs: list[Tensor], ssms: list[Tensor]) -> Tensor:
+        """One token for each row: ids (batch,) -> logits (batch, vocab_size)."""
+        h = self.model.backbone.embeddings(ids)
+        for layer, conv, ssm in zip(self.layers, convs, ssms, strict=True):
+            layer(h, conv, ssm)
+        return self.model.lm_head(self.norm(h))
+
+    def _compile(self) -> None:
+        if not self.fast:
+            raise InputError("--compile: is for float32 models on a CPU")
+        from torch._dynamo.exc import BackendCompilerFailed  # takes a second or two
+
+        self.write = torch.compile(self._write)
+        try:
+            self.step(torch.zeros(1, dtype=torch.int64))
+        except BackendCompilerFailed as error:
+            why = next(line for line in str(error).splitlines() if line.strip())
+            raise InputError(f"--compile: expected a C++ compiler that works: {why}") from error
 
 
 class _Layer:
@@ -97,16 +122,30 @@ class _Layer:
         if c.dt_limit != (0.0, float("inf")):
             dt = dt.clamp_(*c.dt_limit)
         x = x.view(batch, c.n_heads, c.head_dim)
-        ssm.mul_(torch.exp(dt * self.A)[..., None, None])
-        by_group = ssm.view(batch, c.n_groups, -1, c.d_state)
-        u = (x * dt[..., None]).view(batch, c.n_groups, -1, 1)
-        by_group.addcmul_(u, B.view(batch, c.n_groups, 1, c.d_state))
-        # C S^T for each head: S C takes up to ten times as long
-        C = C.view(batch, c.n_groups, 1, 1, c.d_state)
-        C = C.expand(-1, -1, c.n_heads // c.n_groups, -1, -1).reshape(-1, 1, c.d_state)
-        y = torch.bmm(C, ssm.view(-1, c.head_dim, c.d_state).transpose(1, 2)).view(x.shape)
+        y = self.recur(ssm, x, dt, *(t.view(batch, c.n_groups, 1, c.d_state) for t in (B, C)))
         y = y.addcmul_(x, self.D).view(batch, -1).mul_(F.silu(z))
         h += self.out_proj(self.out_norm(y))
+
+    def recur(self, ssm: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        """S' = exp(dt A) S + dt x B^T, in place, and S' C: (batch, heads, head_dim).
+
+        x is (batch, heads, head_dim), dt (batch, heads), B and C (batch, groups, 1, d_state).
+        """
+        decay = torch.exp(dt * self.A)[..., None]
+        batch, groups, _, n = B.shape
+        rows = ssm.view(batch, groups, -1, n)
+        u = (x * dt[..., None]).view(batch, groups, -1, 1)
+        if torch.compiler.is_compiling():  # y from S: it then goes over the state twice, not thrice
+            y = (rows * C).sum(-1).view(x.shape) * decay
+            y += (u * (B * C).sum(-1, keepdim=True)).view(x.shape)
+            ssm.mul_(decay[..., None])
+            rows.addcmul_(u, B)
+            return y
+        ssm.mul_(decay[..., None])
+        rows.addcmul_(u, B)
+        # C S^T for each head: S C takes up to ten times as long
+        C = C[:, :, None].expand(-1, -1, x.shape[1] // groups, -1, -1).reshape(-1, 1, n)
+        return torch.bmm(C, ssm.view(-1, x.shape[2], n).transpose(1, 2)).view(x.shape)
 
 
 class _Norm:
@@ -123,6 +162,26 @@ class _Norm:
         return torch.mul(t, scale).view(x.shape).mul_(self.weight)
 
 
+# An operator of its own, for torch.compile to call: the loops that it would make are slower.
+_layers: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+_numbers = count()
+_library = torch.library.Library("ysnake", "DEF")
+_library.define("linear(Tensor x, int layer, int outputs) -> Tensor")
+_library.impl("linear", lambda x, layer, outputs: _layers[layer](x), "CPU")
+torch.library.register_fake(
+    "ysnake::linear", lambda x, layer, outputs: x.new_empty(*x.shape[:-1], outputs), lib=_library
+)
+
+
+def _register(layer: nn.Module) -> None:
+    layer.number = next(_numbers)
+    _layers[layer.number] = layer
+
+
+def _as_operator(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.ops.ysnake.linear(x, layer.number, layer.out_features)
+
+
 class OneRow(Linear):
     """A linear layer whose weight lies in memory as its transpose, for products with few rows."""
 
@@ -131,12 +190,18 @@ class OneRow(Linear):
         threads = torch.get_num_threads()
         self.cuts = 1 if self.in_features % threads else threads
         self.parts = self.weight.detach().t().view(self.cuts, -1, self.out_features)
+        self.nothing = self.weight.new_zeros(1, 1, 1)
+        _register(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
+        rows, compiling = x.shape[:-1].numel(), torch.compiler.is_compiling()
         if rows > FEW or torch.is_grad_enabled():
-            return super().forward(x)
-        y = torch.bmm(x.reshape(rows, self.cuts, -1).transpose(0, 1), self.parts).sum(0)
+            return _as_operator(self, x) if compiling else super().forward(x)
+        cut = x.reshape(rows, self.cuts, -1).transpose(0, 1)
+        if compiling:  # which makes slow loops of bmm, but calls this
+            y = torch.baddbmm(self.nothing, cut, self.parts, beta=0).sum(0)
+        else:
+            y = torch.bmm(cut, self.parts).sum(0)
         if self.bias is not None:
             y += self.bias
         return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
@@ -156,8 +221,12 @@ class Int8(nn.Module):
         bias = None if linear.bias is None else linear.bias.detach()
         self.packed = torch.ops.quantized.linear_prepack(quantised, bias)
         self.has_bias = bias is not None
+        self.out_features = linear.out_features
+        _register(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _as_operator(self, x)
         # The operator has one scale for all rows, and with reduce_range none of its sums overflows.
         if x.shape[:-1].numel() == 1 or self.has_bias:
             return torch.ops.quantized.linear_dynamic(x, self.packed, True)

@@ -88,9 +88,9 @@ class Context:
                     f"{path}: not a saved state ({name} is missing or of another kind)"
                 )
         self.logits, self.seen = tensors["logits"], tensors["seen"]
-        self.state = [
-            LayerState(tensors[f"{i}.conv"], tensors[f"{i}.ssm"]) for i in range(len(self.state))
-        ]
+        for i, layer in enumerate(self.state):  # in the order in memory that they have
+            layer.conv.copy_(tensors[f"{i}.conv"])
+            layer.ssm.copy_(tensors[f"{i}.ssm"])
 
     def _fingerprint(self) -> str:
         """Tells this model's weights from another's, cheaply."""

@@ -71,6 +71,8 @@ class Options:
     """Bytes that a request may have."""
     weights: Literal["float32", "int8"] = "float32"
     """int8 writes faster on a CPU, and nearly the same."""
+    compile: bool = False
+    """Write faster on a CPU, for some seconds at the start: torch.compile, with a C++ compiler."""
     device: str = "auto"
     """auto (CUDA, else CPU), cpu, cuda or mps."""
     threads: int | None = None
@@ -192,7 +194,11 @@ def load(options: Options) -> Service:
     modified = datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc)
     name = (options.name or own_name).removesuffix(":latest")
     about = (n_parameters, size, tokenizer, modified, digest.hexdigest())
-    return Service(options, name, Decoder(model, options.weights), *about)
+    decoder = Decoder(model, options.weights, options.compile)
+    if options.compile:  # what it makes for two and more rows, before anybody waits for it
+        for rows in range(2, min(options.parallel, 3) + 1):
+            decoder.step(torch.zeros(rows, dtype=torch.int64))
+    return Service(options, name, decoder, *about)
 
 
 # ------------------------------------------------------------------ reading requests

@@ -1,12 +1,18 @@
 """The decoder for the CPU equals the model's own steps; int8 stays near it."""
 
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
-from small import model, python, saved
+from small import environment, model, python, saved
 from torch.nn.functional import cross_entropy
 
 from ysnake.config import InputError
-from ysnake.decoding import Decoder
+from ysnake.decoding import WEIGHTS, Decoder
 
 FORMS = {
     "plain": {},
@@ -40,6 +46,40 @@ def test_steps_equal_the_models_own(sizes, batch):
     assert torch.allclose(logits, plain.step(tokens, again)[0][:, -1], atol=2e-6)
 
 
+COMPILER = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+HEADERS = Path(sysconfig.get_path("include"), "Python.h")
+LIMITED = FORMS["two groups"] | FORMS["biases"] | FORMS["steps limited"]
+
+
+@pytest.mark.skipif(not (COMPILER and HEADERS.exists()), reason="needs a C++ compiler and Python.h")
+@pytest.mark.parametrize(
+    ("weights", "sizes", "batches"),
+    [
+        ("float32", LIMITED, (1, 3)),
+        ("int8", {}, (1,)),
+        *(
+            pytest.param(weights, sizes, (1, 2, 5, 40), marks=pytest.mark.slow)
+            for weights in WEIGHTS
+            for sizes in FORMS.values()
+        ),
+    ],
+)
+def test_compiled_steps_equal_those_that_are_not(weights, sizes, batches):
+    torch.compiler.reset()
+    plain, compiled = (Decoder(model(**sizes), weights, c) for c in (False, True))
+    for batch in batches:
+        tokens = ids(batch, 4)
+        expected, state = plain.step(tokens[:, :2], last_only=True)
+        logits, own = compiled.step(tokens[:, :2], last_only=True)
+        for i in (2, 3):
+            expected, state = plain.step(tokens[:, i], state)
+            logits, own = compiled.step(tokens[:, i], own)
+            assert torch.allclose(logits, expected, atol=2e-6)
+        for a, b in zip(state, own, strict=True):
+            assert torch.allclose(a.conv, b.conv, atol=2e-6)
+            assert torch.allclose(a.ssm, b.ssm, atol=2e-6)
+
+
 def test_rows_of_a_larger_state_are_written_in_place():
     decoder, tokens = Decoder(model()), ids(2)
     state = decoder.model.empty_state(5)
@@ -50,6 +90,17 @@ def test_rows_of_a_larger_state_are_written_in_place():
         assert torch.equal(layer.ssm[:2], own.ssm)
         assert torch.equal(layer.conv[:2], own.conv)
         assert not layer.ssm[2:].any()
+
+
+def test_compiling_where_it_cannot_be_says_so(tmp_path):
+    folder = saved(tmp_path)
+    missing = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = ("ysnake.run", folder, "--prompt", "The adder", "--compile")
+    done = python(*command, cwd=tmp_path, env=environment() | missing)
+    assert done.returncode == 2
+    assert "\nerror: --compile: expected a C++ compiler that works: " in "\n" + done.stderr
+    with pytest.raises(InputError, match="--compile: is for float32 models on a CPU"):
+        Decoder(model().double(), compile=True)
 
 
 def test_the_weights_stay_what_they_were():
