@@ -136,9 +136,11 @@ class _Blocks:
 
     def sums(self, start: int, end: int, out: Tensor) -> Tensor:
         """The convolution of a block before the activation, written to out."""
-        torch.mul(self.x[:, start:end].to(self.acc), self.taps[0], out=out)
-        if self.bias is not None:
-            out += self.bias
+        x = self.x[:, start:end].to(self.acc)
+        if self.bias is None:
+            torch.mul(x, self.taps[0], out=out)
+        else:
+            torch.addcmul(self.bias, x, self.taps[0], out=out)
         for k in range(1, self.back + 1):
             for tokens, values, _ in self.seen(k, start, end):
                 out[:, tokens].addcmul_(self.of_same(values, k, start, tokens), self.taps[k])
