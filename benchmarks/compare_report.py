@@ -87,8 +87,7 @@ def markdown(results: dict[str, dict]) -> str:
         "Made by `python -m benchmarks.compare`. Medians. `ysnake / it` is how many times as fast "
         "ysnake is: the ratio of the times per token in each turn, its median and its extremes. "
         "Float32 where nothing else is said. Matrix products are by `torch.mm` and `torch.bmm`; "
-        "where the CPU has AVX-512, ysnake has oneDNN multiply in linear layers (on Intel's CPUs "
-        "in training only).",
+        "on CPUs with AVX-512 that are not Intel's, ysnake has oneDNN multiply in linear layers.",
     ]
     for case, result in results.items():
         m = result["machine"]

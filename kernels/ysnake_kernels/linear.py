@@ -1,11 +1,9 @@
 """Linear layers by the fastest library that torch has for their products.
 
 On a CPU, torch multiplies float32 matrices by the BLAS it was built with. Beside that it has
-oneDNN, for convolutions; on AMD's CPUs with AVX-512 that one takes a tenth to a third less time
-than MKL, and half of it for few rows and weights that come from memory. On Intel's MKL is the
-faster by a twentieth, but keeps more memory, up to a tenth of what training takes, and has the
-products where no gradient is wanted. For every other device, dtype and kind of tensor a layer here
-is torch's.
+oneDNN, for convolutions; on a CPU of AMD's with AVX-512 that one takes a tenth to a third less
+time than MKL, and half of it for few rows and weights that come from memory. On Intel's MKL is the
+faster by a twentieth. For every other device, dtype and kind of tensor a layer here is torch's.
 """
 
 from functools import cache
@@ -34,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., outputs).
     """
-    if _by_onednn(x, weight) and (torch.is_grad_enabled() or not _mkl_is_at_home()):
+    if _by_onednn(x, weight):
         return _Linear.apply(x, None, weight, bias, None)
     return F.linear(x, weight, bias)
 
@@ -135,11 +133,8 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def _onednn_is_faster() -> bool:
-    cpu = torch.backends.cpu.get_cpu_capability()
-    return torch.backends.mkldnn.is_available() and cpu == "AVX512"
-
-
-@cache
-def _mkl_is_at_home() -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
     intel = "Intel" in torch.cpu.get_capabilities().get("cpu_name", "")
-    return torch.backends.mkl.is_available() and intel
+    at_home = torch.backends.mkl.is_available() and intel
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not at_home
