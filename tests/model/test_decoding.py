@@ -97,7 +97,7 @@ def test_compiling_where_it_cannot_be_says_so(tmp_path, monkeypatch):
     torch.compiler.reset()
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, str(tmp_path / "none")))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    with pytest.raises(InputError, match="--compile: expected a C[+][+] compiler that works: "):
+    with pytest.raises(InputError, match=r"--compile: expected a C[+][+] compiler that works: "):
         Decoder(model(n_layers=1), compile=True)
     with pytest.raises(InputError, match="--compile: is for float32 models on a CPU"):
         Decoder(model().double(), compile=True)
