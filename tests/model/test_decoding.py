@@ -57,7 +57,6 @@ LIMITED = FORMS["two groups"] | FORMS["biases"] | FORMS["steps limited"]
     ("weights", "sizes", "batches"),
     [
         ("float32", LIMITED | {"n_layers": 1}, (1,)),
-        ("int8", {"n_layers": 1}, (1,)),
         *(
             pytest.param(weights, sizes, (1, 2, 5, 40), marks=pytest.mark.slow)
             for weights in WEIGHTS
