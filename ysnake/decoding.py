@@ -195,7 +195,9 @@ class OneRow(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, compiling = x.shape[:-1].numel(), torch.compiler.is_compiling()
-        if rows > FEW or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        if rows > FEW:
             return _as_operator(self, x) if compiling else super().forward(x)
         cut = x.reshape(rows, self.cuts, -1).transpose(0, 1)
         if compiling:  # which makes slow loops of bmm, but calls this

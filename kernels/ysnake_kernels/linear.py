@@ -1,9 +1,9 @@
 """Linear layers by the fastest library that torch has for their products.
 
 On a CPU, torch multiplies float32 matrices by the BLAS it was built with. Beside that it has
-oneDNN, for convolutions; on a CPU of AMD's with AVX-512 that one takes a tenth to a third less
-time than MKL, and half of it for few rows and weights that come from memory. On Intel's MKL is the
-faster by a twentieth. For every other device, dtype and kind of tensor a layer here is torch's.
+oneDNN, for convolutions; on AMD's CPUs with AVX-512 that one takes a tenth to a third less time
+than MKL, and half of it for few rows and weights that come from memory. On Intel's MKL is the
+faster. For every other device, dtype and kind of tensor a layer here is torch's.
 """
 
 from functools import cache
