@@ -150,7 +150,7 @@ def _forward(
             done[:, span] = norm.forward(y, norm_weight, None, zs, *norm_options)
 
     scan = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, scan_options)
-    states = ssd.forward(*scan, finish, return_states)
+    states, _ = ssd.forward(*scan, finish, return_states)
     if out_weight is not None:
         rows = out.view(-1, out.shape[-1])
         rows.copy_(product(done.flatten(0, 1), out_weight.to(dtype)))

@@ -9,6 +9,7 @@ those of the paper (arXiv 2405.21060); k is the chunks of a piece, b batch times
 tokens of a chunk, r the heads of a group, p the head size, n the state size.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -45,8 +46,10 @@ def scan(
     dt_limit: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """Arguments as `ssd_scan` has checked them."""
+    tensors = (x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     options = (chunk_size, dt_softplus, dt_limit)
-    return uncompiled(_Scan.apply)(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options)
+    return uncompiled(_Scan.apply)(*tensors, options, keep)
 
 
 def _fold_state(states: Tensor, groups: int) -> Tensor:
@@ -67,19 +70,22 @@ class _Piece:
 
     span: slice  # of the tokens
     x: Tensor  # [k b q r p]
-    dt: Tensor  # [k b q r]
     B: Tensor  # [(k b) q n]
     C: Tensor  # [(k b) q n]
-    L: Tensor | None  # [k b r i j] exp(cs_i - cs_j) dt_j for j <= i, else 0
+    cs: Tensor  # [k b r q] sums of the log decays from the chunk's start
+    dt: Tensor  # [k b r q]
     entry: Tensor  # [k b q r] exp(cs_i): from the entering state to token i
     exit: Tensor  # [k b q r] exp(cs_last - cs_j) dt_j: from token j to the leaving state
     whole: Tensor  # [k b 1 r] exp(cs_last): from the entering to the leaving state
+    seq: Tensor | None  # [k b q] the tokens' documents
 
 
 class _Sweep:
     """The inputs folded by group and cut into pieces, with the buffers that the pieces share.
 
-    The states that enter a piece's chunks, or leave them, are [k b n (r p)], None if all zeros.
+    What is one number for a token and head is there for all chunks at once, the last chunk filled
+    up with tokens of size zero. The states that enter a piece's chunks, or leave them, are
+    [k b n (r p)], None if all zeros.
     """
 
     def __init__(self, x, dt, A, B, C, D, seq_idx, chunk_size, acc):
@@ -91,20 +97,19 @@ class _Sweep:
             chunk_size = CPU_CHUNK if x.device.type == "cpu" else GPU_CHUNK
         self.acc, self.q = acc, min(chunk_size, self.length)
         self.n_chunks = -(-self.length // self.q)
-        self.x, self.dt, self.B, self.C = x, dt, B, C
-        self.A = self._by_head(A)[..., 0]  # [b 1 r]
+        self.rest = self.length - (self.n_chunks - 1) * self.q  # tokens of the last chunk
+        self.pieces = self._pieces()
+        self.counts = [len(chunks) for chunks in self.pieces]
+        self.buffers: dict[str, tuple[Tensor, dict[tuple, Tensor]]] = {}
+        self.new = partial(torch.empty, dtype=acc, device=x.device)
         D = None if D is None else self._by_head(D)  # [b 1 r p] or [b 1 r 1]
         per_head = D is not None and D.shape[3] == 1
         self.D = None if per_head else D
         self.D_head = D.transpose(1, 2)[..., 0] if per_head else None  # [b r 1]
-        self.seq_idx = seq_idx
-        self.buffers: dict[str, Tensor] = {}
+        self.inputs = [self.by_piece(t) for t in (x, B, C)]
+        self._decays(self.by_chunk(dt), self._by_head(A)[..., 0], seq_idx)
 
-    def _by_head(self, t: Tensor) -> Tensor:
-        t = t.to(self.acc).view(1, self.groups, 1, self.r, -1)
-        return t.expand(self.batch, -1, -1, -1, -1).flatten(0, 1)
-
-    def pieces(self) -> list[range]:
+    def _pieces(self) -> list[range]:
         """The numbers of each piece's chunks.
 
         The first chunk, which perhaps no state enters, and the last, which perhaps is shorter and
@@ -115,66 +120,90 @@ class _Sweep:
         cuts = sorted({0, *range(1, last, size), last, self.n_chunks})
         return [range(*ends) for ends in pairwise(cuts)]
 
+    def _by_head(self, t: Tensor) -> Tensor:
+        t = t.to(self.acc).view(1, self.groups, 1, self.r, -1)
+        return t.expand(self.batch, -1, -1, -1, -1).flatten(0, 1)
+
+    def _decays(self, dt: Tensor, A: Tensor, seq_idx: Tensor | None) -> None:
+        """entry, exit and whole of all chunks, and what each piece has of them and of cs and dt."""
+        cs = (dt * A).cumsum(2)
+        self.entry = cs.clamp(min=FLOOR).exp_()
+        self.exit = (cs[:, :, -1:] - cs).clamp_(min=FLOOR).exp_().mul_(dt)
+        self.whole = self.entry[:, :, -1:]
+        seq = [None] * len(self.pieces)
+        if seq_idx is not None:
+            ids = self.by_chunk(seq_idx[..., None].expand(-1, -1, self.groups), repeat=True)
+            before = torch.cat([ids[:1, :, :1], ids[:-1, :, -1:]])  # of the token before a chunk
+            self.entry = self.entry * (ids == before)
+            self.exit = self.exit * (ids == ids[:, :, -1:])
+            self.whole = self.whole * (ids[:, :, -1:] == before)
+            seq = self.split(ids[..., 0])
+        rows = (self.split(t.transpose(2, 3).contiguous(), 3) for t in (cs, dt))
+        edges = (self.split(t) for t in (self.entry, self.exit))
+        self.numbers = list(zip(*rows, *edges, self.whole.split(self.counts), seq, strict=True))
+
+    def piece(self, number: int) -> _Piece:
+        chunks = self.pieces[number]
+        span = slice(chunks.start * self.q, min(chunks.stop * self.q, self.length))
+        x, B, C = (self.fold(views[number]) for views in self.inputs)
+        B, C = (t[:, :, :, 0].flatten(0, 1) for t in (B, C))
+        return _Piece(span, x, B, C, *self.numbers[number])
+
+    def cut(self, t: Tensor, k: int) -> Tensor:
+        """[batch (k q) (g r) ...] -> [k batch g q r ...], a view."""
+        batch, length, heads, *more = t.shape
+        t = t.view(batch, k, length // k, self.groups, heads // self.groups, *more)
+        return t.permute(1, 0, 3, 2, *range(4, t.ndim))
+
+    def fold(self, t: Tensor) -> Tensor:
+        """[k batch g q r ...] -> [k b q r ...], a view where there is one group."""
+        return t.to(self.acc).flatten(1, 2)
+
+    def unfold(self, t: Tensor) -> Tensor:
+        """[k b q r ...] -> [k batch g q r ...], a view."""
+        return t.unflatten(1, (self.batch, self.groups))
+
+    def by_piece(self, t: Tensor) -> list[Tensor]:
+        """[batch length (g r) ...] -> of each piece [k batch g q r ...], views."""
+        last = self.cut(t[:, -self.rest :], 1)
+        if self.n_chunks == 1:
+            return [last]
+        return [*self.cut(t[:, : -self.rest], self.n_chunks - 1).split(self.counts[:-1]), last]
+
+    def by_chunk(self, t: Tensor, repeat: bool = False) -> Tensor:
+        """[batch length (g r)] -> [chunk b q r], filled up with zeros or with the last token's."""
+        if self.rest < self.q:
+            last = t[:, -1:] if repeat else torch.zeros_like(t[:, -1:])
+            t = torch.cat([t, last.expand(-1, self.q - self.rest, -1)], 1)
+        return self.cut(t, self.n_chunks).flatten(1, 2)
+
+    def by_token(self, t: Tensor) -> Tensor:
+        """[chunk b q r] -> [batch length (g r)]."""
+        t = self.unfold(t).permute(1, 0, 3, 2, 4)
+        return t.reshape(self.batch, -1, self.heads)[:, : self.length]
+
+    def split(self, t: Tensor, dim: int = 2) -> list[Tensor]:
+        """[chunk b ... q ...], where `dim` is q's -> of each piece [k b ... q ...], views."""
+        *parts, last = t.split(self.counts)
+        return [*parts, last.narrow(dim, 0, self.rest)]
+
     def buffer(self, name: str, *shape: int) -> Tensor:
         """Uninitialised memory that lives as long as the sweep and is used by every piece."""
-        full = self.buffers.get(name)
-        size = torch.Size(shape).numel()
-        if full is None or full.numel() < size:
-            full = self.buffers[name] = torch.empty(size, dtype=self.acc, device=self.x.device)
-        return full[:size].view(shape)
+        full, views = self.buffers.get(name, (None, {}))
+        if shape not in views:
+            size = math.prod(shape)
+            if full is None or full.numel() < size:
+                self.buffers[name] = full, views = self.new(size), {}
+            views[shape] = full[:size].view(shape)
+        return views[shape]
 
     def states(self, name: str, count: int) -> Tensor:
         return self.buffer(name, count, self.b, self.n, self.r * self.head_dim)
 
-    def cut(self, t: Tensor, k: int) -> Tensor:
-        """[batch (k q) (g r) ...] -> [k batch g q r ...], a view."""
-        t = t.unflatten(2, (self.groups, -1)).unflatten(1, (k, -1))
-        return t.movedim((1, 0, 3, 2), (0, 1, 2, 3))
-
-    def fold(self, t: Tensor, k: int) -> Tensor:
-        """[batch (k q) (g r) ...] -> [k b q r ...], a view where there is one group."""
-        return self.cut(t.to(self.acc), k).flatten(1, 2)
-
-    def unfold(self, t: Tensor) -> Tensor:
-        """[k b q r ...] -> [batch (k q) (g r) ...]."""
-        t = t.unflatten(1, (-1, self.groups)).movedim((1, 0, 3, 2), (0, 1, 2, 3))
-        return t.flatten(1, 2).flatten(2, 3)
-
-    def write(self, values: Tensor, to: Tensor) -> None:
-        """Values [k b q r ...] into a tensor [batch (k q) (g r) ...]."""
-        self.cut(to, len(values)).copy_(values.unflatten(1, (-1, self.groups)))
-
-    def piece(self, chunks: range, with_L: bool = True) -> _Piece:
-        k = len(chunks)
-        span = slice(chunks[0] * self.q, min(chunks.stop * self.q, self.length))
-        x, dt, B, C = (self.fold(t[:, span], k) for t in (self.x, self.dt, self.B, self.C))
-        B, C = (t[:, :, :, 0].flatten(0, 1) for t in (B, C))
-        return _Piece(span, x, dt, B, C, *self.decays(dt, chunks, span, with_L))
-
-    def decays(self, dt: Tensor, chunks: range, span: slice, with_L: bool) -> tuple:
-        """L, entry, exit and whole of a piece."""
-        cs = (dt * self.A).cumsum(2)
-        entry = cs.clamp(min=FLOOR).exp_()
-        exit = (cs[:, :, -1:] - cs).clamp_(min=FLOOR).exp_().mul_(dt)
-        whole = entry[:, :, -1:]
-        L = None
-        if with_L:
-            rows, sizes = (t.transpose(2, 3).contiguous() for t in (cs, dt))  # [k b r q]
-            L = self.buffer("L", *rows.shape, rows.shape[3])
-            torch.sub(rows[..., :, None], rows[..., None, :], out=L)
-            L.clamp_(FLOOR, 0).exp_().mul_(sizes[..., None, :]).tril_()
-        if self.seq_idx is not None:
-            seq = self.seq_idx[:, span].unflatten(1, (len(chunks), -1))
-            before = self.seq_idx[:, [max(c * self.q - 1, 0) for c in chunks]]
-            seq, before = (
-                t.transpose(0, 1).repeat_interleave(self.groups, 1) for t in (seq, before)
-            )  # [k b q], [k b]
-            entry = entry * (seq == before[..., None])[..., None]
-            exit = exit * (seq == seq[..., -1:])[..., None]
-            whole = whole * (seq[..., -1] == before)[..., None, None]
-            if L is not None:
-                L.mul_((seq[..., :, None] == seq[..., None, :])[:, :, None])
-        return L, entry, exit, whole
+    def between(self, states: Tensor, chunks: range, entered: bool) -> tuple:
+        """The states that enter a piece's chunks and those that leave them, of all that enter."""
+        entering, leaving = (states[chunks.start + i : chunks.stop + i] for i in (0, 1))
+        return (entering if entered else None), leaving
 
     def around(self, name: str, known: Tensor | None, chunks: range, at: int) -> tuple:
         """The states that enter a piece's chunks and those that leave them: all but one the same.
@@ -192,8 +221,7 @@ class _Sweep:
 
     def pass_on(self, piece: _Piece, entering: Tensor | None, leaving: Tensor) -> None:
         """Writes leaving; but for its first, entering is the same memory."""
-        V = self.at_exit(piece)
-        torch.bmm(piece.B.transpose(1, 2), V, out=leaving.flatten(0, 1))
+        torch.bmm(piece.B.transpose(1, 2), self.at_exit(piece), out=leaving.flatten(0, 1))
         if entering is not None:
             self.add_decayed(entering[0], piece.whole[0], leaving[0])
         for c in range(1, len(leaving)):
@@ -209,18 +237,16 @@ class _Sweep:
 
     def by_head(self, S: Tensor) -> Tensor:
         """[... n (r p)] -> [... n r p]."""
-        return S.unflatten(-1, (self.r, self.head_dim))
+        return S.view(*S.shape[:-1], self.r, self.head_dim)
 
-    def dot(self, a: Tensor, b: Tensor) -> Tensor:
-        """Inner products along the last dimension."""
-        return torch.mul(a, b, out=self.buffer("dot", *a.shape)).sum(-1)
+    def products(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mul(a, b, out=self.buffer("products", *a.shape))
 
     def per_head(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """Products [r i m] x [r m j]: left [k b r i m], right [k b r m j], any strides."""
         out = self.buffer(name, *left.shape[:4], right.shape[4])
-        for c in range(len(left)):
-            for i in range(self.b):
-                torch.bmm(left[c, i], right[c, i], out=out[c, i])
+        for factors in zip(*(_matrices(t) for t in (left, right, out)), strict=True):
+            torch.bmm(*factors[:2], out=factors[2])
         return out
 
     def read(self, piece: _Piece, states: Tensor | None) -> Tensor | None:
@@ -229,23 +255,62 @@ class _Sweep:
             return None
         return torch.bmm(piece.C, states.flatten(0, 1)).view(piece.x.shape)
 
+    def decays(self, piece: _Piece) -> Tensor:
+        """L_ij = exp(cs_i - cs_j) dt_j, and just dt_j where j > i; [k b r i j]."""
+        L = self.buffer("L", *piece.cs.shape, piece.cs.shape[3])
+        torch.sub(piece.cs[..., :, None], piece.cs[..., None, :], out=L)
+        return L.clamp_(FLOOR, 0).exp_().mul_(piece.dt[..., None, :])
+
+    def seen(self, piece: _Piece, t: Tensor) -> Tensor:
+        """t [k b i j], made zero where token i does not see token j."""
+        t.tril_()
+        if piece.seq is not None:
+            t.mul_(piece.seq[..., :, None] == piece.seq[..., None, :])
+        return t
+
+    def scores(self, piece: _Piece) -> Tensor:
+        """CB_ij = C_i B_j, zero where token i does not see token j; [k b 1 i j]."""
+        CB = torch.bmm(piece.C, piece.B.transpose(1, 2))
+        return self.seen(piece, CB.unflatten(0, piece.x.shape[:2]))[:, :, None]
+
     def weigh(self, L: Tensor, CB: Tensor, out: Tensor) -> Tensor:
         """W_ij = L_ij CB_ij, and D more where i = j."""
-        W = torch.mul(L, CB[:, :, None], out=out)
+        W = torch.mul(L, CB, out=out)
         if self.D_head is not None:
             W.diagonal(dim1=3, dim2=4).add_(self.D_head)
         return W
 
-    def outputs(self, W: Tensor, piece: _Piece, CS: Tensor | None) -> Tensor:
+    def outputs(
+        self, W: Tensor, piece: _Piece, CS: Tensor | None, out: Tensor | None = None
+    ) -> Tensor:
         """y of a piece, [batch (k q) heads p]: W x + exp(cs) C S, and D x if W is without D."""
+        k, _, q = piece.x.shape[:3]
+        if out is None:
+            out = self.buffer("y", self.batch, k * q, self.heads, self.head_dim)
         y = self.per_head("inside", W, piece.x.transpose(2, 3)).transpose(2, 3)  # [k b q r p]
-        k, b, *rest = y.shape
-        out = self.buffer("y", b, k, *rest).transpose(0, 1)
-        if CS is not None:
-            y = torch.addcmul(y, CS, piece.entry[..., None], out=out)
         if self.D is not None:
-            y = torch.addcmul(y, piece.x, self.D, out=out)
-        return self.unfold(y)
+            y.addcmul_(piece.x, self.D)
+        self.write(self.cut(out, k), y, CS, piece.entry)
+        return out
+
+    def write(
+        self,
+        to: Tensor,
+        values: Tensor,
+        more: Tensor | None = None,
+        factors: Tensor | None = None,
+    ) -> None:
+        """values + factors more, both [k b q r p], to a [k batch g q r p]; factors [k b q r]."""
+        if more is None:
+            to.copy_(self.unfold(values))
+        else:
+            terms = (self.unfold(t) for t in (values, more, factors[..., None]))
+            torch.addcmul(*terms, out=to)
+
+
+def _matrices(t: Tensor) -> list[Tensor]:
+    """[k b r i j] -> all its [r i j]."""
+    return [matrices for chunk in t.unbind() for matrices in chunk.unbind()]
 
 
 def forward(
@@ -261,27 +326,39 @@ def forward(
     options: tuple[int | None, bool, tuple[float, float]],
     finish: Callable[[slice, Tensor], None],
     want_states: bool = True,
-) -> Tensor | None:
+    out: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
     """One sweep; `finish(span, y)` gets each piece's y, [batch tokens heads p], before any gate.
 
-    y is memory that the next piece uses again. Returns the final states if they are wanted.
+    y is a part of `out` if that is given, else memory that the next piece uses again. Returns the
+    final states if they are wanted and, to be kept for `backward`, those that enter the chunks, if
+    they take no more than twice the memory of x.
     """
     chunk_size, *step_options = options
     acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
     dts = step_sizes(dt, dt_bias, *step_options, acc)
     sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
     S = None if initial_states is None else _fold_state(initial_states.to(acc), sweep.groups)
-    pieces = sweep.pieces()
-    for chunks in pieces:
-        piece = sweep.piece(chunks)
-        CB = torch.bmm(piece.C, piece.B.transpose(1, 2)).view_as(piece.L[:, :, 0])
-        W = sweep.weigh(piece.L, CB, piece.L)
-        entering, leaving = sweep.around("S", S, chunks, 0)
-        if want_states or chunks is not pieces[-1]:
+    kept = None
+    if keep and sweep.n_chunks > 1 and sweep.n <= 2 * sweep.q:
+        kept = sweep.states("S", sweep.n_chunks)
+        if S is not None:
+            kept[0] = S
+    for number, chunks in enumerate(sweep.pieces):
+        piece, last = sweep.piece(number), chunks.stop == sweep.n_chunks
+        L = sweep.decays(piece)
+        W = sweep.weigh(L, sweep.scores(piece), L)
+        if kept is None or last:
+            entering, leaving = sweep.around("S", S, chunks, 0)
+        else:
+            entering, leaving = sweep.between(kept, chunks, S is not None)
+        if want_states or not last:
             sweep.pass_on(piece, entering, leaving)
-        finish(piece.span, sweep.outputs(W, piece, sweep.read(piece, entering)))
+        CS = sweep.read(piece, entering)
+        finish(piece.span, sweep.outputs(W, piece, CS, None if out is None else out[:, piece.span]))
         S = leaving[-1]
-    return _unfold_state(S, sweep.groups, sweep.heads) if want_states else None
+    return _unfold_state(S, sweep.groups, sweep.heads) if want_states else None, kept
 
 
 def backward(
@@ -301,41 +378,46 @@ def backward(
     ddt: Tensor,
     dB: Tensor,
     dC: Tensor,
+    states: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """The sweep forward for the entering states, and one back; writes dx, ddt, dB and dC.
+    """The sweep forward for the entering states, unless `forward` kept them, and one back.
 
-    `gradient(span, y)` returns that of a piece's y, both [batch tokens heads p]; y() computes y, as
-    `forward` handed it over. Returns the gradients of A, D, initial_states and dt_bias.
+    Writes dx, ddt, dB and dC. `gradient(span, y)` returns that of a piece's y, both [batch tokens
+    heads p]; y() computes y, as `forward` handed it over. Returns the gradients of A, D,
+    initial_states and dt_bias.
     """
     chunk_size, *step_options = options
     acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
     dts = step_sizes(dt, dt_bias, *step_options, acc).clamp_(min=TINY)
     sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
-    pieces = sweep.pieces()
-
-    def entered(chunks: range) -> bool:
-        return chunks[0] > 0 or initial_states is not None
-
-    states = sweep.states("S", sweep.n_chunks)
-    if initial_states is not None:
-        states[0] = _fold_state(initial_states.to(acc), sweep.groups)
-    for chunks in pieces[:-1]:
-        entering = states[chunks[0] : chunks.stop] if entered(chunks) else None
-        leaving = states[chunks[0] + 1 : chunks.stop + 1]
-        sweep.pass_on(sweep.piece(chunks, with_L=False), entering, leaving)
+    entered = [initial_states is not None, *[True] * (len(sweep.pieces) - 1)]
+    if states is None:
+        states = sweep.states("S", sweep.n_chunks)
+        if initial_states is not None:
+            states[0] = _fold_state(initial_states.to(acc), sweep.groups)
+        for number, chunks in enumerate(sweep.pieces[:-1]):
+            around = sweep.between(states, chunks, entered[number])
+            sweep.pass_on(sweep.piece(number), *around)
 
     dS = None if dstates is None else _fold_state(dstates.to(acc), sweep.groups)
-    dts_grad = torch.empty_like(dts)
-    dl = torch.empty_like(dts)  # gradient of dt * A
-    dD = None if D is None else torch.zeros(sweep.b, sweep.r, *D.shape[1:]).to(dts)
-    for chunks in reversed(pieces):
-        k, piece = len(chunks), sweep.piece(chunks)
+    dD = None if D is None else dts.new_zeros(sweep.b, sweep.r, *D.shape[1:])
+    dx_pieces, dB_pieces, dC_pieces = (sweep.by_piece(t) for t in (dx, dB, dC))
+    # What the gradients of dt A and log dt are summed from; [chunk b r q], others [chunk b q r].
+    dcs, dlog = dts.new_zeros(2, sweep.n_chunks, sweep.b, sweep.r, sweep.q)
+    at_entry, at_exit, through = (
+        torch.zeros_like(t) for t in (sweep.entry, sweep.exit, sweep.whole)
+    )
+    sums = [sweep.split(t, 3) for t in (dcs, dlog)] + [sweep.split(t) for t in (at_entry, at_exit)]
+    for number, chunks in reversed(list(enumerate(sweep.pieces))):
+        k, piece = len(chunks), sweep.piece(number)
         xc, Bc, Cc = piece.x, piece.B, piece.C
-        S = states[chunks[0] : chunks.stop] if entered(chunks) else None
-        CB = torch.bmm(Cc, Bc.transpose(1, 2)).view_as(piece.L[:, :, 0])
-        W = sweep.weigh(piece.L, CB, sweep.buffer("W", *piece.L.shape))
+        dcs_c, dlog_c, at_entry_c, at_exit_c = (parts[number] for parts in sums)
+        S, _ = sweep.between(states, chunks, entered[number])
+        L, CB = sweep.decays(piece), sweep.scores(piece)
+        W = sweep.weigh(L, CB, sweep.buffer("W", *L.shape))
         CS = sweep.read(piece, S)
-        G = sweep.fold(gradient(piece.span, partial(sweep.outputs, W, piece, CS)), k)
+        G = gradient(piece.span, partial(sweep.outputs, W, piece, CS))
+        G = sweep.fold(sweep.cut(G, k))
 
         # Inside the chunks: y_i = sum_j W_ij x_j.
         Gr = G.transpose(2, 3)  # [k b r q p]
@@ -343,19 +425,23 @@ def backward(
         if sweep.D_head is not None:
             dD += T.diagonal(dim1=3, dim2=4).sum((0, 3))
         dxc = sweep.per_head("inside", W.transpose(3, 4), Gr).transpose(2, 3)
-        dCB = T.mul_(piece.L).sum(2).flatten(0, 1)
-        M = T.mul_(CB[:, :, None])  # dL/d(cs_i - cs_j + log dt_j)
+        if sweep.D is not None:
+            dD += sweep.products(xc, G).sum((0, 2))
+            dxc.addcmul_(G, sweep.D)
+        dCB = sweep.seen(piece, T.mul_(L).sum(2)).flatten(0, 1)
+        dCc, dBc = torch.bmm(dCB, Bc), torch.bmm(dCB.transpose(1, 2), Cc)
+        M = T.mul_(CB)  # dL/d(cs_i - cs_j + log dt_j)
         diagonal = M.diagonal(dim1=3, dim2=4)
-        dlog = diagonal.clone()  # of dt, [k b r q]
+        dlog_c.copy_(diagonal)
         diagonal.zero_()
         columns = M.sum(3)
-        dlog, dcs = (t.transpose(2, 3) for t in (dlog.add_(columns), M.sum(4) - columns))
-        dCc, dBc = torch.bmm(dCB, Bc), torch.bmm(dCB.transpose(1, 2), Cc)
+        dlog_c += columns
+        torch.sub(M.sum(4), columns, out=dcs_c)
 
         # Across their edges: y_i += exp(cs_i) C_i S, and S' = exp(cs_last) S + sum_j V_j B_j.
         dentering, dleaving = sweep.around("dS", dS, chunks, -1)
         if S is not None:
-            dcs += piece.entry * sweep.dot(CS, G)
+            torch.sum(sweep.products(CS, G), -1, out=at_entry_c)
             Gs = torch.mul(G, piece.entry[..., None], out=sweep.buffer("Gs", *G.shape))
             Gs = Gs.flatten(3).flatten(0, 1)
             dCc.baddbmm_(Gs, S.flatten(0, 1).transpose(1, 2))
@@ -364,33 +450,29 @@ def backward(
                 sweep.add_decayed(dleaving[-1], piece.whole[-1], dentering[-1])
             for c in reversed(range(k - 1)):
                 sweep.add_decayed(dentering[c + 1], piece.whole[c], dentering[c])
-        dlc = dcs.flip(2).cumsum(2).flip(2)  # sum over i >= t
+            dS = dentering[0]
+        left = None
         if dleaving is not None:
             dleft = dleaving.flatten(0, 1)
             left = torch.bmm(Bc, dleft).view(xc.shape)
-            t = sweep.dot(left, xc).mul_(piece.exit)
-            dlog += t
-            dlc += t.cumsum(2) - t
-            dxc.addcmul_(left, piece.exit[..., None])
+            torch.sum(sweep.products(left, xc), -1, out=at_exit_c)
             dBc.baddbmm_(sweep.at_exit(piece), dleft.transpose(1, 2))
             if S is not None:
-                through = sweep.dot(sweep.by_head(dleaving), sweep.by_head(S)).sum(2)  # [k b r]
-                dlc += piece.whole * through[:, :, None]
-        if S is not None:
-            dS = dentering[0]
+                both = sweep.products(*(sweep.by_head(t) for t in (dleaving, S)))
+                torch.sum(both.sum(-1), 2, keepdim=True, out=through[chunks.start : chunks.stop])
 
-        sweep.write(dlc, dl[:, piece.span])
-        sweep.write(dlog.div_(piece.dt), dts_grad[:, piece.span])
-        if sweep.D is not None:
-            dD += torch.mul(xc, G, out=sweep.buffer("V", *xc.shape)).sum((0, 2))
-            dxc.addcmul_(G, sweep.D)
-        sweep.write(dxc, dx[:, piece.span])
-        for grad, to in ((dBc, dB), (dCc, dC)):
-            sweep.write(grad.view(k, sweep.b, -1, 1, sweep.n), to[:, piece.span])
+        sweep.write(dx_pieces[number], dxc, left, piece.exit)
+        for pieces, grad in ((dB_pieces, dBc), (dC_pieces, dCc)):
+            sweep.write(pieces[number], grad.view(k, sweep.b, -1, 1, sweep.n))
 
+    at_exit *= sweep.exit
+    dcs = dcs.transpose(2, 3).addcmul(at_entry, sweep.entry)
+    dl = dcs.flip(2).cumsum(2).flip(2)  # sum over i >= t
+    dl = dl.add_(at_exit.cumsum(2).sub_(at_exit)).addcmul_(sweep.whole, through)
+    dl, dlog = (sweep.by_token(t) for t in (dl, dlog.transpose(2, 3) + at_exit))
     dA = (dl * dts).sum((0, 1)).to(A.dtype)
-    dts_grad.addcmul_(dl, A.to(acc))
-    draw = step_sizes_backward(dts_grad, dt, dt_bias, *step_options)
+    draw = dlog.div_(dts).addcmul_(dl, A.to(acc))
+    draw = step_sizes_backward(draw, dt, dt_bias, *step_options)
     ddt.copy_(draw)
     dbias = None if dt_bias is None else draw.sum((0, 1)).to(dt_bias.dtype)
     if D is not None:
@@ -409,25 +491,28 @@ def gate_backward(y: Tensor, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, T
 
 
 class _Scan(torch.autograd.Function):
-    """Saves its inputs; recomputes everything else in backward."""
+    """Saves its inputs and the states between chunks; recomputes everything else in backward."""
 
     @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options):
-        ctx.save_for_backward(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx)
+    def forward(ctx, x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options, keep):
         ctx.options = options
         ctx.set_materialize_grads(False)
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
         def finish(span: slice, y: Tensor) -> None:
-            out[:, span] = y if z is None else y * F.silu(z[:, span].to(y.dtype))
+            if z is not None:
+                out[:, span] = y * F.silu(z[:, span].to(y.dtype))
 
         arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, options)
-        return out, forward(*arguments, finish)
+        final, states = forward(*arguments, finish, out=out if z is None else None, keep=keep)
+        ctx.save_for_backward(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, states)
+        return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dstates):
-        x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx = ctx.saved_tensors
+        *inputs, states = ctx.saved_tensors
+        x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx = inputs
         if dout is None:
             dout = torch.zeros_like(x)
         dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
@@ -440,6 +525,6 @@ class _Scan(torch.autograd.Function):
             return G
 
         arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, ctx.options)
-        grads = backward(*arguments, gradient, dstates, dx, ddt, dB, dC)
+        grads = backward(*arguments, gradient, dstates, dx, ddt, dB, dC, states)
         dA, dD, dinitial, dbias = grads
-        return dx, ddt, dA, dB, dC, dD, dz, dinitial, dbias, None, None
+        return dx, ddt, dA, dB, dC, dD, dz, dinitial, dbias, None, None, None
