@@ -52,18 +52,6 @@ def scan(
     return uncompiled(_Scan.apply)(*tensors, options, keep)
 
 
-def _fold_state(states: Tensor, groups: int) -> Tensor:
-    """[batch (g r) p n] -> [b n (r p)], contiguous."""
-    t = states.unflatten(1, (groups, -1)).flatten(0, 1)  # [b r p n]
-    return t.flatten(1, 2).transpose(1, 2).contiguous()
-
-
-def _unfold_state(S: Tensor, groups: int, heads: int) -> Tensor:
-    """[b n (r p)] -> [batch (g r) p n], contiguous."""
-    t = S.transpose(1, 2).unflatten(0, (-1, groups))  # [batch g (r p) n]
-    return t.reshape(t.shape[0], heads, -1, S.shape[1]).contiguous()
-
-
 @dataclass
 class _Piece:
     """Some chunks in a row. No decay's exponent is above 0; zero stands for another document."""
@@ -76,7 +64,7 @@ class _Piece:
     dt: Tensor  # [k b r q]
     entry: Tensor  # [k b q r] exp(cs_i): from the entering state to token i
     exit: Tensor  # [k b q r] exp(cs_last - cs_j) dt_j: from token j to the leaving state
-    whole: Tensor  # [k b 1 r] exp(cs_last): from the entering to the leaving state
+    whole: Tensor  # [k b r] exp(cs_last): from the entering to the leaving state
     seq: Tensor | None  # [k b q] the tokens' documents
 
 
@@ -85,7 +73,7 @@ class _Sweep:
 
     What is one number for a token and head is there for all chunks at once, the last chunk filled
     up with tokens of size zero. The states that enter a piece's chunks, or leave them, are
-    [k b n (r p)], None if all zeros.
+    [k b (r p) n], None if all zeros.
     """
 
     def __init__(self, x, dt, A, B, C, D, seq_idx, chunk_size, acc):
@@ -129,14 +117,14 @@ class _Sweep:
         cs = (dt * A).cumsum(2)
         self.entry = cs.clamp(min=FLOOR).exp_()
         self.exit = (cs[:, :, -1:] - cs).clamp_(min=FLOOR).exp_().mul_(dt)
-        self.whole = self.entry[:, :, -1:]
+        self.whole = self.entry[:, :, -1]
         seq = [None] * len(self.pieces)
         if seq_idx is not None:
             ids = self.by_chunk(seq_idx[..., None].expand(-1, -1, self.groups), repeat=True)
             before = torch.cat([ids[:1, :, :1], ids[:-1, :, -1:]])  # of the token before a chunk
             self.entry = self.entry * (ids == before)
             self.exit = self.exit * (ids == ids[:, :, -1:])
-            self.whole = self.whole * (ids[:, :, -1:] == before)
+            self.whole = self.whole * (ids[:, :, -1] == before[:, :, 0])
             seq = self.split(ids[..., 0])
         rows = (self.split(t.transpose(2, 3).contiguous(), 3) for t in (cs, dt))
         edges = (self.split(t) for t in (self.entry, self.exit))
@@ -198,7 +186,11 @@ class _Sweep:
         return views[shape]
 
     def states(self, name: str, count: int) -> Tensor:
-        return self.buffer(name, count, self.b, self.n, self.r * self.head_dim)
+        return self.buffer(name, count, self.b, self.r * self.head_dim, self.n)
+
+    def fold_states(self, states: Tensor | None) -> Tensor | None:
+        """[batch (g r) p n] -> [b (r p) n]."""
+        return None if states is None else states.to(self.acc).reshape(self.b, -1, self.n)
 
     def between(self, states: Tensor, chunks: range, entered: bool) -> tuple:
         """The states that enter a piece's chunks and those that leave them, of all that enter."""
@@ -221,7 +213,7 @@ class _Sweep:
 
     def pass_on(self, piece: _Piece, entering: Tensor | None, leaving: Tensor) -> None:
         """Writes leaving; but for its first, entering is the same memory."""
-        torch.bmm(piece.B.transpose(1, 2), self.at_exit(piece), out=leaving.flatten(0, 1))
+        torch.bmm(self.at_exit(piece).transpose(1, 2), piece.B, out=leaving.flatten(0, 1))
         if entering is not None:
             self.add_decayed(entering[0], piece.whole[0], leaving[0])
         for c in range(1, len(leaving)):
@@ -236,8 +228,8 @@ class _Sweep:
         return V.flatten(3).flatten(0, 1)
 
     def by_head(self, S: Tensor) -> Tensor:
-        """[... n (r p)] -> [... n r p]."""
-        return S.view(*S.shape[:-1], self.r, self.head_dim)
+        """[... (r p) n] -> [... r (p n)]."""
+        return S.view(*S.shape[:-2], self.r, self.head_dim * self.n)
 
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.mul(a, b, out=self.buffer("products", *a.shape))
@@ -253,7 +245,7 @@ class _Sweep:
         """C S for the entering states, [k b q r p]."""
         if states is None:
             return None
-        return torch.bmm(piece.C, states.flatten(0, 1)).view(piece.x.shape)
+        return torch.bmm(piece.C, states.flatten(0, 1).transpose(1, 2)).view(piece.x.shape)
 
     def decays(self, piece: _Piece) -> Tensor:
         """L_ij = exp(cs_i - cs_j) dt_j, and just dt_j where j > i; [k b r i j]."""
@@ -339,7 +331,7 @@ def forward(
     acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
     dts = step_sizes(dt, dt_bias, *step_options, acc)
     sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
-    S = None if initial_states is None else _fold_state(initial_states.to(acc), sweep.groups)
+    S = sweep.fold_states(initial_states)
     kept = None
     if keep and sweep.n_chunks > 1 and sweep.n <= 2 * sweep.q:
         kept = sweep.states("S", sweep.n_chunks)
@@ -358,7 +350,7 @@ def forward(
         CS = sweep.read(piece, entering)
         finish(piece.span, sweep.outputs(W, piece, CS, None if out is None else out[:, piece.span]))
         S = leaving[-1]
-    return _unfold_state(S, sweep.groups, sweep.heads) if want_states else None, kept
+    return S.view(len(x), -1, *x.shape[3:], sweep.n) if want_states else None, kept
 
 
 def backward(
@@ -394,12 +386,12 @@ def backward(
     if states is None:
         states = sweep.states("S", sweep.n_chunks)
         if initial_states is not None:
-            states[0] = _fold_state(initial_states.to(acc), sweep.groups)
+            states[0] = sweep.fold_states(initial_states)
         for number, chunks in enumerate(sweep.pieces[:-1]):
             around = sweep.between(states, chunks, entered[number])
             sweep.pass_on(sweep.piece(number), *around)
 
-    dS = None if dstates is None else _fold_state(dstates.to(acc), sweep.groups)
+    dS = sweep.fold_states(dstates)
     dD = None if D is None else dts.new_zeros(sweep.b, sweep.r, *D.shape[1:])
     dx_pieces, dB_pieces, dC_pieces = (sweep.by_piece(t) for t in (dx, dB, dC))
     # What the gradients of dt A and log dt are summed from; [chunk b r q], others [chunk b q r].
@@ -444,8 +436,8 @@ def backward(
             torch.sum(sweep.products(CS, G), -1, out=at_entry_c)
             Gs = torch.mul(G, piece.entry[..., None], out=sweep.buffer("Gs", *G.shape))
             Gs = Gs.flatten(3).flatten(0, 1)
-            dCc.baddbmm_(Gs, S.flatten(0, 1).transpose(1, 2))
-            torch.bmm(Cc.transpose(1, 2), Gs, out=dentering.flatten(0, 1))
+            dCc.baddbmm_(Gs, S.flatten(0, 1))
+            torch.bmm(Gs.transpose(1, 2), Cc, out=dentering.flatten(0, 1))
             if dleaving is not None:
                 sweep.add_decayed(dleaving[-1], piece.whole[-1], dentering[-1])
             for c in reversed(range(k - 1)):
@@ -454,12 +446,12 @@ def backward(
         left = None
         if dleaving is not None:
             dleft = dleaving.flatten(0, 1)
-            left = torch.bmm(Bc, dleft).view(xc.shape)
+            left = torch.bmm(Bc, dleft.transpose(1, 2)).view(xc.shape)
             torch.sum(sweep.products(left, xc), -1, out=at_exit_c)
-            dBc.baddbmm_(sweep.at_exit(piece), dleft.transpose(1, 2))
+            dBc.baddbmm_(sweep.at_exit(piece), dleft)
             if S is not None:
                 both = sweep.products(*(sweep.by_head(t) for t in (dleaving, S)))
-                torch.sum(both.sum(-1), 2, keepdim=True, out=through[chunks.start : chunks.stop])
+                torch.sum(both, -1, out=through[chunks.start : chunks.stop])
 
         sweep.write(dx_pieces[number], dxc, left, piece.exit)
         for pieces, grad in ((dB_pieces, dBc), (dC_pieces, dCc)):
@@ -468,7 +460,7 @@ def backward(
     at_exit *= sweep.exit
     dcs = dcs.transpose(2, 3).addcmul(at_entry, sweep.entry)
     dl = dcs.flip(2).cumsum(2).flip(2)  # sum over i >= t
-    dl = dl.add_(at_exit.cumsum(2).sub_(at_exit)).addcmul_(sweep.whole, through)
+    dl = dl.add_(at_exit.cumsum(2).sub_(at_exit)).add_((sweep.whole * through)[:, :, None])
     dl, dlog = (sweep.by_token(t) for t in (dl, dlog.transpose(2, 3) + at_exit))
     dA = (dl * dts).sum((0, 1)).to(A.dtype)
     draw = dlog.div_(dts).addcmul_(dl, A.to(acc))
@@ -479,7 +471,7 @@ def backward(
         dD = dD.view(sweep.batch, *D.shape).sum(0).to(D.dtype)
     dinitial = None
     if initial_states is not None:
-        dinitial = _unfold_state(dS, sweep.groups, sweep.heads).to(initial_states.dtype)
+        dinitial = dS.reshape(initial_states.shape).to(initial_states.dtype)
     return dA, dD, dinitial, dbias
 
 
