@@ -192,10 +192,10 @@ def backward(
     """
     blocks = _Blocks(x, weight, bias, seq_idx, initial_states)
     exact = dx if dx.dtype == blocks.acc else torch.empty_like(dx, dtype=blocks.acc)
-    dtaps = torch.zeros_like(blocks.taps)
+    totals = blocks.taps.new_zeros(len(blocks.taps), len(x), blocks.size, x.shape[2])
     dbias = torch.zeros_like(blocks.taps[0])
     dinitial = None if initial_states is None else torch.zeros_like(blocks.initial)
-    buffer, grads = blocks.buffer(), blocks.buffer()
+    grads = blocks.buffer()
     for start, end in blocks.spans():
         grad = dy[:, start:end].to(blocks.acc)
         if activation is not None:
@@ -204,20 +204,18 @@ def backward(
             grad = torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=out)
         dbias += grad.sum((0, 1))
         torch.mul(grad, blocks.taps[0], out=exact[:, start:end])
-        product = torch.mul(x[:, start:end].to(blocks.acc), grad, out=_part(buffer, grad))
-        dtaps[0] += product.sum((0, 1))
+        totals[0][:, : end - start].addcmul_(x[:, start:end].to(blocks.acc), grad)
         for k in range(1, blocks.back + 1):
             for tokens, values, place in blocks.seen(k, start, end):
                 part = blocks.of_same(grad[:, tokens], k, start, tokens)
-                product = torch.mul(values, part, out=_part(buffer, part))
-                dtaps[k] += product.sum((0, 1))
+                totals[k][:, tokens].addcmul_(values, part)
                 to = exact[:, place]
                 if place is None:
                     to = dinitial[:, start + tokens.start + blocks.back - k :][:, : part.shape[1]]
                 to.addcmul_(part, blocks.taps[k])
     if exact is not dx:
         dx.copy_(exact)
-    dweight = dtaps.flip(0).t().to(weight.dtype)
+    dweight = totals.sum((1, 2)).flip(0).t().to(weight.dtype)
     dbias = None if bias is None else dbias.to(bias.dtype)
     return dweight, dbias, None if dinitial is None else dinitial.to(initial_states.dtype)
 
