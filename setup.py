@@ -44,7 +44,8 @@ setup(
         "serve": SERVE,
         "gguf": GGUF,
         "test": [
-            *("pytest>=8", "pytest-benchmark>=5", "transformers>=5", "ruff>=0.12"),
+            *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6"),
+            *("transformers>=5", "ruff>=0.12"),
             "hypothesis>=6.100",
             *SERVE,
             *GGUF,

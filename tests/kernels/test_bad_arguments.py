@@ -225,13 +225,13 @@ LIST = [
 ]
 
 
-@pytest.mark.parametrize(("operator", "arguments"), GOOD, ids=lambda value: str(value)[:40])
-def test_the_arguments_are_good(operator, arguments):
-    operator(**{k: t.clone() if torch.is_tensor(t) else t for k, t in arguments.items()})
-
-
 def name(value):
     return value.__name__ if callable(value) else value if isinstance(value, str) else ""
+
+
+@pytest.mark.parametrize(("operator", "arguments"), GOOD, ids=name)
+def test_the_arguments_are_good(operator, arguments):
+    operator(**{k: t.clone() if torch.is_tensor(t) else t for k, t in arguments.items()})
 
 
 @pytest.mark.parametrize(("operator", "arguments", "message", "bad"), LIST, ids=name)

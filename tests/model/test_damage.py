@@ -96,7 +96,11 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize(("where", "message"), DAMAGE.items(), ids=lambda value: str(value)[:40])
+def shown(value):
+    return value if isinstance(value, str) else f"{value[0]}, {value[1].__name__.strip('<>')}"
+
+
+@pytest.mark.parametrize(("where", "message"), DAMAGE.items(), ids=shown)
 def test_a_damaged_checkpoint_is_named_and_passed_over(folder, caplog, where, message):
     name, damage = where
     damage(folder / "last" / name)
@@ -158,7 +162,7 @@ OUTSIDE = {
 }
 
 
-@pytest.mark.parametrize(("where", "message"), OUTSIDE.items(), ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("where", "message"), OUTSIDE.items(), ids=shown)
 def test_what_else_a_run_needs_is_named(folder, where, message):
     name, damage = where
     shutil.rmtree(folder / "last")  # so that there is a step to do

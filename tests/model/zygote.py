@@ -15,6 +15,7 @@ import time
 
 import matplotlib.figure  # noqa: F401  (what a run imports while it runs)
 import rich.progress  # noqa: F401
+import torch._dynamo  # noqa: F401  (two seconds, for the first optimiser)
 
 from ysnake import checkpoint, cli, plot, train  # noqa: F401
 
