@@ -94,7 +94,9 @@ class _Sweep:
         per_head = D is not None and D.shape[3] == 1
         self.D = None if per_head else D
         self.D_head = D.transpose(1, 2)[..., 0] if per_head else None  # [b r 1]
-        self.inputs = [self.by_piece(t) for t in (x, B, C)]
+        self.x = self.by_piece(x)
+        BC = (self.by_chunk(t.to(acc).flatten(2)) for t in (B, C))  # [chunk b q n]
+        self.BC = [[part.flatten(0, 1) for part in self.split(t)] for t in BC]
         self._decays(self.by_chunk(dt), self._by_head(A)[..., 0], seq_idx)
 
     def _pieces(self) -> list[range]:
@@ -133,9 +135,8 @@ class _Sweep:
     def piece(self, number: int) -> _Piece:
         chunks = self.pieces[number]
         span = slice(chunks.start * self.q, min(chunks.stop * self.q, self.length))
-        x, B, C = (self.fold(views[number]) for views in self.inputs)
-        B, C = (t[:, :, :, 0].flatten(0, 1) for t in (B, C))
-        return _Piece(span, x, B, C, *self.numbers[number])
+        B, C = (parts[number] for parts in self.BC)
+        return _Piece(span, self.fold(self.x[number]), B, C, *self.numbers[number])
 
     def cut(self, t: Tensor, k: int) -> Tensor:
         """[batch (k q) (g r) ...] -> [k batch g q r ...], a view."""
@@ -225,7 +226,11 @@ class _Sweep:
     def at_exit(self, piece: _Piece) -> Tensor:
         """V = exp(cs_last - cs) dt x, [(k b) q (r p)]."""
         V = torch.mul(piece.x, piece.exit[..., None], out=self.buffer("V", *piece.x.shape))
-        return V.flatten(3).flatten(0, 1)
+        return self.rows(V)
+
+    def rows(self, t: Tensor) -> Tensor:
+        """[k b q r p] -> [(k b) q (r p)]."""
+        return t.view(-1, t.shape[2], self.r * self.head_dim)
 
     def by_head(self, S: Tensor) -> Tensor:
         """[... (r p) n] -> [... r (p n)]."""
@@ -435,7 +440,7 @@ def backward(
         if S is not None:
             torch.sum(sweep.products(CS, G), -1, out=at_entry_c)
             Gs = torch.mul(G, piece.entry[..., None], out=sweep.buffer("Gs", *G.shape))
-            Gs = Gs.flatten(3).flatten(0, 1)
+            Gs = sweep.rows(Gs)
             dCc.baddbmm_(Gs, S.flatten(0, 1))
             torch.bmm(Gs.transpose(1, 2), Cc, out=dentering.flatten(0, 1))
             if dleaving is not None:
