@@ -147,7 +147,7 @@ def _forward(
         if norm_weight is None:
             done[:, span] = y * F.silu(zs.to(y.dtype))
         else:
-            norm.forward(y, norm_weight, None, zs, *norm_options, done[:, span])
+            done[:, span] = norm.forward(y, norm_weight, None, zs, *norm_options)
 
     scan = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, scan_options)
     states, _ = ssd.forward(*scan, finish, return_states)
@@ -208,11 +208,11 @@ def _backward(
         yc, zc, grad = y().flatten(2), z[:, span], dout[:, span]
         if norm_weight is not None:
             arguments = (yc, norm_weight, None, zc, grad, dnorm_weight, None, *norm_options)
-            dy = norm.backward(*arguments, dz[:, span], None if done is None else done[:, span])
+            dy, dz[:, span], finished = norm.backward(*arguments, want_y=True)
         else:
             dy, dz[:, span], finished = ssd.gate_backward(yc, zc, grad)
-            if done is not None:
-                done[:, span] = finished
+        if done is not None:
+            done[:, span] = finished
         return dy.unflatten(2, (sizes[2], -1))
 
     scan = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, scan_options)

@@ -36,7 +36,7 @@ class _Norm(torch.autograd.Function):
         ctx.options = options
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for xb, zb, yb in _rows(x, z, y):
-            forward(xb, weight, bias, zb, *options, yb)
+            yb.copy_(forward(xb, weight, bias, zb, *options))
         return y
 
     @staticmethod
@@ -61,7 +61,10 @@ def gradients(
     dz = None if z is None else torch.empty(z.shape, dtype=z.dtype, device=z.device)
     dw, db = torch.zeros_like(weight, dtype=acc), torch.zeros_like(weight, dtype=acc)
     for xb, zb, gb, dxb, dzb in _rows(x, z, dy, dx, dz):
-        dxb.copy_(backward(xb, weight, bias, zb, gb, dw, db, *options, dzb))
+        grad, dzs, _ = backward(xb, weight, bias, zb, gb, dw, db, *options)
+        dxb.copy_(grad)
+        if dzb is not None:
+            dzb.copy_(dzs)
     return dw.to(weight.dtype), None if bias is None else db.to(bias.dtype), dz
 
 
@@ -82,14 +85,6 @@ def _unit(v: Tensor, eps: float, group_size: int) -> tuple[Tensor, Tensor]:
     return groups * rstd, rstd
 
 
-def _scaled(unit: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """unit weight + bias, in new memory or written to `out`."""
-    weight = weight.to(unit.dtype)
-    if bias is None:
-        return torch.mul(unit, weight, out=out)
-    return torch.addcmul(bias.to(unit.dtype), unit, weight, out=out)
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -98,19 +93,19 @@ def forward(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
-    y: Tensor,
-) -> None:
-    """Writes y, the norm of a block [... features], computed in float32 or float64."""
+) -> Tensor:
+    """The norm of a block in float32 or float64, [... features]; new memory."""
     acc = accumulator(x, weight, bias, z)
     v = x.to(acc)
     gate = None if z is None else F.silu(z.to(acc))
     if gate is not None and not norm_before_gate:
-        v, gate = gate.mul_(v), None
-    unit = _unit(v, eps, group_size)[0].flatten(-2)
-    if gate is None:
-        _scaled(unit, weight, bias, y)
-    else:
-        torch.mul(_scaled(unit, weight, bias), gate, out=y)
+        v = gate.mul_(v)
+    v = _unit(v, eps, group_size)[0].flatten(-2).mul_(weight.to(acc))
+    if bias is not None:
+        v += bias.to(acc)
+    if gate is not None and norm_before_gate:
+        v *= gate
+    return v
 
 
 def backward(
@@ -124,12 +119,9 @@ def backward(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
-    dz: Tensor | None,
-    y: Tensor | None = None,
-) -> Tensor:
-    """The gradient of a block's x; writes that of z and, if given, y; adds to dw and, with a bias,
-    to db.
-    """
+    want_y: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x and z of a block, and y if wanted; adds to dw and, with a bias, to db."""
     acc = accumulator(x, weight, bias, z)
     x, grad, w = x.to(acc), dy.to(acc), weight.to(acc)
     v = x
@@ -140,14 +132,12 @@ def backward(
             v = x * gate
     unit, rstd = _unit(v, eps, group_size)
     flat = unit.flatten(-2)
-    if z is not None and norm_before_gate:
-        normed = _scaled(flat, weight, bias)
-        torch.ops.aten.silu_backward.grad_input(grad * normed, z, grad_input=dz)
-        grad = grad * gate
-        if y is not None:
-            torch.mul(normed, gate, out=y)
-    elif y is not None:
-        _scaled(flat, weight, bias, y)
+    y = dz = None
+    if want_y or (z is not None and norm_before_gate):
+        y = flat * w if bias is None else torch.addcmul(bias.to(acc), flat, w)
+        if z is not None and norm_before_gate:
+            dz = torch.ops.aten.silu_backward(grad * y, z)
+            grad, y = grad * gate, y.mul_(gate)
     every = tuple(range(x.ndim - 1))
     dw += (grad * flat).sum(every)
     if bias is not None:
@@ -157,6 +147,6 @@ def backward(
     along = torch.linalg.vecdot(g, unit).div_(group_size)[..., None]
     dv = g.addcmul_(unit, along, value=-1).mul_(rstd).flatten(-2)
     if z is None or norm_before_gate:
-        return dv
-    torch.ops.aten.silu_backward.grad_input(x * dv, z, grad_input=dz)
-    return dv.mul_(gate)
+        return dv, dz, y
+    dz = torch.ops.aten.silu_backward(x * dv, z)
+    return dv.mul_(gate), dz, y
