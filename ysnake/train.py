@@ -35,6 +35,8 @@ MEAN_OVER = 50  # steps that the training loss is averaged over where it decides
 GIVE_UP_AFTER = 10  # steps in a row without a finite loss
 VAL_TOKENS = 1 << 15  # held-out tokens looked at while training
 CLIP = 1.0  # largest norm of a step's gradient
+KEPT_MOST = 1 << 30  # bytes of a block of memory that is kept when it is freed
+KEPT_LESS = 1 << 24  # the same with --recompute, whose point is memory
 DECAY_TO = 0.1  # the learning rate ends at this part of its peak
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
 WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png")  # in the folder of a run, as it goes
@@ -336,9 +338,11 @@ def _assemble(
     ranks: Ranks,
 ) -> Run:
     import torch
+    from ysnake_kernels.allocator import keep_freed_memory
 
     from ysnake.data import Tokens
 
+    keep_freed_memory(KEPT_LESS if settings.recompute else KEPT_MOST)
     config = model.config
     framing = (tokenizer.get_vocab_size(), config.bos_id, config.eos_id)
     train, val = (
@@ -695,9 +699,6 @@ def main(argv: list[str]) -> int:
             console.print(plan(settings, console))
             return cli.DONE
         cli.use_threads(settings.threads)
-    from ysnake_kernels.allocator import keep_freed_memory
-
-    keep_freed_memory()
     with parallel.joined(settings) as ranks:
         return _train(settings, ranks)
 
