@@ -134,6 +134,19 @@ def test_slices_of_one_projection():
     assert_equals_reference(ssd_scan, tensors, OPTIONS)
 
 
+@pytest.mark.parametrize("length", [Q - 1, 37])
+def test_states_that_are_transposed_in_memory(length):
+    """Those that enter, and the gradient of those that leave."""
+    tensors = inputs(length=length, heads=1, **EVERYTHING)
+    tensors["initial_states"] = tensors["initial_states"].mT.contiguous().mT
+
+    def transposed(**arguments):
+        y, states = ssd_scan(**arguments)
+        return y, states.mT
+
+    assert_equals_reference(transposed, tensors, OPTIONS)
+
+
 def test_dt_limit():
     tensors = inputs(dt_bias=True)
     assert_equals_reference(ssd_scan, tensors, OPTIONS | {"dt_limit": (0.05, 0.2)})

@@ -190,8 +190,10 @@ class _Sweep:
         return self.buffer(name, count, self.b, self.r * self.head_dim, self.n)
 
     def fold_states(self, states: Tensor | None) -> Tensor | None:
-        """[batch (g r) p n] -> [b (r p) n]."""
-        return None if states is None else states.to(self.acc).reshape(self.b, -1, self.n)
+        """[batch (g r) p n] -> [b (r p) n], contiguous."""
+        if states is None:
+            return None
+        return states.to(self.acc).reshape(self.b, -1, self.n).contiguous()
 
     def between(self, states: Tensor, chunks: range, entered: bool) -> tuple:
         """The states that enter a piece's chunks and those that leave them, of all that enter."""
