@@ -67,6 +67,7 @@ CASES = {
     "decay near 0": {**EVERYTHING, "decay": "near 0"},
     "batch 1, one head": {**EVERYTHING, "batch": 1, "heads": 1},
     "head 1, state 1": {**EVERYTHING, "head_dim": 1, "state": 1},
+    "head 1, D per channel": {"D_channel": True, "head_dim": 1},
     **{f"length {n}": {**EVERYTHING, "length": n} for n in (1, 2, Q - 1, Q, Q + 1, 3 * Q + 5)},
     "far longer": {**EVERYTHING, "length": 1000, "batch": 1, "heads": 2},
 }

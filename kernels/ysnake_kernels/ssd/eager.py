@@ -422,7 +422,7 @@ def backward(
         Gr = G.transpose(2, 3)  # [k b r q p]
         T = sweep.per_head("T", Gr, xc.permute(0, 1, 3, 4, 2))  # dL/dW_ij
         if sweep.D_head is not None:
-            dD += T.diagonal(dim1=3, dim2=4).sum((0, 3))
+            dD += T.diagonal(dim1=3, dim2=4).sum((0, 3)).view_as(dD)
         dxc = sweep.per_head("inside", W.transpose(3, 4), Gr).transpose(2, 3)
         if sweep.D is not None:
             dD += sweep.products(xc, G).sum((0, 2))
