@@ -14,9 +14,8 @@ def keep_freed_memory(largest: int = 1 << 30) -> None:
     where the C library is not glibc.
 
     Args:
-        largest: bytes of a block; larger ones may be mapped anew, and then leave no gaps that later
-            ones do not fit. Of 71M parameters, 64 x 128 tokens, recomputed blocks, 16 MB here made
-            2.2 GB of 2.3 to 3.3, and 7 percent more time.
+        largest: bytes of a block that is kept; larger ones may be mapped anew, which takes time
+            but leaves no gaps that later ones do not fit.
     """
     if platform.libc_ver()[0] != "glibc":
         return
