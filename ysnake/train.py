@@ -35,8 +35,7 @@ MEAN_OVER = 50  # steps that the training loss is averaged over where it decides
 GIVE_UP_AFTER = 10  # steps in a row without a finite loss
 VAL_TOKENS = 1 << 15  # held-out tokens looked at while training
 CLIP = 1.0  # largest norm of a step's gradient
-KEPT_MOST = 1 << 30  # bytes of a block of memory that is kept when it is freed
-KEPT_LESS = 1 << 24  # the same with --recompute, whose point is memory
+KEPT_RECOMPUTING = 1 << 24  # bytes of the largest block that is kept: memory before time
 DECAY_TO = 0.1  # the learning rate ends at this part of its peak
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
 WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png")  # in the folder of a run, as it goes
@@ -342,7 +341,10 @@ def _assemble(
 
     from ysnake.data import Tokens
 
-    keep_freed_memory(KEPT_LESS if settings.recompute else KEPT_MOST)
+    if settings.recompute:
+        keep_freed_memory(KEPT_RECOMPUTING)
+    else:
+        keep_freed_memory()
     config = model.config
     framing = (tokenizer.get_vocab_size(), config.bos_id, config.eos_id)
     train, val = (
