@@ -40,13 +40,13 @@ import torch
 from ysnake_kernels.allocator import keep_freed_memory
 from ysnake.config import ModelConfig
 from ysnake.model import Model
-from ysnake.train import make_optimizer
+from ysnake.train import KEPT_RECOMPUTING, make_optimizer
 def peak():  # resident kilobytes; ru_maxrss would begin with the parent's
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 batch, length, recompute = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "True"
-keep_freed_memory()
+keep_freed_memory(KEPT_RECOMPUTING) if recompute else keep_freed_memory()
 torch.set_num_threads(1)
 model = Model(ModelConfig(vocab_size=1024, d_model=256, n_layers=3, d_state=64))
 model.backbone.recompute = recompute
