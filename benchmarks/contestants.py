@@ -27,7 +27,9 @@ STATUS = Path("/proc/self/status")
 
 def scan_ysnake(**shape: int) -> Repetition:
     from ysnake_kernels import ssd_scan
+    from ysnake_kernels.allocator import keep_freed_memory
 
+    keep_freed_memory()  # as ysnake.train does, and the drop-in
     return _scan(ssd_scan, {}, **shape)
 
 

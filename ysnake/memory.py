@@ -37,7 +37,9 @@ class Plan:
         return self.weights + self.kept + self.working + self.process
 
 
-def predict(config: ModelConfig, batch_size: int, seq_len: int, recompute: bool) -> Plan:
+def predict(
+    config: ModelConfig, batch_size: int, seq_len: int, recompute: bool, carry_state: bool = False
+) -> Plan:
     """What training this model on batch_size windows of seq_len tokens takes, in float32."""
     from ysnake_kernels.mixer.eager import CHUNK_ELEMENTS
     from ysnake_kernels.ssd.eager import CPU_CHUNK
@@ -61,6 +63,8 @@ def predict(config: ModelConfig, batch_size: int, seq_len: int, recompute: bool)
     kept = c.n_layers * block
     if recompute:
         kept = c.n_layers * tokens * c.d_model + block
+    if carry_state:  # before the window and after it
+        kept += 2 * c.n_layers * batch_size * (c.d_inner * c.d_state + c.d_conv * c.conv_width)
 
     # The mixer's backward: its whole gradients, and a group of rows at a time what it recomputes.
     q = min(c.chunk_size or CPU_CHUNK, seq_len)
@@ -74,11 +78,13 @@ def predict(config: ModelConfig, batch_size: int, seq_len: int, recompute: bool)
     return Plan(parameters, 16.0 * parameters, FLOAT * kept, FLOAT * working)
 
 
-def largest_batch(config: ModelConfig, seq_len: int, recompute: bool, limit: float) -> int:
+def largest_batch(
+    config: ModelConfig, seq_len: int, recompute: bool, limit: float, carry_state: bool = False
+) -> int:
     """The most windows in a batch that take at most `limit` bytes; 0 if one takes more."""
     size = 0
     for step in (1 << k for k in range(24, -1, -1)):
-        if predict(config, size + step, seq_len, recompute).peak <= limit:
+        if predict(config, size + step, seq_len, recompute, carry_state).peak <= limit:
             size += step
     return size
 
@@ -94,13 +100,13 @@ def fit(settings: "Settings", config: ModelConfig) -> None:
     limit = parse_size(settings.memory)
     windows = settings.batch_size * settings.accumulate
     for recompute in sorted({settings.recompute, True}):
-        largest = largest_batch(config, settings.seq_len, recompute, limit)
+        largest = largest_batch(config, settings.seq_len, recompute, limit, settings.carry_state)
         if largest:
             size = max(n for n in range(1, min(largest, windows) + 1) if windows % n == 0)
             settings.batch_size, settings.accumulate = size, windows // size
             settings.recompute = recompute
             return
-    least = predict(config, 1, settings.seq_len, True).peak
+    least = predict(config, 1, settings.seq_len, True, settings.carry_state).peak
     raise InputError(
         f"--memory: {limit / 1e9:.2f} GB are not enough, one window of {settings.seq_len} tokens "
         f"takes {least / 1e9:.2f} GB; a shorter --seq-len or a smaller model takes less"
@@ -135,7 +141,8 @@ def table(config: ModelConfig, settings: "Settings") -> "Table":
     """The prediction for these settings and what would fit this machine, to be printed."""
     from rich.table import Table
 
-    plan = predict(config, settings.batch_size, settings.seq_len, settings.recompute)
+    length, carry = settings.seq_len, settings.carry_state
+    plan = predict(config, settings.batch_size, length, settings.recompute, carry)
     out = Table(box=None, show_header=False, padding=(0, 2))
     out.add_column(justify="right")
     rows = {
@@ -151,8 +158,8 @@ def table(config: ModelConfig, settings: "Settings") -> "Table":
     limit = available() if settings.memory is None else parse_size(settings.memory)
     if limit is not None:
         where = "this machine" if settings.memory is None else "--memory"
-        fits = largest_batch(config, settings.seq_len, settings.recompute, limit)
-        more = largest_batch(config, settings.seq_len, True, limit)
+        fits = largest_batch(config, length, settings.recompute, limit, carry)
+        more = largest_batch(config, length, True, limit, carry)
         out.add_row(f"{limit / 1e9:.2f} GB", where)
         out.add_row(f"{fits:,}", f"largest --batch-size that fits, {more:,} with --recompute")
     return out

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from ysnake_kernels import (
-    causal_conv1d,
     causal_conv1d_step,
     mamba_split_conv1d_scan_combined,
     rms_norm_gated,
-    ssd_scan,
     ssd_step,
 )
+from ysnake_kernels.conv import last_tokens
 from ysnake_kernels.linear import Linear, normed_linear
 
 from ysnake.config import ModelConfig
@@ -72,53 +71,45 @@ class Mixer(nn.Module):
 
         With a state, reads on from it and updates it in place.
         """
-        c = self.config
+        c, inference = self.config, not torch.is_grad_enabled()
         A = -torch.exp(self.A_log.float())
         taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        if state is None:
-            return mamba_split_conv1d_scan_combined(
-                projected,
-                taps,
-                bias,
-                self.dt_bias,
-                A,
-                self.D,
-                c.chunk_size,
-                seq_idx=seq_idx,
-                dt_limit=c.dt_limit,
-                rmsnorm_weight=self.norm.weight,
-                rmsnorm_eps=c.norm_eps,
-                outproj_weight=self.out_proj.weight,
-                outproj_bias=self.out_proj.bias,
-                ngroups=c.n_groups,
-                norm_before_gate=False,
-            )
+        if state is not None and projected.shape[1] == 1 and inference:
+            return self.out_proj(self._one_token(projected[:, 0], taps, bias, A, state))
+        out = mamba_split_conv1d_scan_combined(
+            *(projected, taps, bias, self.dt_bias, A, self.D, c.chunk_size),
+            initial_states=None if state is None else state.ssm,
+            conv_initial_states=None if state is None else state.conv,
+            return_final_states=state is not None,
+            seq_idx=seq_idx,
+            dt_limit=c.dt_limit,
+            rmsnorm_weight=self.norm.weight,
+            rmsnorm_eps=c.norm_eps,
+            outproj_weight=None if inference else self.out_proj.weight,
+            outproj_bias=None if inference else self.out_proj.bias,
+            ngroups=c.n_groups,
+            norm_before_gate=False,
+        )
+        if state is not None:
+            out, ssm = out
+            xBC = projected.detach()[..., c.d_inner : -c.n_heads].transpose(1, 2)
+            state.conv = last_tokens(xBC, state.conv, seq_idx, c.conv_width)
+            state.ssm = ssm.detach()
+        return self.out_proj(out) if inference else out
 
+    def _one_token(
+        self, projected: Tensor, taps: Tensor, bias: Tensor | None, A: Tensor, state: LayerState
+    ) -> Tensor:
+        """What goes into out_proj for one token, (batch, features) -> (batch, 1, d_inner)."""
+        c = self.config
         z, xBC, dt = projected.split([c.d_inner, c.d_conv, c.n_heads], dim=-1)
-        one_token = projected.shape[1] == 1 and not torch.is_grad_enabled()
-        if one_token:
-            xBC = causal_conv1d_step(xBC[:, 0], state.conv, taps, bias, "silu")[:, None]
-        else:
-            xBC, conv = causal_conv1d(
-                xBC.transpose(1, 2), taps, bias, seq_idx, state.conv, True, "silu"
-            )
-            xBC, state.conv = xBC.transpose(1, 2), conv.detach()
+        xBC = causal_conv1d_step(xBC, state.conv, taps, bias, "silu")
         x, B, C = xBC.split([c.d_inner, c.n_groups * c.d_state, c.n_groups * c.d_state], dim=-1)
         x = x.unflatten(-1, (c.n_heads, c.head_dim))
         B, C = (t.unflatten(-1, (c.n_groups, c.d_state)) for t in (B, C))
         heads = {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": c.dt_limit}
-        if one_token:
-            y = ssd_step(state.ssm, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], **heads)[:, None]
-        else:
-            y, ssm = ssd_scan(
-                *(x, dt, A, B, C, c.chunk_size),
-                initial_states=state.ssm,
-                seq_idx=seq_idx,
-                return_final_states=True,
-                **heads,
-            )
-            state.ssm = ssm.detach()
-        return self.out_proj(self.norm(y.flatten(2), z))
+        y = ssd_step(state.ssm, x, dt, A, B, C, **heads)
+        return self.norm(y.flatten(1), z)[:, None]
 
 
 class Block(nn.Module):
@@ -139,6 +130,14 @@ class Block(nn.Module):
         return normed_linear(h, norm.weight, norm.eps, layer.weight, layer.bias)
 
 
+def _read_on(
+    block: Block, h: Tensor, seq_idx: Tensor | None, state: LayerState | None
+) -> tuple[Tensor, LayerState | None]:
+    """What the block makes of h, and the state after it; the one before can be read from again."""
+    after = None if state is None else LayerState(state.conv, state.ssm)
+    return block(h, seq_idx, after), after
+
+
 class Backbone(nn.Module):
     """Tokens to hidden states."""
 
@@ -155,12 +154,14 @@ class Backbone(nn.Module):
         if self.residual_in_fp32 and h.dtype != torch.float64:
             h = h.float()
         for i, layer in enumerate(self.layers):
-            if self.recompute and state is None:
-                h = checkpoint(
-                    *(layer, h, seq_idx, None), use_reentrant=False, preserve_rng_state=False
-                )
+            read = (layer, h, seq_idx, None if state is None else state[i])
+            if self.recompute:
+                keep = {"use_reentrant": False, "preserve_rng_state": False}
+                h, after = checkpoint(_read_on, *read, **keep)
             else:
-                h = layer(h, seq_idx, None if state is None else state[i])
+                h, after = _read_on(*read)
+            if state is not None:
+                state[i] = after
         return self.norm_f(h).to(self.norm_f.weight.dtype)
 
 

@@ -193,6 +193,10 @@ LIST = [
             "dt_limit: expected 0 <= low <= high": {"dt_limit": (2.0, 1.0)},
         }.items()
     ),
+    (
+        *(mamba_split_conv1d_scan_combined, MIXER),
+        *("conv_initial_states: expected shape (2, 44, 3)", {"conv_initial_states": rand(2, 44)}),
+    ),
     *(
         (dropin.selective_state_update, UPDATE, message, bad)
         for message, bad in {

@@ -111,10 +111,10 @@ def mixers(draw):
     groups, batch, length = draw(st.integers(1, 3)), draw(small), draw(st.integers(1, 20))
     heads, head_dim, n = groups * draw(st.integers(1, 2)), draw(small), draw(small)
     d_inner, d_model = heads * head_dim, draw(small)
-    channels = d_inner + 2 * groups * n
+    channels, width = d_inner + 2 * groups * n, draw(st.integers(2, 4))
     shapes = {
         "zxbcdt": (batch, length, d_inner + channels + heads),
-        "conv1d_weight": (channels, draw(st.integers(2, 4))),
+        "conv1d_weight": (channels, width),
         "conv1d_bias": (channels,),
         "dt_bias": (heads,),
         "A": (heads,),
@@ -122,8 +122,9 @@ def mixers(draw):
         "rmsnorm_weight": (d_inner,),
         "outproj_weight": (d_model, d_inner),
         "initial_states": (batch, heads, head_dim, n),
+        "conv_initial_states": (batch, channels, width - 1),
     }
-    left_out = ("conv1d_bias", "dt_bias", "D", "rmsnorm_weight", "outproj_weight", "initial_states")
+    left_out = [name for name in shapes if name not in ("zxbcdt", "conv1d_weight", "A")]
     drawn = tensors(draw, torch.float64, shapes, left_out)
     drawn["A"] = -drawn["A"].exp()
     options = {"chunk_size": draw(st.none() | st.integers(1, 30)), "ngroups": groups}

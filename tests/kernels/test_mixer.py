@@ -43,6 +43,7 @@ def inputs(groups=1, dtype=torch.float64, norm=True, projection=True, length=LEN
     }
     if extra.get("initial_states"):
         tensors["initial_states"] = randn(2, HEADS, P, N)
+        tensors["conv_initial_states"] = randn(2, channels, 3)
     if extra.get("seq_idx"):
         tensors["seq_idx"] = torch.tensor([0] * 5 + [1] * 9 + [2] * (length - 14)).repeat(2, 1)
     if norm:
@@ -58,7 +59,8 @@ def composed(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size=8, ng
     z, xBC, dt = zxbcdt.tensor_split([D_INNER, zxbcdt.shape[-1] - HEADS], dim=-1)
     seq_idx, norm = options.get("seq_idx"), options.get("rmsnorm_weight")
     xBC = xBC.transpose(1, 2)
-    xBC = causal_conv1d(xBC, conv1d_weight, conv1d_bias, seq_idx, activation="silu")
+    edge = options.get("conv_initial_states")
+    xBC = causal_conv1d(xBC, conv1d_weight, conv1d_bias, seq_idx, edge, activation="silu")
     x, B, C = xBC.transpose(1, 2).split([D_INNER, ngroups * N, ngroups * N], dim=-1)
     y, states = ssd_scan(
         x.reshape(*x.shape[:2], HEADS, P),

@@ -75,16 +75,27 @@ def test_packed_documents_equal_separate_ones():
     assert near(packed[:, 11:], m(tokens[:, 11:]))
 
 
-def test_training_reads_on_from_a_state():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_reads_on_from_a_state(recompute):
     """Gradients flow inside a window, not into the one before; the forward is the whole text's."""
-    m, tokens = model(), ids(2, 40)
+    m, tokens = model().double(), ids(2, 40)
+    m.backbone.recompute = recompute
     state = m.empty_state(2)
     first = m(tokens[:, :25], None, state)
+    between = [LayerState(layer.conv, layer.ssm) for layer in state]
     second = m(tokens[:, 25:], None, state)
-    assert near(torch.cat([first, second], 1), m(tokens))
-    assert not state[0].ssm.requires_grad
-    second.sum().backward()
-    assert m.backbone.layers[0].mixer.in_proj.weight.grad.abs().sum() > 0
+    assert near(torch.cat([first, second], 1), m(tokens), 1e-10)
+    assert not between[0].ssm.requires_grad
+    assert not between[0].conv.requires_grad
+
+    weight = m.backbone.layers[0].mixer.in_proj.weight
+    (grad,) = torch.autograd.grad(second.square().sum(), weight)
+    step, values = 1e-4 * grad / grad.norm(), []
+    with torch.no_grad():
+        for sign in (1, -2):
+            weight += sign * step
+            values.append(m(tokens[:, 25:], None, list(between)).square().sum())
+    assert (values[0] - values[1]).item() == pytest.approx(2e-4 * grad.norm().item(), rel=1e-5)
 
 
 def test_a_recomputed_block_does_not_go_through_its_mixer_again(monkeypatch):

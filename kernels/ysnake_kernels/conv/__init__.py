@@ -56,7 +56,7 @@ def causal_conv1d(
         y = (reference if name == "reference" else eager).conv(*tensors, activation)
         if not return_final_states:
             return y
-        return y, _last_tokens(x, initial_states, seq_idx, width)
+        return y, last_tokens(x, initial_states, seq_idx, width)
 
 
 def check_conv(
@@ -81,10 +81,12 @@ def check_conv(
     return width
 
 
-def _last_tokens(
+def last_tokens(
     x: Tensor, initial_states: Tensor | None, seq_idx: Tensor | None, width: int
 ) -> Tensor:
-    """The last width - 1 tokens of the last document, before them the initial states or zeros."""
+    """The final states of `causal_conv1d`, whose arguments these are: the last width - 1 tokens of
+    the last document, before them the initial states or zeros.
+    """
     batch, channels, length = x.shape
     last = x[:, :, max(length - width + 1, 0) :]
     if seq_idx is not None:

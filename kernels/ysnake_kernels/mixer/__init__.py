@@ -37,14 +37,15 @@ def mamba_split_conv1d_scan_combined(
     headdim: int | None = None,
     ngroups: int = 1,
     norm_before_gate: bool = True,
+    conv_initial_states: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A Mamba-2 mixer after its input projection, at the memory of that projection.
 
     Splits zxbcdt along its features into the gate z, the convolution's input, and dt; then
     `causal_conv1d`, `ssd_scan` with softplus on dt, `rms_norm_gated` if it has a weight (else z
     gates the scan), and a linear layer if it has a weight. Saves its arguments for backward, and
-    nothing besides. Name and arguments are mamba_ssm's. Differentiable once in every floating-point
-    argument; under autocast the linear layer runs in autocast's dtype.
+    nothing besides. Name and arguments are mamba_ssm's, but for the last one. Differentiable once
+    in every floating-point argument; under autocast the linear layer runs in autocast's dtype.
 
     Args:
         zxbcdt: (batch, length, 2 * d_inner + 2 * ngroups * N + heads).
@@ -52,8 +53,7 @@ def mamba_split_conv1d_scan_combined(
         conv1d_bias: (d_inner + 2 * ngroups * N,).
         dt_bias, A: (heads,).
         D: (heads,) or (heads, d_inner / heads).
-        chunk_size, initial_states, seq_idx, dt_limit: as in `ssd_scan`; the convolution starts
-            from zeros.
+        chunk_size, initial_states, seq_idx, dt_limit: as in `ssd_scan`.
         return_final_states: also return the scan's states after the last token.
         activation: of the convolution, as in `causal_conv1d`.
         rmsnorm_weight: (d_inner,); the norm runs over ngroups groups of features.
@@ -61,6 +61,8 @@ def mamba_split_conv1d_scan_combined(
         outproj_weight: (d_model, d_inner), in zxbcdt's dtype unless under autocast.
         outproj_bias: (d_model,).
         headdim: d_inner / heads, which follows from the shapes; checked if given.
+        conv_initial_states: (batch, d_inner + 2 * ngroups * N, width - 1), what the convolution
+            starts from, as in `causal_conv1d`; None means zeros.
 
     Returns:
         (batch, length, d_inner) or, with `outproj_weight`, (batch, length, d_model); with
@@ -89,7 +91,10 @@ def mamba_split_conv1d_scan_combined(
     elif outproj_bias is not None:
         raise ValueError("outproj_bias: expected an outproj_weight with it, got None")
     xBC = zxbcdt[..., d_inner : -sizes[2]]  # of the shape that the convolution gives it back
-    check_conv(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, None, activation)
+    width = check_conv(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, None, activation)
+    if conv_initial_states is not None:
+        shape = (len(zxbcdt), channels, width - 1)
+        check("conv_initial_states", conv_initial_states, shape, zxbcdt, match="zxbcdt")
     x, B, C = scan_inputs(xBC, sizes, ngroups)
     check_scan(
         *(x, zxbcdt[..., -sizes[2] :], A, B, C, chunk_size, D, None, dt_bias),
@@ -101,7 +106,8 @@ def mamba_split_conv1d_scan_combined(
     mixer = eager.mixer if name == "eager" else partial(composed.mixer, name)
     with torch.autocast(device, enabled=False):
         y, states = mixer(
-            *(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, initial_states, seq_idx),
+            *(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D),
+            *(conv_initial_states, initial_states, seq_idx),
             *(rmsnorm_weight, outproj_weight, outproj_bias),
             sizes,
             ngroups,

@@ -22,6 +22,7 @@ def mixer(
     dt_bias: Tensor | None,
     A: Tensor,
     D: Tensor | None,
+    conv_states: Tensor | None,
     initial_states: Tensor | None,
     seq_idx: Tensor | None,
     norm_weight: Tensor | None,
@@ -37,16 +38,19 @@ def mixer(
 ) -> tuple[Tensor, Tensor]:
     """Arguments as `mamba_split_conv1d_scan_combined` has checked them, by implementation `name`.
 
-    `sizes` are those of z, of the convolution's input and of dt; `scan_options` are chunk_size,
-    dt_softplus and dt_limit, `norm_options` eps, group_size and norm_before_gate; `dtype` is that
-    of the output projection.
+    `conv_states` are its conv_initial_states, `sizes` those of z, of the convolution's input and of
+    dt; `scan_options` are chunk_size, dt_softplus and dt_limit, `norm_options` eps, group_size and
+    norm_before_gate; `dtype` is that of the output projection.
     """
     chunk_size, dt_softplus, dt_limit = scan_options
 
-    def compute(zxbcdt, weight, bias, dt_bias, A, D, states, seq_idx, norm, projection, shift):
+    def compute(
+        zxbcdt, weight, bias, dt_bias, A, D, edge, states, seq_idx, norm, projection, shift
+    ):
         z, xBC, dt = zxbcdt.split(sizes, dim=-1)
-        xBC = causal_conv1d(xBC.transpose(1, 2), weight, bias, seq_idx, activation=activation)
-        x, B, C = scan_inputs(xBC.transpose(1, 2), sizes, ngroups)
+        xBC = xBC.transpose(1, 2)
+        mixed = causal_conv1d(xBC, weight, bias, seq_idx, edge, activation=activation)
+        x, B, C = scan_inputs(mixed.transpose(1, 2), sizes, ngroups)
         y, states = ssd_scan(
             *(x, dt, A, B, C, chunk_size),
             D=D,
@@ -72,7 +76,7 @@ def mixer(
 
     return checkpoint(
         compute if torch.compiler.is_compiling() else as_chosen,
-        *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, initial_states, seq_idx),
+        *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, conv_states, initial_states, seq_idx),
         *(norm_weight, out_weight, out_bias),
         use_reentrant=False,
         preserve_rng_state=False,

@@ -38,6 +38,7 @@ def _mixer(
     dt_bias: Tensor | None,
     A: Tensor,
     D: Tensor | None,
+    conv_states: Tensor | None,
     initial_states: Tensor | None,
     seq_idx: Tensor | None,
     norm_weight: Tensor | None,
@@ -57,7 +58,7 @@ def _mixer(
         shape = (len(zxbcdt), heads, d_inner // heads, (channels - d_inner) // (2 * ngroups))
         states = new(shape, dtype=accumulator(zxbcdt, A, D, initial_states, dt_bias))
     parameters = (conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, out_bias)
-    saved = (zxbcdt, initial_states, seq_idx)
+    saved = (zxbcdt, conv_states, initial_states, seq_idx)
     out, states = _Mixer.apply(out, states, *saved, *parameters, *options)
     with torch.no_grad():
         for rows in _row_groups(zxbcdt, options):
@@ -72,9 +73,9 @@ class _Mixer(torch.autograd.Function):
     """The gradient of what is written to out and states."""
 
     @staticmethod
-    def forward(ctx, out, states, zxbcdt, initial_states, seq_idx, *arguments):
+    def forward(ctx, out, states, zxbcdt, conv_states, initial_states, seq_idx, *arguments):
         parameters, ctx.options = arguments[:8], arguments[8:]
-        ctx.save_for_backward(zxbcdt, initial_states, seq_idx, *parameters)
+        ctx.save_for_backward(zxbcdt, conv_states, initial_states, seq_idx, *parameters)
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(*(t for t in (out, states) if t is not None))
         return out, states
@@ -82,25 +83,26 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dstates):
-        zxbcdt, initial_states, seq_idx, *parameters = ctx.saved_tensors
+        zxbcdt, conv_states, initial_states, seq_idx, *parameters = ctx.saved_tensors
         dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
-        dinitial = []
+        dstarts = [], []
         totals = [None] * len(parameters)
         for rows in _row_groups(zxbcdt, ctx.options):
-            tensors = (zxbcdt, initial_states, seq_idx)
+            tensors = (zxbcdt, conv_states, initial_states, seq_idx)
             inputs = [None if t is None else t[rows] for t in tensors]
             outer = [None if t is None else t[rows] for t in (dout, dstates)]
             arguments = (*inputs, *parameters, *ctx.options, *outer, dzxbcdt[rows])
-            initial, *grads = _backward(*arguments)
-            dinitial.append(initial)
+            *starts, grads = _backward(*arguments)
+            for parts, part in zip(dstarts, starts, strict=True):
+                parts.append(part)
             totals = [g if t is None else t.add_(g) for t, g in zip(totals, grads, strict=True)]
-        dinitial = None if initial_states is None else torch.cat(dinitial)
+        dstarts = [None if parts[0] is None else torch.cat(parts) for parts in dstarts]
         given = [
             None if p is None or g is None else g.to(p.dtype)
             for p, g in zip(parameters, totals, strict=True)
         ]
         nones = [None] * len(ctx.options)
-        return None, None, dzxbcdt, dinitial, None, *given, *nones
+        return None, None, dzxbcdt, *dstarts, None, *given, *nones
 
 
 def _row_groups(zxbcdt: Tensor, options: tuple) -> list[slice]:
@@ -114,6 +116,7 @@ def _row_groups(zxbcdt: Tensor, options: tuple) -> list[slice]:
 
 def _forward(
     zxbcdt,
+    conv_states,
     initial_states,
     seq_idx,
     conv_weight,
@@ -136,7 +139,8 @@ def _forward(
     """Writes out; returns the final states."""
     z, xBC, dt = zxbcdt.split(sizes, dim=-1)
     mixed = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
-    conv.forward(xBC, conv_weight, conv_bias, seq_idx, None, mixed, activation)
+    edge = None if conv_states is None else conv_states.transpose(1, 2)
+    conv.forward(xBC, conv_weight, conv_bias, seq_idx, edge, mixed, activation)
     x, B, C = scan_inputs(mixed, sizes, ngroups)
     done = out
     if out_weight is not None:
@@ -161,6 +165,7 @@ def _forward(
 
 def _backward(
     zxbcdt,
+    conv_states,
     initial_states,
     seq_idx,
     conv_weight,
@@ -181,8 +186,8 @@ def _backward(
     dout,
     dstates,
     dzxbcdt,
-) -> tuple[Tensor | None, ...]:
-    """Writes dzxbcdt; returns the gradients of initial_states and of the parameters."""
+) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
+    """Writes dzxbcdt; returns the gradients of conv_states, initial_states and the parameters."""
     z, xBC, dt = zxbcdt.split(sizes, dim=-1)
     dz, dxBC, ddt = dzxbcdt.split(sizes, dim=-1)
     dprojected = done = dnorm_weight = dout_weight = dout_bias = None
@@ -196,10 +201,11 @@ def _backward(
     if norm_weight is not None:
         dnorm_weight = torch.zeros_like(norm_weight, dtype=accumulator(z, norm_weight))
 
-    acc = accumulator(xBC, conv_weight, conv_bias)
+    edge = None if conv_states is None else conv_states.transpose(1, 2)
+    acc = accumulator(xBC, conv_weight, conv_bias, edge)
     sums = torch.empty(xBC.shape, dtype=acc, device=xBC.device)
     mixed, dmixed = (torch.empty_like(sums, dtype=xBC.dtype) for _ in "xy")
-    conv_arguments = (xBC, conv_weight, conv_bias, seq_idx, None)
+    conv_arguments = (xBC, conv_weight, conv_bias, seq_idx, edge)
     conv.forward(*conv_arguments, mixed, activation, sums)
     x, B, C = scan_inputs(mixed, sizes, ngroups)
     dx, dB, dC = scan_inputs(dmixed, sizes, ngroups)
@@ -217,10 +223,10 @@ def _backward(
 
     scan = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, scan_options)
     dA, dD, dinitial, ddt_bias = ssd.backward(*scan, gradient, dstates, dx, ddt, dB, dC)
-    dconv_weight, dconv_bias, _ = conv.backward(*conv_arguments, dmixed, dxBC, activation, sums)
+    dconv_weight, dconv_bias, dedge = conv.backward(*conv_arguments, dmixed, dxBC, activation, sums)
     if done is not None:
         rows = dprojected.flatten(0, 1)
         dout_weight = rows.t() @ done.flatten(0, 1)
         dout_bias = rows.sum(0)
     grads = (dconv_weight, dconv_bias, ddt_bias, dA, dD, dnorm_weight, dout_weight, dout_bias)
-    return dinitial, *grads
+    return None if dedge is None else dedge.transpose(1, 2), dinitial, grads

@@ -10,7 +10,7 @@ tokens of a chunk, r the heads of a group, p the head size, n the state size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -327,19 +327,19 @@ def forward(
     want_states: bool = True,
     out: Tensor | None = None,
     keep: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, list[Tensor | None]]:
     """One sweep; `finish(span, y)` gets each piece's y, [batch tokens heads p], before any gate.
 
     y is a part of `out` if that is given, else memory that the next piece uses again. Returns the
-    final states if they are wanted and, to be kept for `backward`, those that enter the chunks, if
-    they take no more than twice the memory of x.
+    final states if they are wanted and, to be kept for `backward`, those that enter the chunks and
+    what the pieces read of them; nothing if the states take more than twice the memory of x.
     """
     chunk_size, *step_options = options
     acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
     dts = step_sizes(dt, dt_bias, *step_options, acc)
     sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
     S = sweep.fold_states(initial_states)
-    kept = None
+    kept, reads = None, []
     if keep and sweep.n_chunks > 1 and sweep.n <= 2 * sweep.q:
         kept = sweep.states("S", sweep.n_chunks)
         if S is not None:
@@ -355,9 +355,11 @@ def forward(
         if want_states or not last:
             sweep.pass_on(piece, entering, leaving)
         CS = sweep.read(piece, entering)
+        if kept is not None:
+            reads.append(CS)
         finish(piece.span, sweep.outputs(W, piece, CS, None if out is None else out[:, piece.span]))
         S = leaving[-1]
-    return S.view(len(x), -1, *x.shape[3:], sweep.n) if want_states else None, kept
+    return S.view(len(x), -1, *x.shape[3:], sweep.n) if want_states else None, [kept, *reads]
 
 
 def backward(
@@ -377,9 +379,9 @@ def backward(
     ddt: Tensor,
     dB: Tensor,
     dC: Tensor,
-    states: Tensor | None = None,
+    kept: Sequence[Tensor | None] = (None,),
 ) -> tuple[Tensor | None, ...]:
-    """The sweep forward for the entering states, unless `forward` kept them, and one back.
+    """The sweep forward for the entering states, unless they are `kept`, and one back.
 
     Writes dx, ddt, dB and dC. `gradient(span, y)` returns that of a piece's y, both [batch tokens
     heads p]; y() computes y, as `forward` handed it over. Returns the gradients of A, D,
@@ -390,6 +392,7 @@ def backward(
     dts = step_sizes(dt, dt_bias, *step_options, acc).clamp_(min=TINY)
     sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
     entered = [initial_states is not None, *[True] * (len(sweep.pieces) - 1)]
+    states, *reads = kept
     if states is None:
         states = sweep.states("S", sweep.n_chunks)
         if initial_states is not None:
@@ -414,7 +417,7 @@ def backward(
         S, _ = sweep.between(states, chunks, entered[number])
         L, CB = sweep.decays(piece), sweep.scores(piece)
         W = sweep.weigh(L, CB, sweep.buffer("W", *L.shape))
-        CS = sweep.read(piece, S)
+        CS = reads[number] if reads else sweep.read(piece, S)
         G = gradient(piece.span, partial(sweep.outputs, W, piece, CS))
         G = sweep.fold(sweep.cut(G, k))
 
@@ -490,7 +493,7 @@ def gate_backward(y: Tensor, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, T
 
 
 class _Scan(torch.autograd.Function):
-    """Saves its inputs and the states between chunks; recomputes everything else in backward."""
+    """Saves its inputs, the states between chunks and what is read of them; recomputes the rest."""
 
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options, keep):
@@ -503,15 +506,14 @@ class _Scan(torch.autograd.Function):
                 out[:, span] = y * F.silu(z[:, span].to(y.dtype))
 
         arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, options)
-        final, states = forward(*arguments, finish, out=out if z is None else None, keep=keep)
-        ctx.save_for_backward(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, states)
+        final, kept = forward(*arguments, finish, out=out if z is None else None, keep=keep)
+        ctx.save_for_backward(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, *kept)
         return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dstates):
-        *inputs, states = ctx.saved_tensors
-        x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx = inputs
+        x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, *kept = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(x)
         dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
@@ -524,6 +526,6 @@ class _Scan(torch.autograd.Function):
             return G
 
         arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, ctx.options)
-        grads = backward(*arguments, gradient, dstates, dx, ddt, dB, dC, states)
+        grads = backward(*arguments, gradient, dstates, dx, ddt, dB, dC, kept)
         dA, dD, dinitial, dbias = grads
         return dx, ddt, dA, dB, dC, dD, dz, dinitial, dbias, None, None, None
