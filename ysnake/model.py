@@ -5,6 +5,7 @@ agree: whole sequences in parallel, and token by token with a state of constant 
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +135,7 @@ def _read_on(
     block: Block, h: Tensor, seq_idx: Tensor | None, state: LayerState | None
 ) -> tuple[Tensor, LayerState | None]:
     """What the block makes of h, and the state after it; the one before can be read from again."""
-    after = None if state is None else LayerState(state.conv, state.ssm)
+    after = copy(state)
     return block(h, seq_idx, after), after
 
 
@@ -154,14 +155,15 @@ class Backbone(nn.Module):
         if self.residual_in_fp32 and h.dtype != torch.float64:
             h = h.float()
         for i, layer in enumerate(self.layers):
-            read = (layer, h, seq_idx, None if state is None else state[i])
+            own = None if state is None else state[i]
+            read = (layer, h, seq_idx, copy(own))
             if self.recompute:
                 keep = {"use_reentrant": False, "preserve_rng_state": False}
                 h, after = checkpoint(_read_on, *read, **keep)
             else:
                 h, after = _read_on(*read)
-            if state is not None:
-                state[i] = after
+            if own is not None:  # not the list, of which FSDP and DDP may hand on a copy
+                own.conv, own.ssm = after.conv, after.ssm
         return self.norm_f(h).to(self.norm_f.weight.dtype)
 
 

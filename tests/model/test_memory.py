@@ -39,7 +39,7 @@ import sys
 import torch
 from ysnake_kernels.allocator import keep_freed_memory
 from ysnake.config import ModelConfig
-from ysnake.model import Model
+from ysnake.model import LayerState, Model
 from ysnake.train import KEPT_RECOMPUTING, make_optimizer
 def peak():  # resident kilobytes; ru_maxrss would begin with the parent's
     lines = open("/proc/self/status").read().splitlines()
@@ -56,7 +56,7 @@ before = peak()
 carried = model.empty_state(batch) if carry_state else None
 for _ in range(2):
     optimizer.zero_grad()
-    state = carried and list(carried)
+    state = carried and [LayerState(layer.conv, layer.ssm) for layer in carried]
     ids = torch.randint(0, 1024, (batch, length))
     (model.loss(ids, ids, None, state) / ids.numel()).backward()
     optimizer.step()

@@ -81,7 +81,7 @@ def test_training_reads_on_from_a_state(recompute):
     m, tokens = model().double(), ids(2, 40)
     m.backbone.recompute = recompute
     state = m.empty_state(2)
-    first = m(tokens[:, :25], None, state)
+    first = m(tokens[:, :25], None, list(state))  # as FSDP and DDP may hand it on
     between = [LayerState(layer.conv, layer.ssm) for layer in state]
     second = m(tokens[:, 25:], None, state)
     assert near(torch.cat([first, second], 1), m(tokens), 1e-10)
@@ -94,7 +94,8 @@ def test_training_reads_on_from_a_state(recompute):
     with torch.no_grad():
         for sign in (1, -2):
             weight += sign * step
-            values.append(m(tokens[:, 25:], None, list(between)).square().sum())
+            state = [LayerState(layer.conv, layer.ssm) for layer in between]
+            values.append(m(tokens[:, 25:], None, state).square().sum())
     assert (values[0] - values[1]).item() == pytest.approx(2e-4 * grad.norm().item(), rel=1e-5)
 
 
