@@ -33,8 +33,7 @@ class Context:
         """Read some tokens."""
         for i in range(0, len(ids), PIECE):
             piece = torch.tensor([ids[i : i + PIECE]], device=self.device)
-            before = None if self.logits is None else self.state
-            logits, self.state = self.step(piece, before, last_only=True)
+            logits, self.state = self.step(piece, self.state, last_only=True)
             self.logits = logits[0].float()
             self.seen[piece[0]] = True
 

@@ -26,13 +26,11 @@ from ysnake.loss import summed_loss
 
 @dataclass
 class LayerState:
-    """What one layer remembers; its size does not depend on how much was read. None is zeros, which
-    nothing need be computed with, before a first piece of several tokens.
-    """
+    """What one layer remembers; its size does not depend on how much was read."""
 
-    conv: Tensor | None = None  # (batch, d_conv, conv_width - 1), the last tokens before the
-    # convolution; token by token in memory
-    ssm: Tensor | None = None  # (batch, n_heads, head_dim, d_state), float32
+    conv: Tensor  # (batch, d_conv, conv_width - 1), the last tokens before the convolution;
+    # token by token in memory
+    ssm: Tensor  # (batch, n_heads, head_dim, d_state), float32
 
 
 State = list[LayerState]
@@ -239,9 +237,7 @@ class Model(nn.Module):
             logits (batch, vocab_size) for one token each or with `last_only`, else
             (batch, length, vocab_size); and the state.
         """
-        if state is None and ids.ndim == 2 and ids.shape[1] > 1:
-            state = [LayerState() for _ in self.backbone.layers]
-        elif state is None:
+        if state is None:
             state = self.empty_state(ids.shape[0])
         h = self.backbone(ids[:, None] if ids.ndim == 1 else ids, None, state)
         if ids.ndim == 1 or last_only:
