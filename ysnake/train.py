@@ -378,6 +378,21 @@ def make_optimizer(model: "Model", weight_decay: float) -> "torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
+def make_moments(optimizer: "torch.optim.Optimizer") -> None:
+    """What AdamW would make in its first step, among the gaps that backward has left: 0.2 GB more
+    of a model of 70 million parameters.
+    """
+    import torch
+
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
 def save_last(run: Run) -> None:
     """Write last/: the model, and all that resuming needs."""
     from ysnake import checkpoint
@@ -594,6 +609,7 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
     speeds: deque[float] = deque(maxlen=MEAN_OVER)
     n_tokens = settings.accumulate * settings.batch_size * settings.seq_len
     path = run.folder / "metrics.jsonl" if run.ranks.first else Path(os.devnull)
+    make_moments(run.optimizer)
     with (
         cli.writing(path),
         path.open("a", buffering=1) as metrics,

@@ -40,7 +40,7 @@ import torch
 from ysnake_kernels.allocator import keep_freed_memory
 from ysnake.config import ModelConfig
 from ysnake.model import LayerState, Model
-from ysnake.train import KEPT_RECOMPUTING, make_optimizer
+from ysnake.train import KEPT_RECOMPUTING, make_moments, make_optimizer
 def peak():  # resident kilobytes; ru_maxrss would begin with the parent's
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
@@ -53,6 +53,7 @@ model = Model(ModelConfig(vocab_size=1024, d_model=256, n_layers=3, d_state=64))
 model.backbone.recompute = recompute
 optimizer = make_optimizer(model, 0.1)
 before = peak()
+make_moments(optimizer)
 carried = model.empty_state(batch) if carry_state else None
 for _ in range(2):
     optimizer.zero_grad()
