@@ -379,9 +379,7 @@ def make_optimizer(model: "Model", weight_decay: float) -> "torch.optim.Optimize
 
 
 def make_moments(optimizer: "torch.optim.Optimizer") -> None:
-    """What AdamW would make in its first step, among the gaps that backward has left: 0.2 GB more
-    of a model of 70 million parameters.
-    """
+    """What AdamW would make in its first step, among the gaps that backward has left."""
     import torch
 
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
