@@ -4,6 +4,7 @@ import pytest
 import torch
 from comparison import DTYPES, assert_equals_reference, distance
 from ysnake_kernels import backend, ssd_scan, ssd_step
+from ysnake_kernels.ssd import eager
 
 Q = 16  # chunk size of the grid
 SEQUENCES = ("x", "dt", "B", "C", "z")
@@ -82,6 +83,28 @@ def test_equals_reference(case, dtype):
 @pytest.mark.parametrize("chunk", [None, 1, 5, 64, 1000])
 def test_any_chunk_size(chunk):
     assert_equals_reference(ssd_scan, inputs(**EVERYTHING), OPTIONS | {"chunk_size": chunk})
+
+
+@pytest.mark.parametrize("elements", [1, 2048, 4096])  # pieces of 1, 2 and 4 chunks
+@pytest.mark.parametrize("length", [4 * Q, 7 * Q, 4 * Q + 5])
+@pytest.mark.parametrize("state", [6, 2 * Q + 1])  # backward finds the states, or makes them again
+@pytest.mark.parametrize("start", [True, False], ids=["from a state", "from none"])
+@pytest.mark.parametrize("end", [True, False], ids=["states returned", "not returned"])
+def test_any_pieces(monkeypatch, elements, length, state, start, end):
+    monkeypatch.setattr(eager, "PIECE_ELEMENTS", elements)
+    tensors = inputs(length=length, state=state, D=True, initial_states=start)
+    assert_equals_reference(ssd_scan, tensors, OPTIONS | {"return_final_states": end})
+
+
+def test_the_final_state_may_be_changed_before_backward():
+    tensors = inputs(**EVERYTHING, length=4 * Q)
+    tensors["x"].requires_grad_()
+    y, _ = ssd_scan(**tensors, **OPTIONS)
+    (expected,) = torch.autograd.grad(y.sum(), tensors["x"])
+    y, states = ssd_scan(**tensors, **OPTIONS)
+    states.detach().zero_()
+    (gradient,) = torch.autograd.grad(y.sum(), tensors["x"])
+    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -438,7 +438,7 @@ def test_an_error_in_the_model_ends_requests_not_the_batch(folder, capfd):
             time.sleep(0.01)
     batch.close()
     batch.thread.join(60)
-    assert (bad.reason, good.reason) == ("error", "length")
+    assert (bad.reason, good.error) == ("error", None)
     assert "IndexError" in capfd.readouterr().err
 
 

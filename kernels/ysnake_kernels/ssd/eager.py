@@ -76,7 +76,7 @@ class _Sweep:
     [k b (r p) n], None if all zeros.
     """
 
-    def __init__(self, x, dt, A, B, C, D, seq_idx, chunk_size, acc):
+    def __init__(self, x, dt, A, B, C, D, seq_idx, chunk_size, entered, acc):
         self.batch, self.length, self.heads, self.head_dim = x.shape
         self.groups, self.n = B.shape[2:]
         self.r = self.heads // self.groups
@@ -86,7 +86,7 @@ class _Sweep:
         self.acc, self.q = acc, min(chunk_size, self.length)
         self.n_chunks = -(-self.length // self.q)
         self.rest = self.length - (self.n_chunks - 1) * self.q  # tokens of the last chunk
-        self.pieces = self._pieces()
+        self.pieces = self._pieces(entered)
         self.counts = [len(chunks) for chunks in self.pieces]
         self.buffers: dict[str, tuple[Tensor, dict[tuple, Tensor]]] = {}
         self.new = partial(torch.empty, dtype=acc, device=x.device)
@@ -99,15 +99,19 @@ class _Sweep:
         self.BC = [[part.flatten(0, 1) for part in self.split(t)] for t in BC]
         self._decays(self.by_chunk(dt), self._by_head(A)[..., 0], seq_idx)
 
-    def _pieces(self) -> list[range]:
+    def _pieces(self, entered: bool) -> list[range]:
         """The numbers of each piece's chunks.
 
-        The first chunk, which perhaps no state enters, and the last, which perhaps is shorter and
-        whose state perhaps nobody wants, are pieces of their own.
+        If no state enters the first chunk, it is a piece of its own, and so is the last, whose
+        state perhaps nobody wants then. A shorter last one always is.
         """
-        size = max(1, PIECE_ELEMENTS // (self.batch * self.q * self.heads * self.head_dim))
-        last = self.n_chunks - 1
-        cuts = sorted({0, *range(1, last, size), last, self.n_chunks})
+        most = max(1, PIECE_ELEMENTS // (self.batch * self.q * self.heads * self.head_dim))
+        whole = entered and self.rest == self.q
+        first = 0 if entered else min(1, self.n_chunks - 1)
+        last = self.n_chunks if whole else self.n_chunks - 1
+        count = -(-(last - first) // most)
+        between = (first + i * (last - first) // count for i in range(count))
+        cuts = sorted({0, *between, last, self.n_chunks})
         return [range(*ends) for ends in pairwise(cuts)]
 
     def _by_head(self, t: Tensor) -> Tensor:
@@ -154,10 +158,10 @@ class _Sweep:
 
     def by_piece(self, t: Tensor) -> list[Tensor]:
         """[batch length (g r) ...] -> of each piece [k batch g q r ...], views."""
-        last = self.cut(t[:, -self.rest :], 1)
-        if self.n_chunks == 1:
-            return [last]
-        return [*self.cut(t[:, : -self.rest], self.n_chunks - 1).split(self.counts[:-1]), last]
+        if self.rest == self.q:
+            return list(self.cut(t, self.n_chunks).split(self.counts))
+        full, last = t[:, : -self.rest], t[:, -self.rest :]
+        return [*self.cut(full, self.n_chunks - 1).split(self.counts[:-1]), self.cut(last, 1)]
 
     def by_chunk(self, t: Tensor, repeat: bool = False) -> Tensor:
         """[batch length (g r)] -> [chunk b q r], filled up with zeros or with the last token's."""
@@ -203,15 +207,15 @@ class _Sweep:
     def around(self, name: str, known: Tensor | None, chunks: range, at: int) -> tuple:
         """The states that enter a piece's chunks and those that leave them: all but one the same.
 
-        One is known: the first that enters (at = 0), or the last that leaves (at = -1); the others
-        are to be written. For a piece of one chunk it may be None, and is not copied.
+        One is known, None if all zeros: the first that enters (at = 0), or the last that leaves
+        (at = -1); the others are to be written. For a piece of one chunk it is not copied.
         """
         if len(chunks) == 1:
             known = None if known is None else known[None]
             other = self.states(f"{name} {chunks[0] % 2}", 1)  # the known one is not there
             return (known, other) if at == 0 else (other, known)
         both = self.states(name, len(chunks) + 1)
-        both[at] = known
+        both[at] = 0 if known is None else known
         return both[:-1], both[1:]
 
     def pass_on(self, piece: _Piece, entering: Tensor | None, leaving: Tensor) -> None:
@@ -331,24 +335,25 @@ def forward(
     """One sweep; `finish(span, y)` gets each piece's y, [batch tokens heads p], before any gate.
 
     y is a part of `out` if that is given, else memory that the next piece uses again. Returns the
-    final states if they are wanted and, to be kept for `backward`, those that enter the chunks and
-    what the pieces read of them; nothing if the states take more than twice the memory of x.
+    final states if they are wanted, in memory of the sweep, and, to be kept for `backward`, those
+    that enter the chunks and what the pieces read of them; nothing if the states take more than
+    twice the memory of x.
     """
     chunk_size, *step_options = options
     acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
     dts = step_sizes(dt, dt_bias, *step_options, acc)
-    sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
+    sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, initial_states is not None, acc)
     S = sweep.fold_states(initial_states)
     kept, reads = None, []
     if keep and sweep.n_chunks > 1 and sweep.n <= 2 * sweep.q:
-        kept = sweep.states("S", sweep.n_chunks)
+        kept = sweep.states("S", sweep.n_chunks + 1)
         if S is not None:
             kept[0] = S
     for number, chunks in enumerate(sweep.pieces):
         piece, last = sweep.piece(number), chunks.stop == sweep.n_chunks
         L = sweep.decays(piece)
         W = sweep.weigh(L, sweep.scores(piece), L)
-        if kept is None or last:
+        if kept is None:
             entering, leaving = sweep.around("S", S, chunks, 0)
         else:
             entering, leaving = sweep.between(kept, chunks, S is not None)
@@ -390,16 +395,18 @@ def backward(
     chunk_size, *step_options = options
     acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
     dts = step_sizes(dt, dt_bias, *step_options, acc).clamp_(min=TINY)
-    sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, acc)
-    entered = [initial_states is not None, *[True] * (len(sweep.pieces) - 1)]
+    entered = [initial_states is not None]
+    sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, entered[0], acc)
+    entered += [True] * (len(sweep.pieces) - 1)
     states, *reads = kept
     if states is None:
-        states = sweep.states("S", sweep.n_chunks)
+        states = sweep.states("S", sweep.n_chunks + 1)
         if initial_states is not None:
             states[0] = sweep.fold_states(initial_states)
-        for number, chunks in enumerate(sweep.pieces[:-1]):
-            around = sweep.between(states, chunks, entered[number])
-            sweep.pass_on(sweep.piece(number), *around)
+        for number, chunks in enumerate(sweep.pieces):
+            if chunks.stop < sweep.n_chunks or len(chunks) > 1:
+                around = sweep.between(states, chunks, entered[number])
+                sweep.pass_on(sweep.piece(number), *around)
 
     dS = sweep.fold_states(dstates)
     dD = None if D is None else dts.new_zeros(sweep.b, sweep.r, *D.shape[1:])
@@ -508,7 +515,7 @@ class _Scan(torch.autograd.Function):
         arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, options)
         final, kept = forward(*arguments, finish, out=out if z is None else None, keep=keep)
         ctx.save_for_backward(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, *kept)
-        return out, final
+        return out, final.clone()  # else it would hold on to the states of other chunks
 
     @staticmethod
     @once_differentiable
