@@ -96,11 +96,12 @@ def preset(name: str) -> dict[str, int]:
 
 TINY = {"vocab_size": 512, "d_model": 64, "n_layers": 2, "d_state": 16, "head_dim": 16}
 SMALL = {"vocab_size": 8192, "d_model": 384, "n_layers": 4, "d_state": 128, "head_dim": 64}
+SCAN = {"batch": 2, "length": 1024, "heads": 24, "head_dim": 64, "d_state": 128}
 
 
 def scan(folder: Path, options: Options) -> Iterator[Group]:
     """Forward and backward of the scan alone."""
-    shape = {"batch": 2, "length": 1024, "heads": 24, "head_dim": 64, "d_state": 128}
+    shape = SCAN
     if options.quick:
         shape = {"batch": 1, "length": 128, "heads": 4, "head_dim": 16, "d_state": 16}
     tokens = shape["batch"] * shape["length"]
