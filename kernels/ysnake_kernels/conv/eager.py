@@ -4,6 +4,8 @@ The tokens that a tap sees are a slice of the input, so nothing is copied or pad
 block needs stays in the cache. `forward` and `backward` are plain functions, for the mixer too.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,63 +89,60 @@ def _channel_last(x, weight, bias, seq_idx, initial_states, y):
 
 
 class _Blocks:
-    """What each tap sees of x [batch length channels], one block of tokens after another."""
+    """What the taps see of x [batch length channels], one block of tokens after another.
+
+    The first tokens, which see what was before x, are a block of their own.
+    """
 
     def __init__(self, x, weight, bias, seq_idx, initial_states):
         self.acc = accumulator(x, weight, bias, initial_states)
-        self.x, self.back = x, weight.shape[1] - 1
+        self.x, self.width = x, weight.shape[1]
         self.taps = weight.to(self.acc).t().flip(0).contiguous()  # [k channels]: k tokens ago
         self.bias = None if bias is None else bias.to(self.acc)
-        self.initial = None if initial_states is None else initial_states.to(self.acc)
-        self.size = min(x.shape[1], max(1, BLOCK_ELEMENTS // (x.shape[0] * x.shape[2])))
+        batch, length, channels = x.shape
+        back = self.back = self.width - 1
+        if initial_states is None:
+            initial_states = x.new_zeros(batch, back, channels)
+        self.edge = torch.cat([initial_states.to(self.acc), x[:, :back].to(self.acc)], 1)
+        first, size = min(back, length), max(back, BLOCK_ELEMENTS // (batch * channels))
+        starts = range(first, length, size)
+        self.spans = [(0, first), *((s, min(s + size, length)) for s in starts)]
+        self.largest = max(end - start for start, end in self.spans)
         self.same = None
-        if seq_idx is not None:  # same[k - 1]: the token k places before is of the same document
-            padded = torch.cat([seq_idx[:, :1].expand(-1, self.back), seq_idx], 1)
-            starts = range(self.back - 1, -1, -1)
-            self.same = [seq_idx == padded[:, s : s + x.shape[1]] for s in starts]
+        if seq_idx is not None:  # same[b, t, k]: the token k places before is of the same document
+            padded = torch.cat([seq_idx[:, :1].expand(-1, back), seq_idx], 1)
+            self.same = padded.unfold(1, self.width, 1).flip(2) == seq_idx[..., None]
             self.masked = self.buffer()
 
     def buffer(self) -> Tensor:
         """Flat memory for a block's values."""
-        batch, _, channels = self.x.shape
-        return torch.empty(batch * self.size * channels, dtype=self.acc, device=self.x.device)
+        size = len(self.x) * self.largest * self.x.shape[2]
+        return torch.empty(size, dtype=self.acc, device=self.x.device)
 
-    def spans(self) -> list[tuple[int, int]]:
-        length = self.x.shape[1]
-        return [(s, min(s + self.size, length)) for s in range(0, length, self.size)]
+    def seen(self, start: int, end: int) -> Sequence[Tensor]:
+        """The tokens 0, 1, ... places before those of a block, each [batch tokens channels]."""
+        return self.views(self.edge, self.x, start, end)
 
-    def seen(self, k: int, start: int, end: int) -> list[tuple[slice, Tensor, slice | None]]:
-        """What lies k tokens before [start, end): (tokens of the block, values, place in x).
+    def views(self, edge: Tensor, t: Tensor, start: int, end: int) -> Sequence[Tensor]:
+        """`seen` of another tensor, and of another edge."""
+        t = edge if start == 0 else t[:, start - self.back : end].to(self.acc)
+        return t.unfold(1, self.width, 1).unbind(3)[::-1]
 
-        The place is None, and the values of the initial states, for what lies before x.
-        """
-        parts = []
-        first = min(max(start, k), end)  # before it, the token k places ago is not of x
-        if start < first and self.initial is not None:
-            values = self.initial[:, start + self.back - k : first + self.back - k]
-            parts.append((slice(0, first - start), values, None))
-        if first < end:
-            place = slice(first - k, end - k)
-            parts.append((slice(first - start, end - start), self.x[:, place].to(self.acc), place))
-        return parts
-
-    def of_same(self, t: Tensor, k: int, start: int, tokens: slice) -> Tensor:
+    def of_same(self, t: Tensor, k: int, start: int, end: int) -> Tensor:
         """t [batch tokens channels]; zero where the k-th token before is of another document."""
         if self.same is None:
             return t
-        same = self.same[k - 1][:, start + tokens.start : start + tokens.stop, None]
-        return torch.mul(t, same, out=_part(self.masked, t))
+        return torch.mul(t, self.same[:, start:end, k, None], out=_part(self.masked, t))
 
     def sums(self, start: int, end: int, out: Tensor) -> Tensor:
         """The convolution of a block before the activation, written to out."""
-        x = self.x[:, start:end].to(self.acc)
+        x, *before = self.seen(start, end)
         if self.bias is None:
             torch.mul(x, self.taps[0], out=out)
         else:
             torch.addcmul(self.bias, x, self.taps[0], out=out)
-        for k in range(1, self.back + 1):
-            for tokens, values, _ in self.seen(k, start, end):
-                out[:, tokens].addcmul_(self.of_same(values, k, start, tokens), self.taps[k])
+        for k, values in enumerate(before, 1):
+            out.addcmul_(self.of_same(values, k, start, end), self.taps[k])
         return out
 
 
@@ -163,7 +162,7 @@ def forward(
     """
     blocks = _Blocks(x, weight, bias, seq_idx, initial_states)
     buffer = blocks.buffer() if sums is None else None
-    for start, end in blocks.spans():
+    for start, end in blocks.spans:
         block = y[:, start:end]
         out = _part(buffer, block) if sums is None else sums[:, start:end]
         blocks.sums(start, end, out)
@@ -192,32 +191,34 @@ def backward(
     """
     blocks = _Blocks(x, weight, bias, seq_idx, initial_states)
     exact = dx if dx.dtype == blocks.acc else torch.empty_like(dx, dtype=blocks.acc)
-    totals = blocks.taps.new_zeros(len(blocks.taps), len(x), blocks.size, x.shape[2])
+    totals = blocks.taps.new_zeros(blocks.width, len(x), blocks.largest, x.shape[2])
     dbias = torch.zeros_like(blocks.taps[0])
-    dinitial = None if initial_states is None else torch.zeros_like(blocks.initial)
+    dedge = torch.zeros_like(blocks.edge)
     grads = blocks.buffer()
-    for start, end in blocks.spans():
+    for start, end in blocks.spans:
         grad = dy[:, start:end].to(blocks.acc)
         if activation is not None:
             out = _part(grads, grad)
             before = blocks.sums(start, end, out) if sums is None else sums[:, start:end]
             grad = torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=out)
         dbias += grad.sum((0, 1))
-        torch.mul(grad, blocks.taps[0], out=exact[:, start:end])
-        totals[0][:, : end - start].addcmul_(x[:, start:end].to(blocks.acc), grad)
-        for k in range(1, blocks.back + 1):
-            for tokens, values, place in blocks.seen(k, start, end):
-                part = blocks.of_same(grad[:, tokens], k, start, tokens)
-                totals[k][:, tokens].addcmul_(values, part)
-                to = exact[:, place]
-                if place is None:
-                    to = dinitial[:, start + tokens.start + blocks.back - k :][:, : part.shape[1]]
-                to.addcmul_(part, blocks.taps[k])
+        seen, dseen = blocks.seen(start, end), blocks.views(dedge, exact, start, end)
+        torch.mul(grad, blocks.taps[0], out=dseen[0])
+        for k, total in enumerate(totals[:, :, : end - start]):
+            part = blocks.of_same(grad, k, start, end) if k else grad
+            total.addcmul_(seen[k], part)
+            if k:
+                dseen[k].addcmul_(part, blocks.taps[k])
+        if start == 0:
+            exact[:, :end] = dedge[:, blocks.back :]
     if exact is not dx:
         dx.copy_(exact)
     dweight = totals.sum((1, 2)).flip(0).t().to(weight.dtype)
     dbias = None if bias is None else dbias.to(bias.dtype)
-    return dweight, dbias, None if dinitial is None else dinitial.to(initial_states.dtype)
+    dinitial = None
+    if initial_states is not None:
+        dinitial = dedge[:, : blocks.back].to(initial_states.dtype)
+    return dweight, dbias, dinitial
 
 
 def _part(buffer: Tensor, like: Tensor) -> Tensor:
