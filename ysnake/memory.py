@@ -61,8 +61,8 @@ def predict(
     tokens = batch_size * seq_len
     block = tokens * (c.d_model + projected)  # the input of a block and of its mixer
     kept = c.n_layers * block
-    if recompute:
-        kept = c.n_layers * tokens * c.d_model + block
+    if recompute:  # what is kept makes room for the gradients, and leaves no gaps
+        kept = max(0, c.n_layers * tokens * c.d_model - parameters) + block
     if carry_state:  # before the window and after it
         kept += 2 * c.n_layers * batch_size * (c.d_inner * c.d_state + c.d_conv * c.conv_width)
 
