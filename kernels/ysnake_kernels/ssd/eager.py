@@ -245,6 +245,11 @@ class _Sweep:
     def products(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.mul(a, b, out=self.buffer("products", *a.shape))
 
+    def dots(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """Sums a b over the last dimension, chunk after chunk: the products of one stay cached."""
+        for parts in zip(a, b, out, strict=True):
+            torch.sum(self.products(*parts[:2]), -1, out=parts[2])
+
     def per_head(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         """Products [r i m] x [r m j]: left [k b r i m], right [k b r m j], any strides."""
         out = self.buffer(name, *left.shape[:4], right.shape[4])
@@ -450,7 +455,7 @@ def backward(
         # Across their edges: y_i += exp(cs_i) C_i S, and S' = exp(cs_last) S + sum_j V_j B_j.
         dentering, dleaving = sweep.around("dS", dS, chunks, -1)
         if S is not None:
-            torch.sum(sweep.products(CS, G), -1, out=at_entry_c)
+            sweep.dots(CS, G, at_entry_c)
             Gs = torch.mul(G, piece.entry[..., None], out=sweep.buffer("Gs", *G.shape))
             Gs = sweep.rows(Gs)
             dCc.baddbmm_(Gs, S.flatten(0, 1))
@@ -464,11 +469,11 @@ def backward(
         if dleaving is not None:
             dleft = dleaving.flatten(0, 1)
             left = torch.bmm(Bc, dleft.transpose(1, 2)).view(xc.shape)
-            torch.sum(sweep.products(left, xc), -1, out=at_exit_c)
+            sweep.dots(left, xc, at_exit_c)
             dBc.baddbmm_(sweep.at_exit(piece), dleft)
             if S is not None:
-                both = sweep.products(*(sweep.by_head(t) for t in (dleaving, S)))
-                torch.sum(both, -1, out=through[chunks.start : chunks.stop])
+                both = (sweep.by_head(t) for t in (dleaving, S))
+                sweep.dots(*both, through[chunks.start : chunks.stop])
 
         sweep.write(dx_pieces[number], dxc, left, piece.exit)
         for pieces, grad in ((dB_pieces, dBc), (dC_pieces, dCc)):
