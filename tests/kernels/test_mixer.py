@@ -159,6 +159,13 @@ def test_output_alone():
     assert torch.equal(y, composed(**tensors)[0])
 
 
+@pytest.mark.parametrize("length", [16, 24, 27])
+def test_from_a_state_without_the_one_after_it(length):
+    tensors = inputs(length=length, initial_states=True)
+    options = {"chunk_size": 8, "norm_before_gate": False}
+    assert_equals_reference(mamba_split_conv1d_scan_combined, tensors, options)
+
+
 class Storages(TorchDispatchMode):
     """Weak references to the memory of all that is computed."""
 

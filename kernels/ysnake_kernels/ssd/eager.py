@@ -218,6 +218,10 @@ class _Sweep:
         both[at] = 0 if known is None else known
         return both[:-1], both[1:]
 
+    def hands_on(self, chunks: range) -> bool:
+        """Whether a chunk of a piece has another after it, which reads its state."""
+        return len(chunks) > 1 or chunks.stop < self.n_chunks
+
     def pass_on(self, piece: _Piece, entering: Tensor | None, leaving: Tensor) -> None:
         """Writes leaving; but for its first, entering is the same memory."""
         torch.bmm(self.at_exit(piece).transpose(1, 2), piece.B, out=leaving.flatten(0, 1))
@@ -355,14 +359,14 @@ def forward(
         if S is not None:
             kept[0] = S
     for number, chunks in enumerate(sweep.pieces):
-        piece, last = sweep.piece(number), chunks.stop == sweep.n_chunks
+        piece = sweep.piece(number)
         L = sweep.decays(piece)
         W = sweep.weigh(L, sweep.scores(piece), L)
         if kept is None:
             entering, leaving = sweep.around("S", S, chunks, 0)
         else:
             entering, leaving = sweep.between(kept, chunks, S is not None)
-        if want_states or not last:
+        if want_states or sweep.hands_on(chunks):
             sweep.pass_on(piece, entering, leaving)
         CS = sweep.read(piece, entering)
         if kept is not None:
@@ -409,7 +413,7 @@ def backward(
         if initial_states is not None:
             states[0] = sweep.fold_states(initial_states)
         for number, chunks in enumerate(sweep.pieces):
-            if chunks.stop < sweep.n_chunks or len(chunks) > 1:
+            if sweep.hands_on(chunks):
                 around = sweep.between(states, chunks, entered[number])
                 sweep.pass_on(sweep.piece(number), *around)
 
