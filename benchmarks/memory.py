@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/memory.json")
     parser.add_argument("--rows", type=int, nargs="*", default=range(len(ROWS)))
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     results = []
     print("| preset | parameters | sequence | batch | chunk | predicted | measured | original |")
     print("|---|---|---|---|---|---|---|---|")

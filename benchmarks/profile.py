@@ -77,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/profile.md")
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     m = machine(torch.get_num_threads())
     lines = ["# Where the time goes", "", "Made by `python -m benchmarks.profile`. "]
     lines[-1] += f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, "
