@@ -69,12 +69,23 @@ def predicted(row: tuple) -> memory.Plan:
     return memory.predict(config, batch_size, seq_len, recompute)
 
 
+def writable(text: str) -> Path:
+    """The path of a file that can be written, seen to before minutes of work."""
+    try:
+        Path(text).parent.mkdir(parents=True, exist_ok=True)
+        Path(text).open("a").close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+    return Path(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/memory.json")
+    parser.add_argument(
+        "--out", type=writable, default=Path(__file__).parent / "results/memory.json"
+    )
     parser.add_argument("--rows", type=int, nargs="*", default=range(len(ROWS)))
     arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     results = []
     print("| preset | parameters | sequence | batch | chunk | predicted | measured | original |")
     print("|---|---|---|---|---|---|---|---|")

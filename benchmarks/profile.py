@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import contestants
 from benchmarks.compare import SCAN, SMALL, machine, preset
+from benchmarks.memory import writable
 
 REPEAT = 9
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_", "mv", "addmv_", "dot")
@@ -75,9 +76,10 @@ def _milliseconds(work: Callable) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/profile.md")
+    parser.add_argument(
+        "--out", type=writable, default=Path(__file__).parent / "results/profile.md"
+    )
     arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # before minutes of work
     m = machine(torch.get_num_threads())
     lines = ["# Where the time goes", "", "Made by `python -m benchmarks.profile`. "]
     lines[-1] += f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, "
