@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (..., outputs).
     """
     if _by_onednn(x, weight):
-        return _Linear.apply(x, None, weight, bias, None)
+        return _Linear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -48,8 +48,8 @@ def normed_linear(
         eps: added to the mean square.
         weight, bias: as in `linear`.
     """
-    if _by_onednn(x, weight) and choose(x) == "eager":
-        return _Linear.apply(x, norm_weight, weight, bias, eps)
+    if _on_cpu(x, norm_weight, weight) and choose(x) == "eager":
+        return _NormedLinear.apply(x, norm_weight, weight, bias, eps)
 
     def compute(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rms_norm_gated(x, norm_weight, eps=eps).to(weight.dtype), weight, bias)
@@ -66,14 +66,9 @@ class Linear(nn.Linear):
 
 
 class _Linear(torch.autograd.Function):
-    """With a norm_weight, of the norm of x, which backward computes again."""
-
     @staticmethod
-    def forward(ctx, x, norm_weight, weight, bias, eps):
-        ctx.save_for_backward(x, norm_weight, weight)
-        ctx.options = (eps, x.shape[-1], True)
-        if norm_weight is not None:
-            x = norm.norm(x, norm_weight, None, None, *ctx.options)
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
         y = product(x.reshape(-1, x.shape[-1]), weight)
         if bias is not None:
             y += bias
@@ -82,20 +77,39 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, norm_weight, weight = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         rows, needs = dy.reshape(-1, len(weight)), ctx.needs_input_grad
-        dx = dnorm_weight = dweight = None
-        if needs[0] or needs[1]:
-            dx = product(rows, weight.t()).view(x.shape)
-        if needs[2]:
-            unit = x
-            if norm_weight is not None:
-                unit = norm.norm(x, norm_weight, None, None, *ctx.options)
-            dweight = rows.t() @ unit.reshape(-1, x.shape[-1])
-        if dx is not None and norm_weight is not None:
-            arguments = (x, norm_weight, None, None, dx, dx, ctx.options)
-            dnorm_weight, *_ = norm.gradients(*arguments)
-        return dx, dnorm_weight, dweight, rows.sum(0) if needs[3] else None, None
+        dx = product(rows, weight.t()).view(x.shape) if needs[0] else None
+        dweight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+        return dx, dweight, rows.sum(0) if needs[2] else None
+
+
+class _NormedLinear(torch.autograd.Function):
+    """The layer's weight is scaled by the norm's, and not the tokens; so for their gradients."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, weight, bias, eps):
+        ctx.save_for_backward(x, norm_weight, weight)
+        ctx.eps = eps
+        rows = x.reshape(-1, x.shape[-1])
+        y = product(rows * norm.rstd(rows, eps), weight * norm_weight)
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, norm_weight, weight = ctx.saved_tensors
+        rows, x_rows = dy.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
+        rstd = norm.rstd(x_rows, ctx.eps)
+        unit = x_rows * rstd
+        dmerged = rows.t() @ unit
+        dnorm_weight = (dmerged * weight).sum(0)
+        dunit = product(rows, (weight * norm_weight).t())
+        dx = norm.unit_backward(dunit, unit, rstd).view(x.shape)
+        dbias = rows.sum(0) if ctx.needs_input_grad[3] else None
+        return dx, dnorm_weight, dmerged.mul_(norm_weight), dbias, None
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -119,16 +133,18 @@ def _rounded(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+def _on_cpu(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors there, of one dtype of more than 16 bits."""
     return (
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and type(x) in PLAIN
-        and type(weight) in PLAIN
+        {t.dtype for t in tensors} in ({torch.float32}, {torch.float64})
+        and all(t.device.type == "cpu" and type(t) in PLAIN for t in tensors)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and _onednn_is_faster()
     )
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == torch.float32 and _on_cpu(x, weight) and _onednn_is_faster()
 
 
 @cache

@@ -7,19 +7,16 @@ convolution's input and of dt are written where they belong in the gradient of z
 done for a few rows of the batch at a time, so that a chunk stays in the cache.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.backend import uncompiled
 from ysnake_kernels.conv import eager as conv
-from ysnake_kernels.linear import product
 from ysnake_kernels.mixer.composed import scan_inputs
-from ysnake_kernels.norm import eager as norm
+from ysnake_kernels.mixer.output import MergedOutput, output_of
 from ysnake_kernels.numerics import accumulator
 from ysnake_kernels.ssd import eager as ssd
 
@@ -48,7 +45,7 @@ def _mixer(
 ) -> tuple[Tensor, Tensor | None]:
     # First all is saved, then it is computed: a checkpoint around this, which in backward computes
     # again what was saved, stops at the last that was. This one's work is not done once more.
-    sizes, ngroups, *_, return_states, dtype = options
+    sizes, ngroups, _, _, norm_options, return_states, dtype = options
     d_inner, channels, heads = sizes
     features = d_inner if out_weight is None else out_weight.shape[0]
     new = partial(torch.empty, device=zxbcdt.device)
@@ -57,24 +54,29 @@ def _mixer(
     if return_states:
         shape = (len(zxbcdt), heads, d_inner // heads, (channels - d_inner) // (2 * ngroups))
         states = new(shape, dtype=accumulator(zxbcdt, A, D, initial_states, dt_bias))
+    rstd = None
+    z = zxbcdt[..., :d_inner]
+    if MergedOutput.suits(z, norm_weight, out_weight, norm_options, dtype):
+        rstd = new(*zxbcdt.shape[:2], 1, dtype=dtype)
     parameters = (conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, out_bias)
     saved = (zxbcdt, conv_states, initial_states, seq_idx)
-    out, states = _Mixer.apply(out, states, *saved, *parameters, *options)
+    out, states = _Mixer.apply(out, states, rstd, *saved, *parameters, *options)
     with torch.no_grad():
         for rows in _row_groups(zxbcdt, options):
             inputs = [None if t is None else t[rows] for t in saved]
-            end = _forward(*inputs, *parameters, *options, out[rows])
+            scale = None if rstd is None else rstd[rows]
+            end = _forward(*inputs, *parameters, *options, scale, out[rows])
             if states is not None:
                 states[rows] = end
     return out, states
 
 
 class _Mixer(torch.autograd.Function):
-    """The gradient of what is written to out and states."""
+    """The gradient of what is written to out and states; rstd, written with them, is kept too."""
 
     @staticmethod
-    def forward(ctx, out, states, zxbcdt, conv_states, initial_states, seq_idx, *arguments):
-        parameters, ctx.options = arguments[:8], arguments[8:]
+    def forward(ctx, out, states, rstd, zxbcdt, conv_states, initial_states, seq_idx, *arguments):
+        parameters, ctx.options, ctx.rstd = arguments[:8], arguments[8:], rstd
         ctx.save_for_backward(zxbcdt, conv_states, initial_states, seq_idx, *parameters)
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(*(t for t in (out, states) if t is not None))
@@ -90,7 +92,7 @@ class _Mixer(torch.autograd.Function):
         for rows in _row_groups(zxbcdt, ctx.options):
             tensors = (zxbcdt, conv_states, initial_states, seq_idx)
             inputs = [None if t is None else t[rows] for t in tensors]
-            outer = [None if t is None else t[rows] for t in (dout, dstates)]
+            outer = [None if t is None else t[rows] for t in (ctx.rstd, dout, dstates)]
             arguments = (*inputs, *parameters, *ctx.options, *outer, dzxbcdt[rows])
             *starts, grads = _backward(*arguments)
             for parts, part in zip(dstarts, starts, strict=True):
@@ -102,7 +104,7 @@ class _Mixer(torch.autograd.Function):
             for p, g in zip(parameters, totals, strict=True)
         ]
         nones = [None] * len(ctx.options)
-        return None, None, dzxbcdt, *dstarts, None, *given, *nones
+        return None, None, None, dzxbcdt, *dstarts, None, *given, *nones
 
 
 def _row_groups(zxbcdt: Tensor, options: tuple) -> list[slice]:
@@ -134,32 +136,21 @@ def _forward(
     norm_options,
     return_states,
     dtype,
+    rstd,
     out,
 ) -> Tensor | None:
-    """Writes out; returns the final states."""
+    """Writes out and rstd; returns the final states."""
     z, xBC, dt = zxbcdt.split(sizes, dim=-1)
     mixed = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
     edge = None if conv_states is None else conv_states.transpose(1, 2)
     conv.forward(xBC, conv_weight, conv_bias, seq_idx, edge, mixed, activation)
     x, B, C = scan_inputs(mixed, sizes, ngroups)
-    done = out
-    if out_weight is not None:
-        done = torch.empty(z.shape, dtype=dtype, device=z.device)
-
-    def finish(span: slice, y: Tensor) -> None:
-        y, zs = y.flatten(2), z[:, span]
-        if norm_weight is None:
-            done[:, span] = y * F.silu(zs.to(y.dtype))
-        else:
-            done[:, span] = norm.forward(y, norm_weight, None, zs, *norm_options)
-
+    weights = (norm_weight, out_weight, out_bias)
+    output = output_of(z, weights, norm_options, dtype, rstd)
+    output.forward(out)
     scan = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, scan_options)
-    states, _ = ssd.forward(*scan, finish, return_states)
-    if out_weight is not None:
-        rows = out.view(-1, out.shape[-1])
-        rows.copy_(product(done.flatten(0, 1), out_weight.to(dtype)))
-        if out_bias is not None:
-            rows += out_bias.to(dtype)
+    states, _ = ssd.forward(*scan, output.finish, return_states)
+    output.project()
     return states
 
 
@@ -183,6 +174,7 @@ def _backward(
     norm_options,
     return_states,
     dtype,
+    rstd,
     dout,
     dstates,
     dzxbcdt,
@@ -190,17 +182,9 @@ def _backward(
     """Writes dzxbcdt; returns the gradients of conv_states, initial_states and the parameters."""
     z, xBC, dt = zxbcdt.split(sizes, dim=-1)
     dz, dxBC, ddt = dzxbcdt.split(sizes, dim=-1)
-    dprojected = done = dnorm_weight = dout_weight = dout_bias = None
-    if dout is None:
-        dout = torch.zeros_like(z)
-    elif out_weight is not None:
-        dprojected = dout.to(dtype)
-        dout = product(dprojected.flatten(0, 1), out_weight.to(dtype).t()).to(z.dtype)
-        dout = dout.view(z.shape)
-        done = torch.empty(z.shape, dtype=dtype, device=z.device)
-    if norm_weight is not None:
-        dnorm_weight = torch.zeros_like(norm_weight, dtype=accumulator(z, norm_weight))
-
+    weights = (norm_weight, out_weight, out_bias)
+    output = output_of(z, weights, norm_options, dtype, rstd)
+    output.backward(dout, dz)
     edge = None if conv_states is None else conv_states.transpose(1, 2)
     acc = accumulator(xBC, conv_weight, conv_bias, edge)
     sums = torch.empty(xBC.shape, dtype=acc, device=xBC.device)
@@ -209,24 +193,8 @@ def _backward(
     conv.forward(*conv_arguments, mixed, activation, sums)
     x, B, C = scan_inputs(mixed, sizes, ngroups)
     dx, dB, dC = scan_inputs(dmixed, sizes, ngroups)
-
-    def gradient(span: slice, y: Callable[[], Tensor]) -> Tensor:
-        yc, zc, grad = y().flatten(2), z[:, span], dout[:, span]
-        if norm_weight is not None:
-            arguments = (yc, norm_weight, None, zc, grad, dnorm_weight, None, *norm_options)
-            dy, dz[:, span], finished = norm.backward(*arguments, want_y=True)
-        else:
-            dy, dz[:, span], finished = ssd.gate_backward(yc, zc, grad)
-        if done is not None:
-            done[:, span] = finished
-        return dy.unflatten(2, (sizes[2], -1))
-
     scan = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, scan_options)
-    dA, dD, dinitial, ddt_bias = ssd.backward(*scan, gradient, dstates, dx, ddt, dB, dC)
+    dA, dD, dinitial, ddt_bias = ssd.backward(*scan, output.gradient, dstates, dx, ddt, dB, dC)
     dconv_weight, dconv_bias, dedge = conv.backward(*conv_arguments, dmixed, dxBC, activation, sums)
-    if done is not None:
-        rows = dprojected.flatten(0, 1)
-        dout_weight = rows.t() @ done.flatten(0, 1)
-        dout_bias = rows.sum(0)
-    grads = (dconv_weight, dconv_bias, ddt_bias, dA, dD, dnorm_weight, dout_weight, dout_bias)
+    grads = (dconv_weight, dconv_bias, ddt_bias, dA, dD, *output.parameter_gradients())
     return None if dedge is None else dedge.transpose(1, 2), dinitial, grads

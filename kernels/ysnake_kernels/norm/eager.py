@@ -84,9 +84,20 @@ def _rows(*tensors: Tensor | None) -> list[list[Tensor | None]]:
 def _unit(v: Tensor, eps: float, group_size: int) -> tuple[Tensor, Tensor]:
     """v / rms(v) and 1 / rms(v), by group: [... groups group_size] and [... groups 1]."""
     groups = v.unflatten(-1, (-1, group_size))
-    norm = torch.linalg.vector_norm(groups, dim=-1, keepdim=True)
-    rstd = norm.square_().div_(group_size).add_(eps).rsqrt_()
-    return groups * rstd, rstd
+    scale = rstd(groups, eps)
+    return groups * scale, scale
+
+
+def rstd(v: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
+    """1 / rms(v) over the last dimension, [... 1]."""
+    norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True, out=out)
+    return norm.square_().div_(v.shape[-1]).add_(eps).rsqrt_()
+
+
+def unit_backward(dunit: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of v, in place of that of unit = scale v, where `scale` is 1 / rms(v)."""
+    along = torch.linalg.vecdot(dunit, unit)[..., None].div_(unit.shape[-1])
+    return dunit.addcmul_(unit, along, value=-1).mul_(scale)
 
 
 def forward(
@@ -134,7 +145,7 @@ def backward(
         gate = F.silu(z)
         if not norm_before_gate:
             v = x * gate
-    unit, rstd = _unit(v, eps, group_size)
+    unit, scale = _unit(v, eps, group_size)
     flat = unit.flatten(-2)
     y = dz = None
     if want_y or (z is not None and norm_before_gate):
@@ -146,10 +157,8 @@ def backward(
     dw += (grad * flat).sum(every)
     if bias is not None:
         db += grad.sum(every)
-    # through v / rms(v): remove the part of the gradient along v
     g = (grad * w).unflatten(-1, (-1, group_size))
-    along = torch.linalg.vecdot(g, unit).div_(group_size)[..., None]
-    dv = g.addcmul_(unit, along, value=-1).mul_(rstd).flatten(-2)
+    dv = unit_backward(g, unit, scale).flatten(-2)
     if z is None or norm_before_gate:
         return dv, dz, y
     dz = torch.ops.aten.silu_backward(x * dv, z)
