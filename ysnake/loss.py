@@ -43,7 +43,7 @@ class _SummedLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, differentiated):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         dhidden = torch.empty_like(hidden) if differentiated else None
-        dweight = torch.zeros_like(weight, dtype=exact) if differentiated else None
+        dweight = torch.empty_like(weight, dtype=exact) if differentiated else None
         total = hidden.new_zeros((), dtype=exact)
         rows = slice_rows(len(weight))
         for i in range(0, len(hidden), rows):
@@ -61,10 +61,14 @@ class _SummedLoss(torch.autograd.Function):
                 p = p.to(h.dtype)
                 dhidden[i : i + rows] = product(p, weight.t())
                 if p.dtype == exact:
-                    dweight.addmm_(p.t(), h)
+                    dweight.addmm_(p.t(), h, beta=int(i > 0))  # 0 does not read what is there
+                elif i == 0:
+                    dweight.copy_(p.t() @ h)
                 else:
                     dweight += p.t() @ h
         if differentiated:
+            if not len(hidden):
+                dweight.zero_()
             ctx.gradients = [dhidden, dweight.to(weight.dtype)]
         return total
 

@@ -114,7 +114,7 @@ class Mixer(nn.Module):
 
 
 class Block(nn.Module):
-    """h + mixer(norm(h)). For its gradient it keeps h and in_proj's output, and nothing besides."""
+    """h + mixer(norm(h)). For its gradient it keeps little besides h and in_proj's output."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

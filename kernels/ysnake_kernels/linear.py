@@ -91,8 +91,8 @@ class _NormedLinear(torch.autograd.Function):
     def forward(ctx, x, norm_weight, weight, bias, eps):
         ctx.save_for_backward(x, norm_weight, weight)
         ctx.eps = eps
-        rows = x.reshape(-1, x.shape[-1])
-        y = product(rows * norm.rstd(rows, eps), weight * norm_weight)
+        unit, _ = norm.unit(x.reshape(-1, x.shape[-1]), eps)
+        y = product(unit, weight * norm_weight)
         if bias is not None:
             y += bias
         return y.view(*x.shape[:-1], len(weight))
@@ -101,9 +101,8 @@ class _NormedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, norm_weight, weight = ctx.saved_tensors
-        rows, x_rows = dy.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
-        rstd = norm.rstd(x_rows, ctx.eps)
-        unit = x_rows * rstd
+        rows = dy.reshape(-1, len(weight))
+        unit, rstd = norm.unit(x.reshape(-1, x.shape[-1]), ctx.eps)
         dmerged = rows.t() @ unit
         dnorm_weight = (dmerged * weight).sum(0)
         dunit = product(rows, (weight * norm_weight).t())

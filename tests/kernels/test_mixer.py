@@ -138,7 +138,7 @@ def test_equals_reference(name):
     assert_equals_reference(mamba_split_conv1d_scan_combined, tensors, options, name)
 
 
-@pytest.mark.parametrize("case", ["everything", "two groups", "documents"])
+@pytest.mark.parametrize("case", ["everything", "gate before the norm", "two groups", "documents"])
 def test_rows_of_a_large_batch_go_in_groups(case, monkeypatch):
     case, options = CASES[case]
     extra = {"chunk_size": 8, "return_final_states": True, **options}
@@ -171,30 +171,36 @@ class Storages(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.made = []
+        self.made, self.sizes = [], {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for t in tree_leaves(result):
             if isinstance(t, torch.Tensor):
                 self.made.append(StorageWeakRef(t.untyped_storage()))
+                self.sizes[self.made[-1].cdata] = t.untyped_storage().nbytes()
         return result
 
     def alive(self):
         return {ref.cdata for ref in self.made if not ref.expired()}
 
 
-def test_saves_only_its_arguments():
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+def test_saves_only_its_arguments(norm_before_gate):
+    """And, where the norm is merged into the projection, a number for each token."""
     leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in inputs(seq_idx=True).items()}
     saved = []
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
         Storages() as storages,
     ):
-        y = mamba_split_conv1d_scan_combined(**leaves, chunk_size=8)
+        y = mamba_split_conv1d_scan_combined(
+            **leaves, chunk_size=8, norm_before_gate=norm_before_gate
+        )
     arguments = {StorageWeakRef(t.untyped_storage()).cdata for t in leaves.values()}
     assert {StorageWeakRef(t.untyped_storage()).cdata for t in saved} <= arguments
-    assert storages.alive() - arguments == {StorageWeakRef(y.untyped_storage()).cdata}
+    kept = storages.alive() - arguments - {StorageWeakRef(y.untyped_storage()).cdata}
+    assert [storages.sizes[t] for t in kept] == ([] if norm_before_gate else [2 * LENGTH * 8])
     y.sum().backward()
     assert all(t.grad is not None for t in leaves.values() if t.is_floating_point())
 
@@ -227,12 +233,27 @@ def test_autocast_reaches_the_projection_and_its_gradient():
         assert distance(a, b) <= 2e-2
 
 
-def test_repeats_to_the_bit():
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+def test_gradient_of_the_states_alone(norm_before_gate):
+    options = {"chunk_size": 8, "norm_before_gate": norm_before_gate}
+    gradients = []
+    for operator in (mamba_split_conv1d_scan_combined, composed):
+        leaves = {k: t.requires_grad_() for k, t in inputs(initial_states=True).items()}
+        more = {} if operator is composed else {"return_final_states": True}
+        _, states = operator(**leaves, **options, **more)
+        read = [leaves[k] for k in ("zxbcdt", "conv1d_weight", "dt_bias", "A", "initial_states")]
+        gradients.append(torch.autograd.grad(states.square().sum(), read))
+    for ours, expected in zip(*gradients, strict=True):
+        assert distance(ours, expected) < 1e-14
+
+
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+def test_repeats_to_the_bit(norm_before_gate):
     runs = [
         outputs_and_gradients(
             mamba_split_conv1d_scan_combined,
             inputs(dtype=torch.float32),
-            {"chunk_size": 8},
+            {"chunk_size": 8, "norm_before_gate": norm_before_gate},
             [torch.ones(2, LENGTH, D_MODEL)],
         )
         for _ in range(2)
@@ -245,13 +266,17 @@ def test_repeats_to_the_bit():
 @pytest.mark.parametrize(
     ("name", "fullgraph"), [("eager", False), pytest.param("fused", True, marks=FUSED.marks)]
 )
-def test_under_compile(name, fullgraph):
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+def test_under_compile(name, fullgraph, norm_before_gate):
     tensors = on_device(inputs(dtype=torch.float32))
     tensors = {k: t.requires_grad_() for k, t in tensors.items()}
 
     def loss(tensors):
         y, states = mamba_split_conv1d_scan_combined(
-            **tensors, chunk_size=8, return_final_states=True
+            **tensors,
+            chunk_size=8,
+            return_final_states=True,
+            norm_before_gate=norm_before_gate,
         )
         return y.square().sum() + states.sum()
 

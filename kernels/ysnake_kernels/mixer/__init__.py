@@ -1,7 +1,8 @@
 """The whole mixer from its input projection on: convolution, scan, gated norm, output projection.
 
-Of all that is computed on the way it keeps nothing for backward, which computes it again. On a GPU
-it is `composed` of the other operators; on a CPU `eager` is one function, with fewer passes.
+Of what is computed on the way it keeps at most a number for each token; backward computes the rest
+again. On a GPU it is `composed` of the other operators; on a CPU `eager` is one function, with
+fewer passes.
 """
 
 from functools import partial
@@ -43,9 +44,10 @@ def mamba_split_conv1d_scan_combined(
 
     Splits zxbcdt along its features into the gate z, the convolution's input, and dt; then
     `causal_conv1d`, `ssd_scan` with softplus on dt, `rms_norm_gated` if it has a weight (else z
-    gates the scan), and a linear layer if it has a weight. Saves its arguments for backward, and
-    nothing besides. Name and arguments are mamba_ssm's, but for the last one. Differentiable once
-    in every floating-point argument; under autocast the linear layer runs in autocast's dtype.
+    gates the scan), and a linear layer if it has a weight. Saves its arguments for backward, and at
+    most a number for each token besides. Name and arguments are mamba_ssm's, but for the last one.
+    Differentiable once in every floating-point argument; under autocast the linear layer runs in
+    autocast's dtype.
 
     Args:
         zxbcdt: (batch, length, 2 * d_inner + 2 * ngroups * N + heads).

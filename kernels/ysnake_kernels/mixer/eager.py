@@ -1,10 +1,10 @@
 """The mixer in pure torch, as one function: what a CPU trains with.
 
 Saves its arguments. Backward goes over the convolution once more and over the chunks of the scan
-once forward, for the states, and once back; the norm and its gradient are taken chunk by chunk, so
-that neither the scan's output nor its gradient ever exists as a whole. The gradients of z, of the
-convolution's input and of dt are written where they belong in the gradient of zxbcdt. All this is
-done for a few rows of the batch at a time, so that a chunk stays in the cache.
+once forward, for the states, and once back; what follows the scan, `output`, is taken with it chunk
+by chunk, so that neither the scan's output nor its gradient ever exists as a whole. The gradients
+of z, of the convolution's input and of dt are written where they belong in the gradient of zxbcdt.
+All this is done for a few rows of the batch at a time, so that a chunk stays in the cache.
 """
 
 from functools import partial

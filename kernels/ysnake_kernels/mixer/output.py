@@ -28,14 +28,15 @@ class Output:
         self.projects = self.weight is not None
         self.normed = None  # what goes into the projection
         if self.projects:
-            self.normed = torch.empty(z.shape, dtype=dtype, device=z.device)
             self.weight = self.weight.to(dtype)
 
     def forward(self, out: Tensor) -> None:
         """To be called before `finish` and `project`, which write out."""
         self.out = out
-        if not self.projects:
-            self.normed = out
+        self.normed = self.new() if self.projects else out
+
+    def new(self) -> Tensor:
+        return torch.empty(self.z.shape, dtype=self.dtype, device=self.z.device)
 
     def finish(self, span: slice, y: Tensor) -> None:
         y, z = y.flatten(2), self.z[:, span]
@@ -55,10 +56,11 @@ class Output:
         """To be called before `gradient`, which writes dz, and `parameter_gradients`."""
         self.dz, self.dnorm_weight = dz, None
         if dout is None:
-            self.projects, self.normed, dout = False, None, torch.zeros_like(self.z)
+            self.projects, dout = False, torch.zeros_like(self.z)
         elif self.projects:
             self.dout = dout.to(self.dtype).flatten(0, 1)
             dout = product(self.dout, self.weight.t()).to(self.z.dtype).view(self.z.shape)
+            self.normed = self.new()
         self.dnormed = dout
         if self.norm_weight is not None:
             acc = accumulator(self.z, self.norm_weight)
@@ -128,6 +130,7 @@ class MergedOutput(Output):
         self.dout = dout.flatten(0, 1)
         self.scaled = (dout * self.rstd).flatten(0, 1)
         self.dnormed = product(self.scaled, self.merged.t()).view(self.z.shape)
+        self.normed = self.new()
 
     def gradient(self, span: slice, y: Callable[[], Tensor]) -> Tensor:
         y = y()
@@ -143,7 +146,8 @@ class MergedOutput(Output):
 
     def parameter_gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         merged = self.scaled.t() @ self.normed.flatten(0, 1)
-        return (merged * self.weight).sum(0), merged * self.norm_weight, self.dout.sum(0)
+        dnorm_weight = (merged * self.weight).sum(0)
+        return dnorm_weight, merged.mul_(self.norm_weight), self.dout.sum(0)
 
 
 def output_of(z, parameters, norm_options, dtype, rstd: Tensor | None) -> Output:

@@ -37,8 +37,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, z, options):
         ctx.save_for_backward(x, weight, bias, z)
         ctx.options = options
-        y = torch.empty(x.numel() + SLACK, dtype=x.dtype, device=x.device)[: x.numel()]
-        y = y.view(x.shape)
+        y = _like(x)
         for xb, zb, yb in _rows(x, z, y):
             yb.copy_(forward(xb, weight, bias, zb, *options))
         return y
@@ -79,6 +78,16 @@ def _rows(*tensors: Tensor | None) -> list[list[Tensor | None]]:
     size = max(1, BLOCK_ELEMENTS // features)
     spans = [slice(s, s + size) for s in range(0, rows, size)]
     return [[None if t is None else t[span] for t in flat] for span in spans]
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.numel() + SLACK, dtype=x.dtype, device=x.device)[: x.numel()].view(x.shape)
+
+
+def unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x) and 1 / rms(x), [... 1]."""
+    scale = rstd(x, eps)
+    return torch.mul(x, scale, out=_like(x)), scale
 
 
 def _unit(v: Tensor, eps: float, group_size: int) -> tuple[Tensor, Tensor]:
