@@ -69,10 +69,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        y = product(x.reshape(-1, x.shape[-1]), weight)
-        if bias is not None:
-            y += bias
-        return y.view(*x.shape[:-1], len(weight))
+        return _shifted(product(x.reshape(-1, x.shape[-1]), weight), bias, x)
 
     @staticmethod
     @once_differentiable
@@ -92,10 +89,7 @@ class _NormedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, weight)
         ctx.eps = eps
         unit, _ = norm.unit(x.reshape(-1, x.shape[-1]), eps)
-        y = product(unit, weight * norm_weight)
-        if bias is not None:
-            y += bias
-        return y.view(*x.shape[:-1], len(weight))
+        return _shifted(product(unit, weight * norm_weight), bias, x)
 
     @staticmethod
     @once_differentiable
@@ -109,6 +103,13 @@ class _NormedLinear(torch.autograd.Function):
         dx = norm.unit_backward(dunit, unit, rstd).view(x.shape)
         dbias = rows.sum(0) if ctx.needs_input_grad[3] else None
         return dx, dnorm_weight, dmerged.mul_(norm_weight), dbias, None
+
+
+def _shifted(rows: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """rows + bias, in place, in the shape of x but for its last dimension."""
+    if bias is not None:
+        rows += bias
+    return rows.view(*x.shape[:-1], rows.shape[-1])
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
