@@ -1,9 +1,10 @@
 """`python -m benchmarks.compare [CASE...]`: ours and every peer that is installed, on this machine.
 
 Each contestant is a process of its own, with the same shapes and the same weights. They take turns,
-one repetition each, so that what disturbs the machine disturbs all; a ratio is taken of the two
-times of one turn. The matrix-product limit, the time that the products of a task would take by
-themselves, is one more contestant. Results, tables and pictures go to benchmarks/results/.
+so that what disturbs the machine disturbs all: each does its work once to warm up, and once more
+for the time that counts; a ratio is taken of the two times of one turn. The matrix-product limit,
+the time that the products of a task would take by themselves, is one more contestant. Results,
+tables and pictures go to benchmarks/results/.
 """
 
 import json
@@ -48,7 +49,7 @@ class Options:
     context (how speed and memory depend on it); by default all of these. Only by name: quality (the
     same minutes of training on the same text)."""
     repeat: int = 5
-    """Repetitions of each contestant."""
+    """Timed repetitions of each contestant."""
     threads: int = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     )

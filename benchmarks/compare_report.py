@@ -86,6 +86,7 @@ def markdown(results: dict[str, dict]) -> str:
         "",
         "Made by `python -m benchmarks.compare`. Medians. `ysnake / it` is how many times as fast "
         "ysnake is: the ratio of the times per token in each turn, its median and its extremes. "
+        "In its turn each does its work twice, and the second time counts. "
         "Float32 where nothing else is said. Matrix products are by `torch.mm` and `torch.bmm`; "
         "on CPUs with AVX-512 that are not Intel's, ysnake has oneDNN multiply in linear layers.",
     ]

@@ -2,7 +2,7 @@
 
 Each function prepares one of them and returns a repetition: a call that does the work once and
 returns tensors to compare with the others', or None. `python -m benchmarks.contestants JOB` then
-does one repetition for each line it reads, so a contestant takes no time while others have a turn.
+times one repetition for each line it reads, so a contestant takes no time while others have a turn.
 """
 
 import json
@@ -406,6 +406,7 @@ def main() -> None:
     found = norms(repetition())
     answers.write(json.dumps({"norms": found}) + "\n")
     for _ in sys.stdin:
+        repetition()  # warms up what others had in their turn: caches, the processor's clock
         start = time.perf_counter()
         repetition()
         answer = {"seconds": time.perf_counter() - start}

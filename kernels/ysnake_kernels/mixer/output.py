@@ -43,7 +43,8 @@ class Output:
         if self.norm_weight is None:
             self.normed[:, span] = y * F.silu(z.to(y.dtype))
         else:
-            self.normed[:, span] = norm.forward(y, self.norm_weight, None, z, *self.norm_options)
+            inputs = (y, self.norm_weight, None, z)
+            norm.forward(*inputs, self.normed[:, span], *self.norm_options)
 
     def project(self) -> None:
         if self.projects:

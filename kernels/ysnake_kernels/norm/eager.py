@@ -38,8 +38,8 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, z)
         ctx.options = options
         y = _like(x)
-        for xb, zb, yb in _rows(x, z, y):
-            yb.copy_(forward(xb, weight, bias, zb, *options))
+        rows, gates, out = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, z, y))
+        forward(rows, weight, bias, gates, out, *options)
         return y
 
     @staticmethod
@@ -114,22 +114,32 @@ def forward(
     weight: Tensor,
     bias: Tensor | None,
     z: Tensor | None,
+    y: Tensor,
     eps: float,
     group_size: int,
     norm_before_gate: bool,
-) -> Tensor:
-    """The norm of a block in float32 or float64, [... features]; new memory."""
+) -> None:
+    """Writes y, a block of tokens at a time; x, z and y are [... tokens features]."""
     acc = accumulator(x, weight, bias, z)
-    v = x.to(acc)
-    gate = None if z is None else F.silu(z.to(acc))
-    if gate is not None and not norm_before_gate:
-        v = gate.mul_(v)
-    v = _unit(v, eps, group_size)[0].flatten(-2).mul_(weight.to(acc))
-    if bias is not None:
-        v += bias.to(acc)
-    if gate is not None and norm_before_gate:
-        v *= gate
-    return v
+    weight, bias = weight.to(acc), None if bias is None else bias.to(acc)
+    tokens = x.shape[-2]
+    size = max(1, BLOCK_ELEMENTS * tokens // max(1, x.numel()))
+    for start in range(0, tokens, size):
+        xb, zb, yb = (None if t is None else t[..., start : start + size, :] for t in (x, z, y))
+        v = yb if yb.dtype == acc else torch.empty(yb.shape, dtype=acc, device=yb.device)
+        gate = None if z is None else F.silu(zb.to(acc))
+        xb = xb.to(acc)
+        if gate is not None and not norm_before_gate:
+            xb = torch.mul(gate, xb, out=v)
+        groups, xb = (t.unflatten(-1, (-1, group_size)) for t in (v, xb))
+        torch.mul(xb, rstd(xb, eps), out=groups)
+        v *= weight
+        if bias is not None:
+            v += bias
+        if gate is not None and norm_before_gate:
+            v *= gate
+        if v is not yb:
+            yb.copy_(v)
 
 
 def backward(
