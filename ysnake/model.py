@@ -66,11 +66,16 @@ class Mixer(nn.Module):
         self.out_proj = Linear(c.d_inner, c.d_model, bias=c.bias)
 
     def forward(
-        self, projected: Tensor, seq_idx: Tensor | None, state: LayerState | None
+        self,
+        projected: Tensor,
+        seq_idx: Tensor | None,
+        state: LayerState | None,
+        last_only: bool,
     ) -> Tensor:
         """From z, x, B, C and dt of each token, (batch, length, features), as in_proj gives them.
 
-        With a state, reads on from it and updates it in place.
+        With a state, reads on from it and updates it in place. With `last_only`, projects the last
+        token's output only.
         """
         c, inference = self.config, not torch.is_grad_enabled()
         A = -torch.exp(self.A_log.float())
@@ -96,6 +101,8 @@ class Mixer(nn.Module):
             xBC = projected.detach()[..., c.d_inner : -c.n_heads].transpose(1, 2)
             state.conv = last_tokens(xBC, state.conv, seq_idx, c.conv_width)
             state.ssm = ssm.detach()
+        if last_only:
+            out = out[:, -1:]
         return self.out_proj(out) if inference else out
 
     def _one_token(
@@ -121,8 +128,15 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mixer(config)
 
-    def forward(self, h: Tensor, seq_idx: Tensor | None, state: LayerState | None) -> Tensor:
-        return h + self.mixer(self.project(h), seq_idx, state)
+    def forward(
+        self,
+        h: Tensor,
+        seq_idx: Tensor | None,
+        state: LayerState | None,
+        last_only: bool,
+    ) -> Tensor:
+        mixed = self.mixer(self.project(h), seq_idx, state, last_only)
+        return h[:, -mixed.shape[1] :] + mixed
 
     def project(self, h: Tensor) -> Tensor:
         norm, layer = self.norm, self.mixer.in_proj
@@ -132,11 +146,11 @@ class Block(nn.Module):
 
 
 def _read_on(
-    block: Block, h: Tensor, seq_idx: Tensor | None, state: LayerState | None
+    block: Block, h: Tensor, seq_idx: Tensor | None, state: LayerState | None, last_only: bool
 ) -> tuple[Tensor, LayerState | None]:
     """What the block makes of h, and the state after it; the one before can be read from again."""
     after = copy(state)
-    return block(h, seq_idx, after), after
+    return block(h, seq_idx, after, last_only), after
 
 
 class Backbone(nn.Module):
@@ -150,13 +164,20 @@ class Backbone(nn.Module):
         self.recompute = False  # keep of each block its input alone: slower by a tenth
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, ids: Tensor, seq_idx: Tensor | None, state: State | None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        seq_idx: Tensor | None,
+        state: State | None,
+        last_only: bool = False,
+    ) -> Tensor:
         h = self.embeddings(ids)
         if self.residual_in_fp32 and h.dtype != torch.float64:
             h = h.float()
         for i, layer in enumerate(self.layers):
             own = None if state is None else state[i]
-            read = (layer, h, seq_idx, copy(own))
+            at_end = last_only and i == len(self.layers) - 1
+            read = (layer, h, seq_idx, copy(own), at_end)
             if self.recompute:
                 keep = {"use_reentrant": False, "preserve_rng_state": False}
                 h, after = checkpoint(_read_on, *read, **keep)
@@ -239,7 +260,7 @@ class Model(nn.Module):
         """
         if state is None:
             state = self.empty_state(ids.shape[0])
-        h = self.backbone(ids[:, None] if ids.ndim == 1 else ids, None, state)
+        h = self.backbone(ids[:, None] if ids.ndim == 1 else ids, None, state, last_only)
         if ids.ndim == 1 or last_only:
             h = h[:, -1]
         return self.lm_head(h), state

@@ -436,10 +436,13 @@ def _split_sequences(mixer: "Mixer", line: _Line) -> None:
     read_on = mixer.forward
 
     def forward(
-        projected: "torch.Tensor", seq_idx: "torch.Tensor | None", state: "LayerState | None"
+        projected: "torch.Tensor",
+        seq_idx: "torch.Tensor | None",
+        state: "LayerState | None",
+        last_only: bool,
     ) -> "torch.Tensor":
         if state is not None:
-            return read_on(projected, seq_idx, state)
+            return read_on(projected, seq_idx, state, last_only)
         c = mixer.config
         return mixer_part(
             projected,

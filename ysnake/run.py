@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -107,7 +108,8 @@ def complete(context: "Context", tokenizer: "Tokenizer", options: Options) -> No
 
 def converse(new_context, tokenizer: "Tokenizer", options: Options) -> None:
     """Complete what is typed, line by line, until the end of input."""
-    import readline  # noqa: F401  (gives input() its history and editing)
+    with suppress(ImportError):  # not on Windows, whose console does the same
+        import readline  # noqa: F401  (gives input() its history and editing)
 
     print("Type the beginning of a text. An empty line goes on; Ctrl-D leaves.", file=sys.stderr)
     context = new_context()

@@ -3,6 +3,8 @@
 A block's temporaries stay in the cache. Backward recomputes from the inputs.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,25 +123,24 @@ def forward(
 ) -> None:
     """Writes y, a block of tokens at a time; x, z and y are [... tokens features]."""
     acc = accumulator(x, weight, bias, z)
-    weight, bias = weight.to(acc), None if bias is None else bias.to(acc)
-    tokens = x.shape[-2]
-    size = max(1, BLOCK_ELEMENTS * tokens // max(1, x.numel()))
-    for start in range(0, tokens, size):
-        xb, zb, yb = (None if t is None else t[..., start : start + size, :] for t in (x, z, y))
-        v = yb if yb.dtype == acc else torch.empty(yb.shape, dtype=acc, device=yb.device)
-        gate = None if z is None else F.silu(zb.to(acc))
-        xb = xb.to(acc)
+    grouped = partial(torch.unflatten, dim=-1, sizes=(-1, group_size))
+    weight, bias = (None if t is None else grouped(t.to(acc)) for t in (weight, bias))
+    size = max(1, BLOCK_ELEMENTS * x.shape[-2] // max(1, x.numel()))
+    xs, ys = (grouped(t).split(size, -3) for t in (x, y))
+    zs = [None] * len(xs) if z is None else grouped(z).split(size, -3)
+    for xb, zb, yb in zip(xs, zs, ys, strict=True):
+        out = yb if yb.dtype == acc else torch.empty(yb.shape, dtype=acc, device=yb.device)
+        v = xb.to(acc)
+        gate = None if zb is None else F.silu(zb.to(acc))
         if gate is not None and not norm_before_gate:
-            xb = torch.mul(gate, xb, out=v)
-        groups, xb = (t.unflatten(-1, (-1, group_size)) for t in (v, xb))
-        torch.mul(xb, rstd(xb, eps), out=groups)
-        v *= weight
+            v = torch.mul(gate, v, out=out)
+        torch.mul(v, rstd(v, eps), out=out).mul_(weight)
         if bias is not None:
-            v += bias
+            out += bias
         if gate is not None and norm_before_gate:
-            v *= gate
-        if v is not yb:
-            yb.copy_(v)
+            out *= gate
+        if out is not yb:
+            yb.copy_(out)
 
 
 def backward(
