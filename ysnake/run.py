@@ -30,7 +30,8 @@ class Options:
     checkpoint: Literal["best", "last"] | None = None
     """Which checkpoint of a run; by default best where patience ended it, else last."""
     prompt: str | None = None
-    """Text to go on from. Left out: asked for line by line, or read from a pipe."""
+    """Text to go on from. Left out: asked for line by line, or read from a pipe, whose last
+    line break does not count."""
     max_tokens: int = 200
     """Tokens to write at most."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -158,7 +159,7 @@ def main(argv: list[str]) -> int:
         converse(new_context, tokenizer, options)
         return cli.DONE
     if prompt is None:
-        prompt = sys.stdin.read()
+        prompt = sys.stdin.read().removesuffix("\n")  # which echo and editors add
     context = new_context()
     read(context, tokenizer, prompt)
     if options.save_state is not None:

@@ -42,7 +42,7 @@ def here(capsys, folder, *options):
 
 def test_prompt_pipe_and_seed(folder, capsys):
     options = ("--max-tokens", "30", "--seed", "1")
-    first = complete(folder, *options, input="The adder")
+    first = complete(folder, *options, input="The adder\n")  # as echo writes it
     assert first == here(capsys, folder, "--prompt", "The adder", *options)
     assert first != here(
         capsys, folder, "--prompt", "The adder", "--max-tokens", "30", "--seed", "2"
