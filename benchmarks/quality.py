@@ -105,7 +105,8 @@ def train(job: dict, tell: Callable[[dict], None]) -> None:
     import torch
 
     from ysnake import data
-    from ysnake.train import CLIP, Progress, learning_rate, make_optimizer
+    from ysnake.train import CLIP, learning_rate
+    from ysnake.training_run import Progress, make_optimizer
 
     folder, frame = Path(job["folder"]), job["frame"]
     learn, held_out = (

@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from small import TINY, corpus, saved
 
-from ysnake import checkpoint, settings, train
+from ysnake import checkpoint, settings, train, training_run
 from ysnake.config import InputError
 from ysnake.parallel import Ranks
 
@@ -340,7 +340,7 @@ def test_a_training_state_with_a_payload(stopped):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("name", train.WRITTEN)
+@pytest.mark.parametrize("name", training_run.WRITTEN)
 def test_a_run_does_not_write_through_links(stopped, name):
     outside = stopped.with_name("outside")
     outside.write_text("mine\n")

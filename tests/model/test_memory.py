@@ -40,7 +40,7 @@ import torch
 from ysnake_kernels.allocator import keep_freed_memory
 from ysnake.config import ModelConfig
 from ysnake.model import LayerState, Model
-from ysnake.train import KEPT_RECOMPUTING, make_moments, make_optimizer
+from ysnake.training_run import KEPT_RECOMPUTING, make_moments, make_optimizer
 def peak():  # resident kilobytes; ru_maxrss would begin with the parent's
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from small import ROOT, TINY, corpus, environment, python
 
-from ysnake import checkpoint, settings, train
+from ysnake import checkpoint, new_run, settings, train, training_run
 from ysnake.config import PRESETS
 
 COMMAND = ["ysnake.train", *TINY, "--vocab-size", "300", "--threads", "1", "--data", "snakes.txt"]
@@ -133,7 +133,7 @@ def test_weights_that_decay_are_matrices(tmp_path):
     from small import model
 
     m = model()
-    decaying, other = train.make_optimizer(m, 0.1).param_groups
+    decaying, other = training_run.make_optimizer(m, 0.1).param_groups
     names = {id(p): name for name, p in m.named_parameters()}
     never = ("A_log", "D", "dt_bias", "norm.weight", "norm_f.weight", "bias")
     assert decaying["weight_decay"] == 0.1
@@ -310,8 +310,8 @@ def test_a_preset_vocabulary_is_a_ceiling(tmp_path, capsys):
 
 
 def test_without_the_shipped_corpus_it_asks_for_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SHIPPED", tmp_path / "training_data")
-    options = settings.Settings(data=(train.SHIPPED,), run=tmp_path / "run", max_steps=1)
+    monkeypatch.setattr(new_run, "SHIPPED", tmp_path / "training_data")
+    options = settings.Settings(data=(new_run.SHIPPED,), run=tmp_path / "run", max_steps=1)
     with pytest.raises(ValueError, match="--data: the shipped corpus is not installed here"):
         train.start(options, Console(quiet=True))
 

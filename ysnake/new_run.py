@@ -1,0 +1,147 @@
+"""A new training run: its folder, tokenizer, tokens on disk and first weights, all or nothing."""
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ysnake import cli, memory
+from ysnake import settings as settings_of
+from ysnake.config import PRESETS, InputError, ModelConfig, model_config
+from ysnake.parallel import Ranks
+from ysnake.settings import SHIPPED, Settings
+from ysnake.training_run import Progress, Run, assemble, save_last
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from tokenizers import Tokenizer
+
+
+def start(settings: Settings, console: "Console") -> Run:
+    """Make the folder of a new run: tokenizer, tokens on disk, first weights; all or nothing."""
+    import torch
+
+    from ysnake import checkpoint, data
+    from ysnake.model import Model
+
+    if settings.run is None:
+        settings.run = cli.RUNS / f"{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if settings.run.exists():
+        raise InputError(f"{settings.run}: exists already; --resume goes on with a run")
+    if settings.data == (SHIPPED,) and not SHIPPED.is_dir():
+        raise InputError("--data: the shipped corpus is not installed here; give files or folders")
+    files = data.find_files(settings.data)
+    device = cli.pick_device(settings.device)
+
+    if settings.from_ is not None:
+        _, tokenizer, model = checkpoint.load_all(settings.from_)
+        model.config.check_frame()
+        if settings.chunk_size is not None:
+            model.use_config(replace(model.config, chunk_size=settings.chunk_size))
+        memory.fit(settings, model.config)
+    else:
+        tokenizer = train_tokenizer(settings, files, console)
+        config = _config(settings, tokenizer)
+        memory.fit(settings, config)
+        torch.manual_seed(settings.seed)
+        model = Model(config, settings.init)
+
+    new = settings.run.with_name(f".{settings.run.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    first_run = not new.parent.exists()
+    try:
+        (new / "data").mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{settings.run}: {error.strerror}") from error
+    try:
+        counts = _tokenise(settings, files, tokenizer, model.config, new / "data", console)
+        if counts.train_tokens <= settings.seq_len:
+            raise InputError(
+                f"--seq-len: all documents together have {counts.train_tokens} tokens to train on, "
+                f"fewer than a window of {settings.seq_len} and the token after it"
+            )
+        settings_of.write(settings, new)
+        run = assemble(replace(settings, run=new), model, tokenizer, Progress(), Ranks())
+        save_last(run)  # before the folder has its name, so that no run is there without one
+        checkpoint.sync(new)
+        new.rename(settings.run)
+    except BaseException as error:
+        shutil.rmtree(new)
+        if first_run:
+            new.parent.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"{settings.run}: {error.strerror}") from error
+        raise
+    console.print(
+        f"[bold]{settings.run}[/]: {counts.train_documents} documents to learn "
+        f"({counts.train_words:,} words, {counts.train_tokens:,} tokens), "
+        f"{counts.val_documents} held out; {model.n_parameters():,} parameters on {device}"
+    )
+    return assemble(settings, model, tokenizer, Progress(), Ranks())
+
+
+def plan(settings: Settings, console: "Console") -> Any:
+    """The table of --plan; the documents are read only if they decide the vocabulary."""
+    from ysnake import checkpoint, data
+
+    if settings.resume or settings.from_ is not None:
+        source = settings.run / "last" if settings.resume else settings.from_
+        config = checkpoint.load_config(checkpoint.resolve(source))
+        config = replace(config, chunk_size=settings.chunk_size, output_size=settings.output_size)
+    elif settings.vocab_size is not None:
+        config = model_config(settings, settings.vocab_size, 0)
+    else:
+        tokenizer = train_tokenizer(settings, data.find_files(settings.data), console)
+        config = _config(settings, tokenizer)
+    return memory.table(config, settings)
+
+
+def _config(settings: Settings, tokenizer: "Tokenizer") -> ModelConfig:
+    from ysnake.tokenizer import eot_id
+
+    return model_config(settings, tokenizer.get_vocab_size(), eot_id(tokenizer))
+
+
+def train_tokenizer(settings: Settings, files: list[Path], console: "Console") -> "Tokenizer":
+    """A tokenizer learnt from the documents to train on, of the size asked for."""
+    from ysnake import data
+    from ysnake import tokenizer as tokenizers
+
+    wanted = settings.vocab_size or PRESETS[settings.preset].max_vocab
+    with console.status("learning the vocabulary"):
+        pieces = data.split(data.read_documents(files, settings.max_documents))
+        texts = (text for text, _, held_out in pieces if not held_out)
+        tokenizer = tokenizers.train(settings.tokenizer, texts, wanted)
+    size = tokenizer.get_vocab_size()
+    if size < wanted and settings.vocab_size is not None:
+        raise InputError(f"--vocab-size: {wanted} cannot be met, these documents give {size}")
+    if size < wanted:
+        console.print(f"vocabulary: {size:,} entries, all that these documents give")
+    return tokenizer
+
+
+def _tokenise(
+    settings: Settings,
+    files: list[Path],
+    tokenizer: "Tokenizer",
+    config: ModelConfig,
+    folder: Path,
+    console: "Console",
+) -> Any:
+    from rich.progress import Progress as Bar
+
+    from ysnake import data
+
+    limited = settings.max_documents is not None
+    total = None if limited else sum(path.stat().st_size for path in files)
+    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("writing tokens", total=total)
+        return data.write_tokens(
+            data.read_documents(files, settings.max_documents),
+            tokenizer,
+            config.bos_id,
+            config.eos_id,
+            folder,
+            lambda characters: bar.advance(task, characters),
+        )
