@@ -32,6 +32,7 @@ from ysnake.config import (
     weight_name,
 )
 from ysnake.model import FactorisedHead, Model
+from ysnake.shown import escape_controls
 
 WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"  # of others: the list of several such files
@@ -147,7 +148,8 @@ def newest_good(folder: Path | str, read: Callable[[Path], Read]) -> tuple[Path,
         found = read(old)
     except InputError:
         raise damage from None
-    logging.getLogger(__name__).warning("warning: %s; goes on from %s, the one before", damage, old)
+    warning = escape_controls(f"warning: {damage}; goes on from {old}, the one before")
+    logging.getLogger(__name__).warning("%s", warning)
     return old, found
 
 

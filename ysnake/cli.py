@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import tyro
 
 from ysnake.config import InputError
+from ysnake.shown import escape_controls
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ def run(command: Callable[[list[str]], int]) -> None:
     try:
         code = command(sys.argv[1:])
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_controls(str(error))}", file=sys.stderr)
         code = WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -49,7 +50,8 @@ def run(command: Callable[[list[str]], int]) -> None:
         code = FAILED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        message = escape_controls(f"{where}{error.strerror or error}")
+        print(f"error: {message}", file=sys.stderr)
         code = FAILED
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or "allocate memory" in str(error)):

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 from ysnake import cli
 from ysnake.config import InputError
 from ysnake.sampling import Sampling
+from ysnake.shown import escape_controls
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -101,7 +102,7 @@ def complete(context: "Context", tokenizer: "Tokenizer", options: Options) -> No
     tokens = context.generate(options.sampling, options.max_tokens)
     try:
         for text in until(texts(tokenizer, tokens), options.stop):
-            print(text, end="", flush=True)
+            print(escape_controls(text, keep="\n\t"), end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     print(flush=True)

@@ -1,0 +1,21 @@
+"""Text of others made safe to print: a terminal shows control characters and does not obey them."""
+
+import re
+
+# C0 and C1 controls, line and paragraph separators, changes of direction, halves of surrogate pairs
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape_controls(text: str, keep: str = "") -> str:
+    """The text with each control character written as Python writes it, ESC as \\x1b.
+
+    Args:
+        text: from a file, a model, a server or an error message.
+        keep: characters that stay as they are. A text of several lines keeps "\\n\\t".
+    """
+
+    def escape(found: re.Match) -> str:
+        character = found[0]
+        return character if character in keep else character.encode("unicode_escape").decode()
+
+    return _CONTROLS.sub(escape, text)
