@@ -6,6 +6,9 @@ from setuptools import setup
 
 SERVE = ["starlette>=1.7", "uvicorn>=0.54"]
 GGUF = ["gguf>=0.17"]
+# Torch for GPUs brings the Triton that it needs. Torch for CPUs brings none, and only tests and
+# benchmarks need one there.
+TRITON = ['triton>=3.6; platform_system == "Linux"']
 
 setup(
     name="ysnake",
@@ -28,7 +31,6 @@ setup(
     },
     install_requires=[
         "torch>=2.11",
-        'triton>=3.6; platform_system == "Linux"',
         "einops>=0.8",
         "ollama>=0.5",
         "httpx>=0.27",
@@ -49,7 +51,8 @@ setup(
             "hypothesis>=6.100",
             *SERVE,
             *GGUF,
+            *TRITON,
         ],
-        "bench": ["pytest-benchmark>=5", "transformers>=5"],
+        "bench": ["pytest-benchmark>=5", "transformers>=5", *TRITON],
     },
 )
