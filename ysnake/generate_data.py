@@ -13,7 +13,7 @@ import signal
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -22,19 +22,17 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 from tyro.conf import arg
 
-from ysnake import cli
+from ysnake import cli, ollama_client
 from ysnake.config import InputError
+from ysnake.ollama_client import ServerError
 
 if TYPE_CHECKING:
-    from ollama import AsyncClient, Client
     from rich.console import Console
 
 LISTS = Path(__file__).parent / "lists"
 KINDS = ("words", "topics", "dates")
 KEPT = "kept"
 DROPPED = ("refusal", "stub", "duplicate", "near duplicate")
-FIRST_WAIT = 0.5  # seconds before a request is tried again; doubled each time
-CONNECT, SILENCE = 10.0, 600.0  # seconds to wait for a connection, and for a word of an answer
 SYSTEM = (
     "You write short documents of plain English prose. Answer with the document alone: no title, "
     "no headings, no lists, no markdown, no remark before or after it, and do not speak of "
@@ -75,10 +73,6 @@ class Options:
     """How often a request that failed is tried again: after 0.5 seconds, 1, 2, 4, ..."""
 
 
-class ServerError(Exception):
-    """The server does not do what it should; the message is one line and names it."""
-
-
 @dataclass(frozen=True)
 class Task:
     """One document to ask for: the number `prompt` of the kind's prompts, about `entry`."""
@@ -101,9 +95,6 @@ def tasks(kind: str, seed: int) -> Iterator[Task]:
     for turn in range(prompts):
         for entry, start in zip(entries, first, strict=True):
             yield Task(entry, (start + turn) % prompts)
-
-
-Answer = tuple[str, bool]  # a text, and whether it was cut at the limit
 
 
 class Shelf:
@@ -248,169 +239,6 @@ def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]
     return records
 
 
-def host() -> str:
-    """The server, as the user knows it."""
-    return os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
-
-
-def explain(error: Exception) -> str:
-    """What went wrong with a request, in one line."""
-    import httpx
-    from ollama import ResponseError
-
-    if isinstance(error, ConnectionError | httpx.ConnectError | httpx.ConnectTimeout):
-        return (
-            f"no Ollama server answers at {host()}; start it with `ollama serve`, "
-            "or name another in OLLAMA_HOST"
-        )
-    if isinstance(error, httpx.TimeoutException):
-        return f"{host()}: not a word for {SILENCE:.0f} seconds"
-    said = str(error.error if isinstance(error, ResponseError) else error)
-    said = " ".join(said.split())[:200]
-    if isinstance(error, ResponseError) and error.status_code > 0:
-        return f"{host()}: answered {error.status_code}: {said}"
-    return f"{host()}: broke off in the middle of an answer ({said})"
-
-
-def prepare(options: Options, console: "Console") -> None:
-    """See that the server is there and has the model; pull it if the user wants.
-
-    Raises:
-        ServerError: there is no server, or it is not Ollama.
-        InputError: the model is not there, and is not to be pulled.
-    """
-    import httpx
-
-    try:
-        import ollama  # makes a client of its own, so a bad OLLAMA_HOST fails here already
-
-        client = ollama.Client(timeout=httpx.Timeout(SILENCE, connect=CONNECT))
-    except (ValueError, httpx.InvalidURL) as error:
-        raise InputError(f"OLLAMA_HOST: expected HOST:PORT, got {host()!r}") from error
-    try:
-        there = [model.model or "" for model in client.list().models]
-        if has(client, options.model):
-            return
-        if not options.pull and not agreed(f"{options.model} is not pulled. Pull it now?"):
-            raise missing(options.model, there)
-        pull(client, options.model, console)
-    except InputError:
-        raise
-    except httpx.UnsupportedProtocol as error:
-        raise InputError(f"OLLAMA_HOST: expected HOST:PORT, got {host()!r}") from error
-    except (httpx.TransportError, ConnectionError, ollama.ResponseError) as error:
-        raise ServerError(explain(error)) from error
-    except (ValueError, TypeError) as error:  # no JSON, or of another shape
-        said = str(error).splitlines()[0]
-        raise ServerError(f"{host()}: does not answer as Ollama does ({said})") from error
-
-
-def has(client: "Client", model: str) -> bool:
-    """Whether the server has the model."""
-    import ollama
-
-    try:
-        client.show(model)
-    except ollama.ResponseError as error:
-        if error.status_code != 404:
-            raise
-        return False
-    return True
-
-
-def missing(model: str, there: Sequence[str] = ()) -> InputError:
-    """The error of a model that the server does not have."""
-    others = f" (there: {', '.join(there)})" if there else ""
-    return InputError(
-        f"--model: {model} is not pulled at {host()}{others}; "
-        f"`ollama pull {model}` or --pull downloads it"
-    )
-
-
-def agreed(question: str) -> bool:
-    """Whether somebody at a terminal says yes."""
-    from rich.prompt import Confirm
-
-    if not sys.stdin.isatty():
-        return False
-    try:
-        return Confirm.ask(question, default=True)
-    except EOFError:
-        return False
-
-
-def pull(client: "Client", model: str, console: "Console") -> None:
-    """Have the server download a model, and show how far it is."""
-    import ollama
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    try:
-        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-            shown = bar.add_task(f"pulling {model}", total=None)
-            for part in client.pull(model, stream=True):
-                if part.total:
-                    bar.update(shown, total=part.total, completed=part.completed or 0)
-    except ollama.ResponseError as error:
-        raise InputError(f"--model: {host()} cannot pull {model}: {error.error}") from error
-    if not has(client, model):
-        raise ServerError(f"{host()}: broke off while pulling {model}; pull it again to go on")
-
-
-async def ask(client: "AsyncClient", task: Task, prompt: str, options: Options) -> Answer:
-    """The model's whole answer.
-
-    Raises:
-        ValueError: the answer has no end.
-    """
-    chance = zlib.crc32(f"{options.seed} {task.entry} {task.prompt}".encode()) >> 1
-    parts, reason = [], None
-    stream = await client.generate(
-        options.model,
-        prompt.format(task.entry),
-        system=SYSTEM,
-        stream=True,
-        options={
-            "temperature": options.temperature,
-            "seed": chance,
-            "num_predict": options.max_tokens,
-        },
-    )
-    async for part in stream:
-        parts.append(part.response or "")
-        if part.done:
-            reason = part.done_reason or "stop"
-    if reason is None:
-        raise ValueError("it has no end")
-    return "".join(parts), reason == "length"
-
-
-async def patiently(
-    request: Callable[[], Awaitable[Answer]], options: Options, tell: Callable[[str], None]
-) -> Answer:
-    """The result of a request, tried again with growing waits where the server may recover.
-
-    Raises:
-        ServerError: it did not recover, or refuses the request.
-        InputError: it does not have the model.
-    """
-    import httpx
-    from ollama import ResponseError
-
-    for attempt in range(options.retries + 1):
-        try:
-            return await request()
-        except (httpx.TransportError, ConnectionError, ResponseError, ValueError) as error:
-            status = getattr(error, "status_code", -1)
-            if status == 404:
-                raise missing(options.model) from error
-            if attempt == options.retries or (400 <= status < 500 and status != 429):
-                raise ServerError(explain(error)) from error
-            wait = FIRST_WAIT * 2**attempt
-            tell(f"{explain(error)}; trying again in {wait:g} s")
-        await asyncio.sleep(wait)
-
-
 def next_task(shelves: list[Shelf]) -> tuple[Shelf, Task] | None:
     """What to ask for next: something of the kind that is furthest behind."""
     for shelf in sorted((s for s in shelves if s.wants), key=lambda s: s.filled):
@@ -423,10 +251,9 @@ async def fill(shelves: list[Shelf], options: Options, console: "Console") -> No
     """Ask for documents, several at a time, until all shelves are full or nothing is left to ask.
 
     Raises:
-        ServerError, InputError: as `patiently` and `Shelf.put`.
+        ServerError, InputError: as `ollama_client.patiently` and `Shelf.put`.
         asyncio.CancelledError: Ctrl-C was pressed.
     """
-    import httpx
     from ollama import AsyncClient
 
     tell = partial(console.print, markup=False)
@@ -435,15 +262,21 @@ async def fill(shelves: list[Shelf], options: Options, console: "Console") -> No
         while found := next_task(shelves):
             shelf, task = found
             shelf.asked += 1
-            request = partial(ask, client, task, shelf.prompts[task.prompt], options)
-            answer, cut = await patiently(request, options, tell)
+            prompt = shelf.prompts[task.prompt].format(task.entry)
+            settings = {
+                "temperature": options.temperature,
+                "seed": zlib.crc32(f"{options.seed} {task.entry} {task.prompt}".encode()) >> 1,
+                "num_predict": options.max_tokens,
+            }
+            ask = partial(ollama_client.ask, client, options.model, prompt, SYSTEM, settings)
+            answer, cut = await ollama_client.patiently(ask, options.model, options.retries, tell)
             shelf.asked -= 1
             shelf.put(task, answer, cut, options.min_words)
             show()
 
-    timeout = httpx.Timeout(SILENCE, connect=CONNECT)
+    most = options.max_tokens * ollama_client.TOKEN_BYTES + ollama_client.LARGEST_REPLY // 64
     with progress(shelves, console) as show, cancelled_by_ctrl_c():
-        async with AsyncClient(timeout=timeout) as client:
+        async with ollama_client.connect(AsyncClient, most) as client:
             workers = [asyncio.create_task(work(client)) for _ in range(options.parallel)]
             try:
                 await asyncio.gather(*workers)
@@ -529,7 +362,7 @@ def main(argv: list[str]) -> int:
     console = cli.console()
     shelves, code = [], cli.DONE
     try:
-        prepare(options, console)
+        ollama_client.prepare(options.model, options.pull, console)
         shelves = open_shelves(options)
         asyncio.run(fill(shelves, options, console))
     except ServerError as error:
