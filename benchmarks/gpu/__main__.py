@@ -1,0 +1,190 @@
+"""`python -m benchmarks.gpu`: run stages, each job in a process of its own, with a time limit.
+
+Results go to gpu.jsonl line by line, so a stage that fails or hangs costs no other's results.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gpu import report
+from benchmarks.gpu.common import ROOT, Options, reason
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A module of this package, whose `run(job, options)` does a job."""
+
+    module: str
+    seconds: float
+    """For all its jobs together; then what still runs is killed."""
+    jobs: tuple[str, ...] = ("all",)
+    at_once: int = 1
+    """Jobs that run at the same time."""
+    dry_jobs: tuple[str, ...] | None = None
+    """The jobs of a dry run, where these are fewer."""
+    interpreted: bool = True
+    """Whether a dry run interprets the kernels; else it compiles them for sm_90."""
+
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+CONTESTANTS = ("ours", "ours, graph", "transformers, mamba_ssm", "transformers, drop-in")
+MODELS = ("130m", "ys-24m")
+STAGES = {
+    "versions": Stage("versions", 40),
+    "precompile": Stage("precompile", 75, ("checks",), interpreted=False),
+    "precompile-sweep": Stage("precompile", 75, ("sweep",), interpreted=False),
+    "check": Stage(
+        "check", 75, (*DTYPES, "model", "million"), 6, dry_jobs=("bfloat16", "model", "million")
+    ),
+    "sanitize": Stage("sanitize", 45, ("memcheck", "racecheck"), 2, dry_jobs=("memcheck",)),
+    "sweep": Stage("sweep", 60),
+    "time": Stage("measure", 60, ("fused", "eager", "first call"), dry_jobs=("fused", "eager")),
+    "peers": Stage("peers", 75, ("compile", "scan", "mixer"), dry_jobs=("scan",)),
+    "train": Stage(
+        "train",
+        90,
+        tuple(f"{model}: {name}" for model in MODELS for name in CONTESTANTS),
+        at_once=8,
+        dry_jobs=("130m: ours", "130m: transformers, drop-in"),
+    ),
+    "decode": Stage("decode", 40, MODELS, 2, dry_jobs=MODELS[:1]),
+    "ncu": Stage("ncu", 45),
+    "quick": Stage("quick", 40, ("plain", "carried state"), 2, dry_jobs=("plain",)),
+}
+CALLS = {
+    "a": ["versions", "precompile", "check", "sanitize"],
+    "b": [
+        "versions",
+        "precompile-sweep",
+        "sweep",
+        "time",
+        "peers",
+        "train",
+        "decode",
+        "ncu",
+        "quick",
+    ],
+    "all": list(STAGES),
+}
+
+
+def environment(stage: Stage, options: Options) -> dict[str, str]:
+    """Of a job's process."""
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "kernels")]
+    paths += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    cache = os.environ.get("TRITON_CACHE_DIR") or f"{tempfile.gettempdir()}/ysnake-gpu-cache"
+    more = {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": cache}
+    more |= {
+        "TRITON_CACHE_AUTOTUNING": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if options.dry:
+        more |= {"TRITON_INTERPRET": "1" if stage.interpreted else "0", "CUDA_VISIBLE_DEVICES": ""}
+        more |= {"OMP_WAIT_POLICY": "passive"}
+    return os.environ | more
+
+
+def run_stage(name: str, options: Options, limit: float) -> bool:
+    """Run a stage's jobs; whether all went well. What fails becomes a row."""
+    stage, began = STAGES[name], time.monotonic()
+    waiting = list(stage.dry_jobs if options.dry and stage.dry_jobs else stage.jobs)
+    options.write(name, begins=time.strftime("%H:%M:%S"), jobs=len(waiting))
+    deadline = began + min(stage.seconds * (5 if options.dry else 1), limit)
+    running: dict[str, subprocess.Popen] = {}
+    fine = True
+    at_once = min(stage.at_once, 2) if options.dry else stage.at_once
+    with open(options.out / "log.txt", "a") as log:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                command = [sys.executable, "-m", "benchmarks.gpu", "--worker", name, job]
+                command += ["--out", str(options.out), "--processes", str(options.processes)]
+                command += ["--peers", str(options.peers)] * bool(options.peers)
+                command += ["--dry-run"] * options.dry
+                process = {"stderr": log, "start_new_session": True, "cwd": ROOT}
+                running[job] = subprocess.Popen(command, env=environment(stage, options), **process)
+            time.sleep(0.05)
+            late = time.monotonic() > deadline
+            for job, process in list(running.items()):
+                if late and process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    options.write(name, job=job, failed=f"stopped after {deadline - began:.0f} s")
+                elif process.poll() is None:
+                    continue
+                elif process.returncode:
+                    options.write(name, job=job, failed=f"exit code {process.returncode}")
+                fine &= process.returncode == 0
+                del running[job]
+            if late and waiting:
+                options.write(name, failed="no time left", jobs=waiting)
+                waiting, fine = [], False
+    options.write(name, took=round(time.monotonic() - began, 1), fine=fine)
+    return fine
+
+
+def work(name: str, job: str, options: Options) -> int:
+    """What the process of a job does."""
+    try:
+        importlib.import_module(f"benchmarks.gpu.{STAGES[name].module}").run(job, options)
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        options.write(name, job=job, failed=reason(error))
+        return 1
+    return 0
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--call", choices=CALLS, help="run these stages in order")
+    parser.add_argument("--stage", nargs="+", choices=STAGES, help="run these stages instead")
+    parser.add_argument("--out", type=Path, default=Path("gpu"), help="where the results go")
+    parser.add_argument("--seconds", type=float, default=3600, help="stop after so many seconds")
+    parser.add_argument("--peers", type=Path, help="folder with mamba_ssm and causal_conv1d")
+    parser.add_argument("--processes", type=int, default=16, help="that compile at once")
+    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: does it run?")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    """Exit code 0: all went well; 1: some of it did not; 2: no GPU."""
+    args = parse()
+    peers = args.peers and args.peers.resolve()
+    options = Options(args.out.resolve(), args.dry_run, peers, args.processes)
+    if args.worker:
+        return work(*args.worker, options)
+    if peers and not peers.is_dir():
+        print(f"benchmarks.gpu: --peers: no such folder: {peers}", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    fine = True
+    for name in args.stage or CALLS[args.call or "all"]:
+        left = args.seconds - (time.monotonic() - began)
+        if left < 5:
+            options.write(name, failed="no time left")
+            fine = False
+            continue
+        fine &= run_stage(name, options, left)
+        report.write(options.out)
+        if name == "versions" and not fine:
+            print("benchmarks.gpu: no CUDA device here; --dry-run needs none", file=sys.stderr)
+            return 2
+    print(report.summary(options.out))
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

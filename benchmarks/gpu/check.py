@@ -1,0 +1,194 @@
+"""Stage `check`: every case of every operator against float64, and what only a card can show.
+
+A process for each dtype, one for the model, and one for a million tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+import ysnake_kernels as ours
+from torch import Tensor
+
+from benchmarks.gpu import cases
+from benchmarks.gpu.cases import TINY, Case, arguments, compare, finite
+from benchmarks.gpu.common import Options, captured, reason
+from benchmarks.traffic import Shape
+
+LONG, MILLION, PIECE = 131072, 2**20, 65536  # tokens
+
+
+def run(job: str, options: Options) -> None:
+    checks = {"model": model, "million": million}.get(job) or partial(of_dtype, job)
+    wrong = 0
+    for name, check in checks(options):
+        try:
+            row = check()
+        except Exception as error:  # the other checks go on
+            row = {"case": name, "dtype": job, "right": False, "failed": reason(error)}
+        options.write("check", **row)
+        wrong += not row["right"]
+    if wrong:
+        raise SystemExit(1)
+
+
+Checks = Iterator[tuple[str, Callable[[], dict]]]
+
+
+def of_dtype(job: str, options: Options) -> Checks:
+    """All cases, the production shape, a long sequence, and the same bits in every way to run."""
+    dtype, device, dry = getattr(torch, job), options.device, options.dry
+    slack = 30 if dry else 1  # sums of few terms cancel, and the interpreter cuts bfloat16 off
+    for name in cases.names(dry):
+
+        def check(name: str = name) -> dict:
+            return compare(cases.case(name, dtype, device, dry), dtype, "reference", slack)
+
+        yield name, check
+    large = TINY if dry else Shape()
+    for op in ("scan",) if dry else ("scan", "mixer"):
+        tensors = arguments(large, dtype, device)[op]
+        c = Case(f"{op}, {large.batch} x {large.length}", op, tensors, cases.OPTIONS[op])
+        yield c.name, partial(compare, c, dtype, "eager", 2 * slack)
+    if job in ("bfloat16", "float32") and not dry:
+        s = Shape(1, LONG, heads=8)
+        c = Case(
+            f"scan, 1 x {s.length}",
+            "scan",
+            arguments(s, dtype, device)["scan"],
+            cases.OPTIONS["scan"],
+        )
+        yield c.name, partial(compare, c, dtype, "eager", 2 * slack)
+    for op in ("scan",) if dry else ("scan", "convolution", "norm", "mixer"):
+        for s in (TINY,) if dry else (Shape(), Shape(1, 32768)):
+            yield f"{op}, same bits", partial(same_bits, op, s, dtype, device)
+
+
+def same_bits(op: str, s: Shape, dtype: torch.dtype, device: str) -> dict:
+    """Twice, on another stream, and in a CUDA graph: outputs and gradients are the same bits."""
+    tensors = arguments(s, dtype, device)[op]
+    leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
+    call = partial(cases.operators("fused")[op], **cases.OPTIONS[op])
+    found: dict[str, list[Tensor]] = {}
+    with ours.backend("fused"):
+        weight = torch.randn_like(call(**leaves))
+
+        def work() -> list[Tensor]:
+            y = call(**leaves)
+            return [y, *torch.autograd.grad(y, list(leaves.values()), weight)]
+
+        first = [t.clone() for t in work()]
+        found["twice"] = work()
+        if device == "cuda":
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                found["stream"] = work()
+            torch.cuda.synchronize()
+            kept: list[Tensor] = []
+            graph = captured(lambda: kept.__setitem__(slice(None), work()))
+            for t in kept:
+                t.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            found["graph"] = kept
+    same = {
+        way: all(torch.equal(a, b) for a, b in zip(first, others, strict=True))
+        for way, others in found.items()
+    }
+    row = {"case": f"{op}, same bits, {s.batch} x {s.length}", "dtype": str(dtype)[6:]}
+    return row | {"same": same, "right": all(same.values())}
+
+
+def million(options: Options) -> Checks:
+    """A sequence of a million tokens, forward, against float64 read in pieces."""
+    s = replace(TINY, length=20) if options.dry else Shape(1, MILLION)
+    piece = 16 if options.dry else PIECE
+
+    def check() -> dict:
+        from comparison import TOLERANCES, distance
+
+        given = arguments(s, torch.bfloat16, options.device)["scan"]
+        more = cases.OPTIONS["scan"] | {"return_final_states": True}
+        with torch.no_grad():
+            with ours.backend("fused"):
+                y, states = ours.ssd_scan(**given, **more)
+            out, carried = 0.0, None
+            for start in range(0, s.length, piece):
+                part = {
+                    k: (t[:, start : start + piece] if t.ndim > 1 else t).double()
+                    for k, t in given.items()
+                }
+                with ours.backend("eager"):
+                    expected, carried = ours.ssd_scan(**part, initial_states=carried, **more)
+                out = max(out, distance(y[:, start : start + piece], expected))
+        out = max(out, distance(states, carried))
+        right = out <= TOLERANCES[torch.bfloat16][0] * (2 if options.dry else 1)
+        row = {"case": f"scan, 1 x {s.length}, forward", "dtype": "bfloat16"}
+        return row | {"against": "eager", "output": finite(out), "right": right}
+
+    yield "a million tokens", check
+
+
+def model(options: Options) -> Checks:
+    """A training step in every form, and decoding, fused against eager, in float32."""
+    from comparison import distance
+
+    from ysnake.config import ModelConfig
+    from ysnake.model import Model
+
+    sizes = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "d_state": 16, "head_dim": 16}
+    if not options.dry:
+        sizes = {"vocab_size": 512, "d_model": 256, "n_layers": 3, "d_state": 64}
+    torch.manual_seed(0)
+    net = Model(ModelConfig(**sizes)).to(options.device)
+    batch, length = (2, 12) if options.dry else (4, 256)
+    ids = torch.randint(sizes["vocab_size"], (batch, length + 1), device=options.device)
+    ids, targets = ids[:, :-1], ids[:, 1:]
+    second = (torch.arange(length, device=options.device) >= length // 3).int()
+    documents = second.expand(batch, -1).contiguous()
+
+    def step(backend: str, seq_idx: Tensor | None, carry: bool, autocast: bool) -> list[Tensor]:
+        net.zero_grad()
+        state = net.empty_state(batch) if carry else None
+        with ours.backend(backend):
+            for _ in range(1 + carry):
+                with torch.autocast(options.device, torch.bfloat16, enabled=autocast):
+                    loss = net.loss(ids, targets, seq_idx, state) / targets.numel()
+                loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
+
+    def check(name: str, recompute: bool, autocast: bool, *how: object) -> dict:
+        net.backbone.recompute = recompute
+        found, expected = step("fused", *how, autocast), step("eager", *how, False)
+        far = max(map(distance, found, expected))
+        limit = 0.1 if autocast else 2e-3
+        row = {"case": f"model, {name}", "dtype": "bfloat16 autocast" if autocast else "float32"}
+        return row | {"against": "eager", "output": finite(far), "right": far <= limit}
+
+    forms = {
+        "plain": (None, False),
+        "documents": (documents, False),
+        "carried state": (None, True),
+        "documents, carried state": (documents, True),
+    }
+    for name, how in list(forms.items())[-1 if options.dry else 0 :]:
+        yield name, partial(check, name, False, False, *how)
+    if not options.dry:
+        yield "recompute", partial(check, "recompute", True, False, None, False)
+        yield "autocast", partial(check, "plain", False, True, None, False)
+
+    def decode() -> dict:
+        with torch.no_grad(), ours.backend("eager"):
+            expected = net(ids)
+        with ours.backend("fused"):
+            logits, state = net.step(ids[:, : length // 2], None, last_only=True)
+            far = distance(logits, expected[:, length // 2 - 1])
+            for i in range(length // 2, length // 2 + 4):
+                logits, state = net.step(ids[:, i], state)
+                far = max(far, distance(logits, expected[:, i]))
+        row = {"case": "model, decoding", "dtype": "float32", "against": "eager"}
+        return row | {"output": finite(far), "right": far <= 1e-3}
+
+    yield "decoding", decode

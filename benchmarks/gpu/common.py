@@ -1,0 +1,135 @@
+"""What all stages share: options, rows of results, the card, and timing by graph replays."""
+
+import fcntl
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PEAK = 989e12
+"""Dense bfloat16 operations per second of an H100 or H200, by the data sheet."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says."""
+
+    out: Path
+    dry: bool = False
+    peers: Path | None = None
+    """A folder with mamba_ssm and causal_conv1d, where they are not installed."""
+    processes: int = 16
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    def write(self, stage: str, **row: Any) -> None:
+        """Append a row to gpu.jsonl at once, and print it."""
+        line = json.dumps({"stage": stage, **row}) + "\n"
+        with open(self.out / "gpu.jsonl", "a") as file:
+            file.write(line)
+        print(compact(stage, row), flush=True)
+
+
+def compact(stage: str, row: dict) -> str:
+    """A row as one short line of output."""
+    values = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+    return f"{stage}: " + " ".join(values)[:200]
+
+
+def reason(error: BaseException) -> str:
+    """An error as one line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]} {lines[-1] if len(lines) > 1 else ''}"[:400].strip()
+
+
+def multiprocessors(device: str) -> int:
+    import torch
+
+    return 1 if device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
+
+
+@contextmanager
+def card_alone() -> Iterator[None]:
+    """Wait for other processes of this benchmark that use the card in this way."""
+    with open(Path(tempfile.gettempdir()) / f"ysnake-gpu-{os.getuid()}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# Timing
+
+
+def seconds(calls: Sequence[Callable[[], object]], device: str, budget: float = 0.1) -> float:
+    """The median time of one call, by replays of a CUDA graph that makes all calls in turn.
+
+    The calls should do the same work on different tensors, so that none finds its own in the
+    cache: see `copies`. On a CPU: the wall-clock time of one call.
+    """
+    import torch
+
+    if device == "cpu":
+        start = time.perf_counter()
+        calls[0]()
+        return time.perf_counter() - start
+    graph = captured(lambda: [call() for call in calls] and None)
+    graph.replay()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    graph.replay()
+    torch.cuda.synchronize()
+    once = time.perf_counter() - start
+    repeats = min(100, max(5, int(budget / once)))
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for begin, end in pairs:
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    times = [begin.elapsed_time(end) for begin, end in pairs]
+    return statistics.median(times) / 1e3 / len(calls)
+
+
+def captured(work: Callable[[], object], warm_up: int = 2) -> Any:
+    """A CUDA graph of the work, which runs a few times first: it compiles what it needs."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    return graph
+
+
+def copies(bytes_of_one: float, device: str, most: int = 64) -> int:
+    """How many sets of tensors together are twice as large as the card's cache."""
+    if device == "cpu":
+        return 1
+    import torch
+
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(most, max(1, math.ceil(2 * cache / bytes_of_one)))
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written per second by a plain copy."""
+    import torch
+
+    source = torch.zeros(2**20 if device == "cpu" else 2**30, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds([lambda: target.copy_(source)], device)

@@ -1,0 +1,70 @@
+"""Stage `decode`: tokens per second of writing token by token, with and without CUDA graphs.
+
+A step must read every weight, and read and write every state, once: the share is that traffic over
+the time, against a plain copy.
+"""
+
+import torch
+
+from benchmarks.gpu.common import Options, captured, card_alone, copy_bandwidth, reason, seconds
+from benchmarks.gpu.train import SIZES, ours
+
+
+def run(job: str, options: Options) -> None:
+    model, _ = ours(SIZES["dry" if options.dry else job])
+    with card_alone():
+        bandwidth = copy_bandwidth(options.device)
+        for dtype in (torch.float32, torch.bfloat16)[options.dry :]:
+            model = model.to(options.device, dtype).eval()
+            for batch in (1,) if options.dry else (1, 16, 64):
+                row = {"model": job, "dtype": str(dtype)[6:], "batch": batch}
+                try:
+                    measure(model, batch, row, bandwidth, options)
+                except Exception as error:
+                    options.write("decode", **row, failed=reason(error))
+
+
+def measure(
+    model: torch.nn.Module, batch: int, row: dict, bandwidth: float, options: Options
+) -> None:
+    from ysnake.decoding import Decoder
+
+    device = options.device
+    decoder = Decoder(model)
+    state = model.empty_state(batch)
+    ids = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def step() -> None:
+        logits, _ = decoder.step(ids, state)
+        ids.copy_(logits.argmax(-1))
+
+    weights = sum(p.nbytes for p in model.parameters())
+    states = sum(2 * t.nbytes for layer in state for t in (layer.conv, layer.ssm))
+    with torch.no_grad():
+        plain = eager_seconds(step, device)
+        spent = {"no graph": plain}
+        if device == "cuda":
+            captured(step)  # fails here where a step cannot be captured
+            spent["graph"] = seconds([step], device)
+    for way, time in spent.items():
+        more = {"way": way, "seconds": time, "tokens per second": batch / time}
+        more |= {"bytes": weights + states, "share": (weights + states) / time / bandwidth}
+        options.write("decode", **row, **more)
+
+
+def eager_seconds(step, device: str, count: int = 20) -> float:
+    """A step as a program without graphs sees it."""
+    import time
+
+    step()
+    step()
+    if device == "cpu":
+        count = 1
+    else:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count

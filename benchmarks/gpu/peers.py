@@ -1,0 +1,109 @@
+"""Stage `peers`: our scan and mixer beside mamba_ssm's, in one process, on the same tensors.
+
+mamba_ssm tries 110 configurations of its kernels at the first call. Here many processes compile
+them first, and each trial takes 20 milliseconds.
+"""
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+
+from benchmarks.gpu import cases
+from benchmarks.gpu.cases import BOTH, FORWARD, TINY, arguments
+from benchmarks.gpu.common import Options, reason, seconds
+from benchmarks.traffic import Shape
+
+
+def shapes(dry: bool) -> list[Shape]:
+    return [replace(TINY, length=32)] if dry else [Shape(), Shape(1, 32768)]
+
+
+def make_importable(options: Options) -> None:
+    """Put the folder of peers on the path, and shorten mamba_ssm's trials of configurations."""
+    if options.peers:
+        sys.path.insert(0, str(options.peers))
+    from triton import testing
+    from triton.runtime.autotuner import Autotuner
+
+    def benchmark(self: Autotuner):
+        return lambda call, quantiles: testing.do_bench(call, 5, 20, quantiles=quantiles)
+
+    Autotuner.do_bench = property(benchmark)
+    if options.dry:  # the first configuration, since trials need a card
+        torch.cuda.device = lambda index: nullcontext()
+        run_tuned = Autotuner.run
+
+        def run_first(self: Autotuner, *args, **kwargs):
+            self.configs = self.configs[:1]
+            return run_tuned(self, *args, **kwargs)
+
+        Autotuner.run = run_first
+
+
+def run(job: str, options: Options) -> None:
+    make_importable(options)
+    if job == "compile":
+        return compile_all(options)
+    for row in times(job, options):
+        options.write("peers", **row)
+
+
+def times(op: str, options: Options) -> Iterator[dict]:
+    for s in shapes(options.dry):
+        for mode in (FORWARD, BOTH):
+            for by in ("mamba_ssm", "fused"):
+                row = {"operator": op, "mode": mode, "by": by}
+                row |= {"batch": s.batch, "length": s.length}
+                try:
+                    given = arguments(s, torch.bfloat16, options.device)[op]
+                    call = cases.work(by, op, mode, given)
+                    call()
+                    yield row | {"seconds": seconds([call], options.device, 0.3)}
+                except Exception as error:
+                    yield row | {"failed": reason(error)}
+
+
+def compile_all(options: Options) -> None:
+    """Each process compiles its share of all configurations of all kernels, and launches none."""
+    context = multiprocessing.get_context("fork")
+    began = time.monotonic()
+    workers = [
+        context.Process(target=compile_share, args=(i, options)) for i in range(options.processes)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    options.write("peers", compiled=time.monotonic() - began, codes=[w.exitcode for w in workers])
+
+
+def compile_share(share: int, options: Options) -> None:
+    from triton.runtime.autotuner import Autotuner
+
+    number = 0
+
+    def compile_some(self: Autotuner, *args, grid, **kwargs) -> None:
+        nonlocal number
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        for config in self.prune_configs(kwargs):
+            number += 1
+            if number % options.processes == share:
+                try:
+                    self.fn.warmup(*args, grid=grid, **kwargs, **config.all_kwargs())
+                except Exception as error:  # too large for the card, say: it will not win
+                    print(reason(error), file=sys.stderr)
+        self.nargs = None
+
+    Autotuner.run = compile_some
+    for op in ("scan", "mixer"):
+        try:
+            given = arguments(Shape(), torch.bfloat16, options.device)[op]
+            cases.work("mamba_ssm", op, BOTH, given)()
+        except Exception as error:
+            if share == 0:
+                options.write("peers", job=f"compile {op}", failed=reason(error))

@@ -1,0 +1,147 @@
+"""Stage `precompile`: many processes launch what later stages launch, and fill Triton's cache.
+
+These are real launches of the operators, so the cache's keys are those of later launches. A dry
+run compiles some of them for sm_90, and launches nothing.
+"""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import ysnake_kernels as ours
+
+from benchmarks.gpu import cases, sweep
+from benchmarks.gpu.cases import BOTH, FORWARD, OPTIONS, TINY, arguments
+from benchmarks.gpu.common import Options, reason
+from benchmarks.traffic import Shape
+
+Task = tuple[str, Callable[[], object]]
+
+
+def tasks(job: str, options: Options) -> list[Task]:
+    """What different processes would compile twice comes last."""
+    dry, device = options.dry, options.device
+
+    def of_shape(op: str, mode: str, s: Shape, dtype: torch.dtype) -> Callable[[], object]:
+        return lambda: cases.work("fused", op, mode, arguments(s, dtype, device)[op])()
+
+    def of_case(name: str, dtype: torch.dtype) -> Callable[[], object]:
+        def call() -> None:
+            c = cases.case(name, dtype, device, dry)
+            leaves = {
+                k: t.detach().requires_grad_(t.is_floating_point() and c.op != "step")
+                for k, t in c.tensors.items()
+            }
+            out = cases.operators("fused")[c.op](**leaves, **c.options)
+            outs = [out] if isinstance(out, torch.Tensor) else list(out)
+            if c.op != "step":
+                torch.autograd.backward(outs, [torch.ones_like(o) for o in outs])
+
+        return call
+
+    if dry:
+        s = replace(TINY, length=64, heads=2, head_dim=64, state=64)
+        return [
+            ("scan", of_shape("scan", BOTH, s, torch.bfloat16)),
+            ("step", of_shape("step", FORWARD, replace(s, length=1), torch.bfloat16)),
+        ]
+
+    def layers(*shapes: Shape) -> list[Task]:
+        return [
+            (f"{op} {s.batch} x {s.length}", of_shape(op, BOTH, s, torch.bfloat16))
+            for s in shapes
+            for op in OPTIONS
+            if op != "step"
+        ]
+
+    found = layers(Shape(), Shape(1, 32768))
+    if job == "sweep":
+        found += layers(replace(Shape(), state=64)) + sweep.tasks(device)
+    else:
+        for dtype in (torch.float64, torch.bfloat16, torch.float32, torch.float16):
+            for name in cases.names(dry):
+                found.append((f"{name}, {str(dtype)[6:]}", of_case(name, dtype)))
+    for batch in (1, 16, 64):
+        s = Shape(batch, 1)
+        found.append((f"step of {batch}", of_shape("step", FORWARD, s, torch.bfloat16)))
+    return found + layers(Shape(64, 512), Shape(2, 16384), Shape(1, 131072))
+
+
+def run(job: str, options: Options) -> None:
+    """Workers take tasks in turn; one whose CUDA context breaks ends, and another goes on."""
+    if options.dry:
+        return dry_run(job, options)
+    todo = tasks(job, options)
+    context = multiprocessing.get_context("fork")  # before this process has touched the card
+    following = context.Value("i", 0)
+    began = time.monotonic()
+    workers: list = []
+    spare = options.processes + 8  # so many workers may break
+    while True:
+        workers = [w for w in workers if w.is_alive()]
+        left = following.value < len(todo)
+        if not workers and not (left and spare):
+            break
+        if left and spare and len(workers) < options.processes:
+            spare -= 1
+            worker = context.Process(target=take, args=(todo, following, options))
+            worker.start()
+            workers.append(worker)
+        else:
+            time.sleep(0.05)
+    spent = round(time.monotonic() - began, 1)
+    done = min(following.value, len(todo))
+    options.write("precompile", tasks=done, of=len(todo), seconds=spent)
+    if done < len(todo):
+        raise RuntimeError(f"only {done} of {len(todo)} tasks: too many workers broke")
+
+
+def take(todo: list[Task], following, options: Options) -> None:
+    """What a worker does."""
+    while True:
+        with following.get_lock():
+            i = following.value
+            following.value += 1
+        if i >= len(todo):
+            return
+        name, call = todo[i]
+        start = time.monotonic()
+        try:
+            with ours.backend("fused"):
+                call()
+            torch.cuda.synchronize()
+        except Exception as error:
+            options.write("precompile", task=name, failed=reason(error))
+            try:
+                torch.cuda.synchronize()
+            except Exception:
+                os._exit(1)  # the context is broken for good
+        else:
+            spent = time.monotonic() - start
+            if spent > 8:
+                options.write("precompile", task=name, slow=round(spent, 1))
+        torch.cuda.empty_cache()
+
+
+def dry_run(job: str, options: Options) -> None:
+    """Compile for sm_90 what the tasks would launch."""
+    from unittest.mock import patch
+
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from benchmarks.compile import compile_launch
+
+    target, compiled = GPUTarget("cuda", 90, 32), []
+
+    def compile_only(kernel: JITFunction, *args, grid, warmup, **kwargs):
+        compiled.append(compile_launch(kernel, args, kwargs, target))
+
+    os.environ["TRITON_INTERPRET"] = "1"  # after the imports: kernels compile, and CPUs are allowed
+    for name, call in tasks(job, options):
+        with patch.object(JITFunction, "run", compile_only), ours.backend("fused"):
+            call()
+        options.write("precompile", task=name, kernels=len(compiled))

@@ -1,0 +1,70 @@
+"""gpu.jsonl as Markdown, and the short summary that ends a run."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def rows(out: Path) -> list[dict]:
+    """What has been written so far; a line that a kill has torn does not count."""
+    found = []
+    for line in (out / "gpu.jsonl").read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def table(head: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    filled = [list(head), *map(list, lines)]
+    filled.insert(1, ["---"] * len(filled[0]))
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in filled)
+
+
+def shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def stage_table(found: list[dict]) -> str:
+    """All rows of a stage; the columns are the keys in the order in which they appear."""
+    keys = list(dict.fromkeys(key for row in found for key in row if key != "stage"))
+    return table(keys, ([shown(row.get(key, "")) for key in keys] for row in found))
+
+
+def is_result(row: dict) -> bool:
+    return not {"begins", "took", "failed"} & set(row)
+
+
+def markdown(found: list[dict]) -> str:
+    """Every stage's results as a table, and what failed."""
+    parts = []
+    for stage in dict.fromkeys(row["stage"] for row in found):
+        results = [row for row in found if row["stage"] == stage and is_result(row)]
+        lines = [row["line"] for row in results if "line" in row]
+        results = [row for row in results if "line" not in row]
+        parts += [f"## {stage}\n", stage_table(results)] if results else []
+        parts += ["```python", *lines, "```\n"] if lines else []
+    failed = [json.dumps(row) for row in found if "failed" in row]
+    return "\n".join([*parts, "## Failed\n", *(f"- {row}" for row in failed)]) + "\n"
+
+
+def write(out: Path) -> None:
+    (out / "gpu.md").write_text(markdown(rows(out)))
+
+
+def summary(out: Path) -> str:
+    """What matters most, in few lines."""
+    found = rows(out)
+    checks = [row for row in found if "right" in row]
+    wrong = [row for row in checks if not row["right"]]
+    failed = [row for row in found if "failed" in row and row not in wrong]
+    took = {row["stage"]: row["took"] for row in found if "took" in row}
+    lines = [f"{len(checks) - len(wrong)} of {len(checks)} checks right; seconds: {took}"]
+    lines += [f"WRONG {json.dumps(row)}"[:400] for row in wrong[:12]]
+    lines += [f"FAILED {json.dumps(row)}"[:400] for row in failed[:12]]
+    lines += [row["line"] for row in found if "line" in row]
+    return "\n".join(lines)

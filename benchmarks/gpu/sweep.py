@@ -1,0 +1,204 @@
+"""Stage `sweep`: which launch configuration is the fastest, for each line of the launch table.
+
+Prints the winners as lines of `TABLE` in kernels/ysnake_kernels/ssd/fused_tiles.py.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from unittest.mock import patch
+
+import torch
+import ysnake_kernels as ours
+from torch import Tensor
+from ysnake_kernels.ssd import fused_tiles
+from ysnake_kernels.ssd.fused_tiles import Config
+
+from benchmarks.gpu import cases
+from benchmarks.gpu.cases import arguments
+from benchmarks.gpu.common import Options, reason, seconds
+from benchmarks.traffic import Shape
+
+USUAL = (Shape(), Shape(1, 32768), replace(Shape(), state=64), Shape(64, 512))
+WIDE = (replace(Shape(), state=256),)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A key of the launch table, and configurations to try besides today's.
+
+    A configuration may be a dictionary of several keys, which change together.
+    """
+
+    key: tuple
+    pass_: str
+    """What is timed: forward or backward."""
+    configs: tuple[Config | dict[tuple, Config], ...]
+    shapes: tuple[Shape, ...] = USUAL
+
+
+def config(tile: int, p_slice: int, warps: int, stages: int, chunk: int = 0) -> Config:
+    return Config(tile, p_slice, warps, stages, chunk)
+
+
+ENTRIES = [
+    Entry(
+        ("forward", 2, "usual"),
+        "forward",
+        (
+            *(config(32, 64, 4, stages) for stages in (1, 2, 3)),
+            *(config(64, 64, 4, stages) for stages in (1, 2)),
+            config(64, 64, 8, 2),
+            config(32, 64, 8, 2),
+        ),
+    ),
+    Entry(
+        ("states", 2, "usual"),
+        "backward",
+        (
+            *(config(32, 64, 4, stages) for stages in (2, 3)),
+            *(config(64, 64, 4, stages) for stages in (2, 3)),
+            config(64, 64, 8, 2),
+            config(128, 64, 8, 2),
+        ),
+    ),
+    Entry(
+        ("gradients", 2, "usual"),
+        "backward",
+        (
+            *(config(32, 64, 8, stages, 128) for stages in (1, 2, 3)),
+            config(32, 64, 8, 1, 64),
+            config(64, 64, 8, 1, 64),
+        ),
+    ),
+    Entry(("forward", 2, "wide"), "forward", (config(32, 64, 8, 1),), WIDE),
+    Entry(("states", 2, "wide"), "backward", (config(64, 64, 8, 2),), WIDE),
+    Entry(("gradients", 2, "wide"), "backward", (config(32, 64, 8, 2, 64),), WIDE),
+]
+
+
+def shapes(entry: Entry, dry: bool) -> tuple[Shape, ...]:
+    return (Shape(1, 40, heads=2, head_dim=16, state=16),) if dry else entry.shapes
+
+
+def lines(entry: Entry, candidate: Config | dict) -> dict[tuple, Config]:
+    return candidate if isinstance(candidate, dict) else {entry.key: candidate}
+
+
+@contextmanager
+def using(table: dict[tuple, Config]) -> Iterator[None]:
+    """Launch with these lines of the table; what is cached of other lines is forgotten."""
+    with patch.dict(fused_tiles.TABLE, table):
+        forget()
+        yield
+    forget()
+
+
+def forget() -> None:
+    """Clear every cache of the scan's modules."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("ysnake_kernels.ssd.")]
+    for module in modules:
+        for value in vars(module).values():
+            if callable(getattr(value, "cache_clear", None)):
+                value.cache_clear()
+
+
+class Work:
+    """The scan of a shape; its forward and its backward can be run alone."""
+
+    def __init__(self, s: Shape, device: str):
+        given = arguments(s, torch.bfloat16, device)["scan"]
+        self.leaves = {k: t.detach().requires_grad_() for k, t in given.items()}
+        self.dy = torch.randn_like(given["x"])
+        self.device = device
+
+    def scan(self) -> Tensor:
+        with ours.backend("fused"):
+            return ours.ssd_scan(**self.leaves, **cases.OPTIONS["scan"])
+
+    def call(self, pass_: str) -> Callable[[], list[Tensor]]:
+        if pass_ == "forward":
+
+            def forward() -> list[Tensor]:
+                with torch.no_grad():
+                    return [self.scan()]
+
+            return forward
+        y, leaves = self.scan(), list(self.leaves.values())
+        return lambda: list(torch.autograd.grad(y, leaves, self.dy, retain_graph=True))
+
+
+def candidates(entry: Entry) -> list[dict[tuple, Config]]:
+    """Today's line first."""
+    today = {key: fused_tiles.TABLE[key] for key in lines(entry, entry.configs[0])}
+    others = [lines(entry, candidate) for candidate in entry.configs]
+    return [today, *(c for c in others if c != today)]
+
+
+def tasks(device: str) -> list[tuple[str, Callable[[], object]]]:
+    """Of stage `precompile`: every configuration on every shape, once."""
+
+    def task(entry: Entry, table: dict, s: Shape) -> Callable[[], object]:
+        def call() -> None:
+            with using(table):
+                Work(s, device).call(entry.pass_)()
+
+        return call
+
+    return [
+        (f"{table} {s.batch} x {s.length}", task(entry, table, s))
+        for s in (*USUAL, *WIDE)
+        for entry in ENTRIES
+        if s in entry.shapes
+        for table in candidates(entry)[1:]
+    ]
+
+
+def run(job: str, options: Options) -> None:
+    from comparison import distance
+
+    for entry in ENTRIES[:1] if options.dry else ENTRIES:
+        times: dict[int, list[float]] = {}
+        tables = candidates(entry)[: 2 if options.dry else None]
+        for s in shapes(entry, options.dry):
+            work = Work(s, options.device)
+            expected: list[Tensor] = []
+            for i, table in enumerate(tables):
+                row = {"key": list(entry.key), "config": [list(c) for c in table.values()]}
+                row |= {"batch": s.batch, "length": s.length, "state": s.state}
+                try:
+                    with using(table):
+                        call = work.call(entry.pass_)
+                        found = call()
+                        far = max(map(distance, found, expected)) if expected else 0.0
+                        expected = expected or found
+                        row |= {"distance": far if math.isfinite(far) else 1e300}
+                        row["seconds"] = seconds([call], options.device, 0.05)
+                except Exception as error:
+                    options.write("sweep", **row, failed=reason(error))
+                    continue
+                options.write("sweep", **row)
+                times.setdefault(i, []).append(row["seconds"] if far < 0.02 else math.inf)
+        report(entry, tables, times, options)
+
+
+def report(entry: Entry, tables: list[dict], times: dict[int, list[float]], options: Options):
+    """The line with the least time over all shapes, as a geometric mean against today's."""
+    today = times.get(0)
+    whole = {i: t for i, t in times.items() if today and len(t) == len(today)}
+    if not whole:
+        return
+    ratios = {
+        i: math.exp(sum(math.log(a / b) for a, b in zip(t, today, strict=True)) / len(t))
+        if all(map(math.isfinite, t))
+        else math.inf
+        for i, t in whole.items()
+    }
+    for i in sorted(ratios, key=ratios.get)[:3]:
+        for key, c in tables[i].items():
+            chunk = f", chunk={c.chunk}" if c.chunk else ""
+            text = f"tile={c.tile}, p_slice={c.p_slice}, warps={c.warps}, stages={c.stages}{chunk}"
+            line = f"{key}: Config({text}),".replace("'", '"')
+            options.write("sweep", line=f"{line}  # {ratios[i]:.3f} of today's time")
