@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+NO_CARD = "no CUDA device here"
 PEAK = 989e12
 """Dense bfloat16 operations per second of an H100 or H200, by the data sheet."""
 
@@ -99,16 +101,23 @@ def seconds(calls: Sequence[Callable[[], object]], device: str, budget: float = 
     return statistics.median(times) / 1e3 / len(calls)
 
 
+@cache
+def capture_stream() -> Any:
+    """The stream of all captures. A backward runs where its forward ran: run that one here too."""
+    import torch
+
+    return torch.cuda.Stream()
+
+
 def captured(work: Callable[[], object], warm_up: int = 2) -> Any:
     """A CUDA graph of the work, which runs a few times first: it compiles what it needs."""
     import torch
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream = capture_stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
             work()
-    torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):

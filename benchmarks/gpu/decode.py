@@ -4,9 +4,12 @@ A step must read every weight, and read and write every state, once: the share i
 the time, against a plain copy.
 """
 
+import time
+from collections.abc import Callable
+
 import torch
 
-from benchmarks.gpu.common import Options, captured, card_alone, copy_bandwidth, reason, seconds
+from benchmarks.gpu.common import Options, card_alone, copy_bandwidth, reason, seconds
 from benchmarks.gpu.train import SIZES, ours
 
 
@@ -40,22 +43,20 @@ def measure(
 
     weights = sum(p.nbytes for p in model.parameters())
     states = sum(2 * t.nbytes for layer in state for t in (layer.conv, layer.ssm))
-    with torch.no_grad():
-        plain = eager_seconds(step, device)
-        spent = {"no graph": plain}
-        if device == "cuda":
-            captured(step)  # fails here where a step cannot be captured
-            spent["graph"] = seconds([step], device)
-    for way, time in spent.items():
-        more = {"way": way, "seconds": time, "tokens per second": batch / time}
-        more |= {"bytes": weights + states, "share": (weights + states) / time / bandwidth}
+
+    def write(way: str, spent: float) -> None:
+        more = {"way": way, "seconds": spent, "tokens per second": batch / spent}
+        more |= {"bytes": weights + states, "share": (weights + states) / spent / bandwidth}
         options.write("decode", **row, **more)
 
+    with torch.no_grad():
+        write("no graph", plain_seconds(step, device))
+        if device == "cuda":
+            write("graph", seconds([step], device))
 
-def eager_seconds(step, device: str, count: int = 20) -> float:
+
+def plain_seconds(step: Callable[[], None], device: str, count: int = 20) -> float:
     """A step as a program without graphs sees it."""
-    import time
-
     step()
     step()
     if device == "cpu":

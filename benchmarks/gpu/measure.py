@@ -115,8 +115,8 @@ def measurements(name: str, options: Options) -> Iterator[dict]:
     processors = multiprocessors(options.device)
     for op, mode, s in grid(name, options.dry):
         row = {"operator": op, "mode": mode, "by": name, "batch": s.batch, "length": s.length}
-        row["bytes"] = moved(op, mode, s, processors)
         try:
+            row["bytes"] = moved(op, mode, s, processors)
             yield row | measure(name, op, mode, s, options)
         except Exception as error:  # one that does not run hides none of the others
             yield row | {"failed": reason(error)}

@@ -55,7 +55,7 @@ def run(job: str, options: Options) -> None:
 
 def times(op: str, options: Options) -> Iterator[dict]:
     for s in shapes(options.dry):
-        for mode in (FORWARD, BOTH):
+        for mode in (FORWARD,) if options.dry else (FORWARD, BOTH):
             for by in ("mamba_ssm", "fused"):
                 row = {"operator": op, "mode": mode, "by": by}
                 row |= {"batch": s.batch, "length": s.length}
@@ -87,14 +87,14 @@ def compile_share(share: int, options: Options) -> None:
 
     number = 0
 
-    def compile_some(self: Autotuner, *args, grid, **kwargs) -> None:
+    def compile_some(self: Autotuner, *args, grid, warmup, **kwargs) -> None:
         nonlocal number
         self.nargs = dict(zip(self.arg_names, args, strict=False))
         for config in self.prune_configs(kwargs):
             number += 1
             if number % options.processes == share:
                 try:
-                    self.fn.warmup(*args, grid=grid, **kwargs, **config.all_kwargs())
+                    self.fn.run(*args, grid=grid, warmup=True, **kwargs, **config.all_kwargs())
                 except Exception as error:  # too large for the card, say: it will not win
                     print(reason(error), file=sys.stderr)
         self.nargs = None

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 import ysnake_kernels as ours
 
-from benchmarks.gpu import cases, sweep
+from benchmarks.gpu import cases, small, sweep, train
 from benchmarks.gpu.cases import BOTH, FORWARD, OPTIONS, TINY, arguments
 from benchmarks.gpu.common import Options, reason
 from benchmarks.traffic import Shape
@@ -59,8 +59,9 @@ def tasks(job: str, options: Options) -> list[Task]:
 
     found = layers(Shape(), Shape(1, 32768))
     if job == "sweep":
-        found += layers(replace(Shape(), state=64)) + sweep.tasks(device)
+        found += layers(replace(Shape(), state=64)) + models(device) + sweep.tasks(device)
     else:
+        found.append(("sanitizer", lambda: small.main("tiny")))
         for dtype in (torch.float64, torch.bfloat16, torch.float32, torch.float16):
             for name in cases.names(dry):
                 found.append((f"{name}, {str(dtype)[6:]}", of_case(name, dtype)))
@@ -68,6 +69,30 @@ def tasks(job: str, options: Options) -> list[Task]:
         s = Shape(batch, 1)
         found.append((f"step of {batch}", of_shape("step", FORWARD, s, torch.bfloat16)))
     return found + layers(Shape(64, 512), Shape(2, 16384), Shape(1, 131072))
+
+
+def models(device: str) -> list[Task]:
+    """A training step of each model with one layer, and a token at each batch size."""
+
+    def task(name: str, dtype: torch.dtype) -> Callable[[], object]:
+        def call() -> None:
+            model, loss_of = train.ours(train.SIZES[name] | {"n_layers": 1})
+            model = model.to(device, dtype)
+            if dtype == torch.float32:
+                ids = torch.zeros(4, 4096, dtype=torch.int64, device=device)
+                with torch.autocast(device, torch.bfloat16):
+                    loss = loss_of(model, ids, ids)
+                loss.backward()
+            for batch in (1, 16, 64):
+                model.step(torch.zeros(batch, dtype=torch.int64, device=device))
+
+        return call
+
+    return [
+        (f"{name}, {str(dtype)[6:]}", task(name, dtype))
+        for name in ("130m", "ys-24m")
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
 
 
 def run(job: str, options: Options) -> None:

@@ -26,6 +26,7 @@ def run(job: str, options: Options) -> None:
     if not options.dry:
         command = [found("compute-sanitizer"), "--tool", job, "--print-limit", "20"]
         command += ["--error-exitcode", "9", "--launch-timeout", "30"]
+        command += ["--target-processes", "application-only"]  # not those that compile
     environment = os.environ | TOOLS[job]
     told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(

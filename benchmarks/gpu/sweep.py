@@ -18,7 +18,7 @@ from ysnake_kernels.ssd.fused_tiles import Config
 
 from benchmarks.gpu import cases
 from benchmarks.gpu.cases import arguments
-from benchmarks.gpu.common import Options, reason, seconds
+from benchmarks.gpu.common import Options, capture_stream, reason, seconds
 from benchmarks.traffic import Shape
 
 USUAL = (Shape(), Shape(1, 32768), replace(Shape(), state=64), Shape(64, 512))
@@ -126,7 +126,14 @@ class Work:
                     return [self.scan()]
 
             return forward
-        y, leaves = self.scan(), list(self.leaves.values())
+        leaves = list(self.leaves.values())
+        if self.device == "cpu":
+            y = self.scan()
+        else:
+            torch.cuda.synchronize()
+            with torch.cuda.stream(capture_stream()):
+                y = self.scan()
+            torch.cuda.synchronize()
         return lambda: list(torch.autograd.grad(y, leaves, self.dy, retain_graph=True))
 
 

@@ -25,6 +25,8 @@ def run(job: str, options: Options) -> None:
     size, _, name = job.partition(": ")
     if name == "transformers, mamba_ssm":
         peers.make_importable(options)
+        import causal_conv1d  # noqa: F401  without it transformers would not use mamba_ssm
+        import mamba_ssm  # noqa: F401
     elif name == "transformers, drop-in":
         from ysnake_kernels import dropin
 
