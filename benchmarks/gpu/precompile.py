@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 import ysnake_kernels as ours
 
-from benchmarks.gpu import cases, small, sweep, train
+from benchmarks.gpu import cases, check, small, sweep, train
 from benchmarks.gpu.cases import BOTH, FORWARD, OPTIONS, TINY, arguments
 from benchmarks.gpu.common import Options, reason
 from benchmarks.traffic import Shape
@@ -42,6 +42,9 @@ def tasks(job: str, options: Options) -> list[Task]:
 
         return call
 
+    def of_model(form: str) -> Callable[[], object]:
+        return lambda: next(work for name, work in check.model(options) if name == form)()
+
     if dry:
         s = replace(TINY, length=64, heads=2, head_dim=64, state=64)
         return [
@@ -62,9 +65,21 @@ def tasks(job: str, options: Options) -> list[Task]:
         found += layers(replace(Shape(), state=64)) + models(device) + sweep.tasks(device)
     else:
         found.append(("sanitizer", lambda: small.main("tiny")))
+        found += [(f"model, {form}", of_model(form)) for form in check.FORMS]
         for dtype in (torch.float64, torch.bfloat16, torch.float32, torch.float16):
             for name in cases.names(dry):
                 found.append((f"{name}, {str(dtype)[6:]}", of_case(name, dtype)))
+            if dtype != torch.bfloat16:
+                for s in (Shape(1, 32768), Shape()):
+                    found.append(
+                        (f"scan 1 x {s.length}, {dtype}", of_shape("scan", BOTH, s, dtype))
+                    )
+                    found.append(
+                        (f"mixer 1 x {s.length}, {dtype}", of_shape("mixer", BOTH, s, dtype))
+                    )
+        for dtype in (torch.bfloat16, torch.float32):
+            s = Shape(1, check.LONG, heads=8)
+            found.append((f"scan 1 x {s.length}, {dtype}", of_shape("scan", BOTH, s, dtype)))
     for batch in (1, 16, 64):
         s = Shape(batch, 1)
         found.append((f"step of {batch}", of_shape("step", FORWARD, s, torch.bfloat16)))
