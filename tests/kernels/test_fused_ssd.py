@@ -12,6 +12,7 @@ from test_ssd import CASES, EVERYTHING, OPTIONS, inputs
 from ysnake_kernels import backend, ssd_scan
 from ysnake_kernels.ssd import fused, fused_backward, fused_forward, fused_tiles
 from ysnake_kernels.ssd.fused_tiles import Config, segments
+from ysnake_kernels.triton_launch import Launcher
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODULES = (fused_forward, fused_backward)
@@ -170,24 +171,15 @@ def test_gradient_of_the_state_alone():
 # How it runs
 
 
-class Counted:
-    """Stands for a kernel and counts its launches."""
-
-    def __init__(self, kernel, log):
-        self.kernel, self.log = kernel, log
-
-    def __getitem__(self, grid):
-        self.log.append(self.kernel)
-        return self.kernel[grid]
-
-
-@pytest.mark.parametrize(("count", "expected"), [(1, (1, 3)), (3, (2, 4))])
+@pytest.mark.parametrize(("count", "expected"), [(1, (2, 5)), (3, (3, 6))])
 def test_launches(monkeypatch, count, expected):
-    log = []
-    for module in MODULES:
-        for name in dir(module):
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, Counted(getattr(module, name), log))
+    log, launch = [], Launcher.__call__
+
+    def counted(self, *arguments):
+        log.append(self.kernel)
+        launch(self, *arguments)
+
+    monkeypatch.setattr(Launcher, "__call__", counted)
     cut(monkeypatch, count)
     tensors = {k: t.to(DEVICE).requires_grad_() for k, t in inputs(**EVERYTHING, **SMALL).items()}
     with backend("fused"):
@@ -195,7 +187,6 @@ def test_launches(monkeypatch, count, expected):
         forward = len(log)
         y.sum().backward()
     assert (forward, len(log) - forward) == expected
-    assert len(set(map(id, log))) <= 4  # kernels to compile, one of them perhaps in two forms
 
 
 def test_saves_the_inputs():
@@ -272,7 +263,7 @@ def test_autocast_keeps_the_decay_exact():
     ],
 )
 def test_sizes_beyond_the_kernels_raise_before_a_launch(monkeypatch, sizes, message):
-    monkeypatch.setattr(fused_forward, "forward_kernel", None)
+    monkeypatch.setattr(Launcher, "__call__", None)
     tensors = {k: t.to(DEVICE) for k, t in inputs(**SMALL | {"length": 2}, **sizes).items()}
     with backend("fused"), pytest.raises(ValueError, match=message):
         ssd_scan(**tensors)
@@ -284,11 +275,33 @@ def test_bad_cu_seqlens():
         ssd_scan(**tensors, cu_seqlens=torch.tensor([0, 20, 10, 37]))
 
 
-def test_float32_precision_follows_torch(monkeypatch):
+@pytest.fixture
+def restore_precision():
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "ieee"  # clears the newer setting ...
+    torch.set_float32_matmul_precision("highest")  # ... so that the older one answers again
+
+
+def precision():
     x = torch.empty(1, dtype=torch.float32)
-    assert fused_tiles.arithmetic(x, x, x)["PRECISION"] == "ieee"
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert fused_tiles.arithmetic(x, x, x)["PRECISION"] == "tf32"
+    return fused_tiles.arithmetic("sm_90", x, x, x)["PRECISION"]
+
+
+@pytest.mark.usefixtures("restore_precision")
+def test_float32_precision_follows_both_settings_of_torch():
+    assert precision() == "ieee"
+    torch.set_float32_matmul_precision("high")
+    assert precision() == "tf32"
+    torch.set_float32_matmul_precision("highest")
+    assert precision() == "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert precision() == "tf32"
+
+
+def test_tf32_only_where_the_gpu_has_it():
+    x = torch.empty(1, dtype=torch.float16)
+    precision = {f: fused_tiles.arithmetic(f, x, x, x)["PRECISION"] for f in ("gfx942", "gfx1100")}
+    assert precision == {"gfx942": "tf32", "gfx1100": "ieee"}
 
 
 @pytest.mark.parametrize("softplus", [False, True])

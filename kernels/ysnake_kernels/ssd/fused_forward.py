@@ -1,7 +1,9 @@
-"""The fused forward: one body that walks the tiles of a sequence with the state in registers.
+"""The fused forward, in two launches (three where the sequences are cut into segments).
 
-With few heads and a long sequence it runs per segment, from a state that it combines from the ends
-of the segments before; a light sweep, which the backward also uses, computes those ends first.
+A small kernel turns dt into step sizes and cumulative decays. Then one kernel walks the tiles of a
+sequence with the state in registers. With few heads and a long sequence it runs for each segment,
+from a state that it combines from the ends of the segments before; a light sweep, which the
+backward also uses, computes those ends first.
 """
 
 import torch
@@ -11,177 +13,276 @@ from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator
 from ysnake_kernels.ssd import fused_tiles as ft
-from ysnake_kernels.ssd.fused_tiles import device, segments
-
-# What the kernels of a backward tell each other about each token
-STEP = tl.constexpr(0)  # dt after bias, softplus and limits
-DECAY = tl.constexpr(1)  # log decay from the chunk's start to the token
-INTO = tl.constexpr(2)  # flow into a token from all before it
-SENT = tl.constexpr(3)  # flow from a token to those after it in its chunk
-ONWARD = tl.constexpr(4)  # flow from a token to the leaving state
-DSTEP = tl.constexpr(5)  # gradient of step but for its part in the decay
+from ysnake_kernels.ssd.fused_tiles import DECAY, SOURCE, STEP, device, segments
 
 
-@triton.jit(do_not_specialize=["length"])
-def forward_kernel(scan, y, final_states, ends, whole, length, K, SEGMENTS: tl.constexpr):
+def heads_at_once(heads: int) -> int:
+    """How many a program handles where it has little to do for each."""
+    return min(16, triton.next_power_of_2(heads))
+
+
+@triton.jit(do_not_specialize=["dt_token", "length", "padded", "sequences"])
+def decays_kernel(
+    dt, A, dt_bias, cu_seqlens, rows, dt_token, length, padded, sequences, K,
+    HEADS: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """A program owns a chunk and HEADS heads, and writes what passes between their tokens.
+
+    A step's log decay is cut at SMALLEST_LOG_DECAY and added up in float64. A sum then carries so
+    little of the tokens before that the difference of two sums stays exact in float32.
+    """
+    place = ft.Place(None, cu_seqlens, sequences, length)
+    blocks = tl.cdiv(K.HEADS, HEADS)
+    chunk = ft.chunk_in(place, tl.program_id(0) // blocks, K.CHUNK)
+    if chunk.t0 >= chunk.end:
+        return
+    head = tl.program_id(0) % blocks * HEADS + tl.arange(0, HEADS)
+    raw, bias, used = ft.load_dt(dt, dt_bias, dt_token, chunk, head, K)  # [Q, H]
+    step, _ = ft.step_sizes(raw, bias, used, K)
+    A_ = tl.load(A + head, mask=head < K.HEADS, other=0.0).to(K.ACC)
+    decay = (step * A_[None, :]).to(tl.float64)
+    smallest = tl.full([], ft.SMALLEST_LOG_DECAY, tl.float64)
+    decay = tl.where(decay < smallest, smallest, decay)
+    decay = (tl.cumsum(decay, 0) * tl.full([], ft.LOG2_E, tl.float64)).to(K.ACC)
+
+    sends = step > 0
+    source = decay - tl.where(sends, tl.log2(tl.where(sends, step, 1.0)), float("-inf"))
+    numbers = ft.Rows(rows, padded, COUNT)
+    at = tl.trans(ft.row_at(numbers, chunk, head[:, None], K.HEADS, DECAY))
+    tl.store(at, decay, mask=used)
+    tl.store(at + SOURCE * padded, source, mask=used)
+    if COUNT > STEP:
+        tl.store(at + STEP * padded, step, mask=used)
+
+
+@triton.jit
+def edges(decay, source, total, doc, place, tile, last, K):
+    """Factors of a tile: from the entering state to each token [Q], from each token's x B^T to the
+    leaving state [Q], from the entering to the leaving state. Zero between documents."""
+    entry, exit, through = tl.exp2(decay), tl.exp2(total - source), tl.exp2(total)
+    if place.seq_idx is not None:
+        entering = ft.document(place, tile, tl.maximum(tile.t0 - 1, tile.start))
+        leaving = tl.sum(ft.document(place, last, last.t0 + last.q), 0)
+        entry = tl.where(doc == entering, entry, 0.0)
+        exit = tl.where(doc == leaving, exit, 0.0)
+        through = tl.where(entering == leaving, through, 0.0)
+    return entry, exit, through
+
+
+@triton.jit
+def documents_of(place, tile):
+    """The document of each token of a tile; zeros where there are no documents."""
+    doc = tile.q * 0
+    if place.seq_idx is not None:
+        doc = ft.document(place, tile, tile.t0 + tile.q)
+    return doc
+
+
+@triton.jit(
+    do_not_specialize=["x_token", "B_token", "C_token", "z_token", "length", "padded", "sequences"]
+)
+def forward_kernel(
+    x, B, C, z, D, rows, initial_states, seq_idx, cu_seqlens, y, final_states, ends, whole,
+    x_token, B_token, C_token, z_token, length, padded, sequences, K, SEGMENTS: tl.constexpr,
+):  # fmt: skip
     """A program owns one segment of a sequence, one head, one slice of its channels."""
-    p, head, seg, seq = ft.owned(tl.program_id(0), scan.heads, SEGMENTS, K)
-    heads, group = scan.heads, head // scan.per_group
+    xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
+    Cs, zs = ft.View(C, C_token * K.UNIT), ft.View(z, z_token * K.UNIT)
+    ys, decays = ft.View(y, K.HEADS * K.P), ft.Rows(rows, padded, 2)
+    place = ft.Place(seq_idx, cu_seqlens, sequences, length)
+    p, head, seg, seq = ft.owned(tl.program_id(0), SEGMENTS, K)
+    group = head // K.PER_GROUP
     q, n = tl.arange(0, K.Q), tl.arange(0, K.N2)
-    first = ft.sequence(scan, seq, length, q)
+    first = ft.sequence(place, seq, q)
     first_tile, end_tile = ft.segment(seg, first.end - first.start, SEGMENTS, K.Q)
-    a = tl.load(scan.A + head).to(K.ACC)
-    begin = scan.initial_states, seq, ends, whole, seq * SEGMENTS, seg
-    S = ft.entering(*begin, head, heads, p, n, K, SEGMENTS, 1)
+    S = ft.entering(
+        initial_states, seq, ends, whole, seq * SEGMENTS, seg, head, p, n, K, SEGMENTS, 1
+    )
 
     for k in range(first_tile, end_tile):
         tile = ft.move(first, first.start + k * K.Q, q)
-        x = ft.load_tile(scan.x, tile, head, p, K.P)  # [Q, PS]
-        B = ft.load_tile(scan.B, tile, group, n, K.N)  # [Q, N2]
-        C = ft.load_tile(scan.C, tile, group, n, K.N)  # [Q, N2]
-        step, _ = ft.step_sizes(scan, tile, head, K)
-        cs, entry, exit, through, doc = ft.decays(step * a, scan, tile, K)
+        last = ft.last_of(tile, K.Q)
+        X = ft.load_tile(xs, tile, head, p, K.P)  # [Q, PS]
+        B_ = ft.load_tile(Bs, tile, group, n, K.N)  # [Q, N2]
+        C_ = ft.load_tile(Cs, tile, group, n, K.N)  # [Q, N2]
+        decay, source = ft.load_decays(decays, tile, head, K)
+        total = ft.load_decay_of_last(decays, last, head, K)
+        doc = documents_of(place, tile)
+        entry, exit, through = edges(decay, source, total, doc, place, tile, last, K)
         seen = (q[:, None] <= q[None, :]) & (doc[:, None] == doc[None, :])  # [j, i], j <= i
-        L = tl.exp(tl.where(seen, cs[None, :] - cs[:, None], float("-inf")))
-        W = ft.dot(B, tl.trans(C), K) * L * step[:, None]  # [j, i]
-        out = ft.dot(S, tl.trans(C), K) * entry[None, :]  # [PS, Q]
-        out += ft.dot(tl.trans(x), W, K)
-        weighted = x.to(K.ACC) * (step * exit)[:, None]
-        S = S * through + ft.dot(tl.trans(weighted), B, K)
+        L = tl.exp2(tl.where(seen, decay[None, :] - source[:, None], float("-inf")))
+        W = ft.dot(B_, tl.trans(C_), K) * L  # [j, i]
+        out = ft.dot(S, tl.trans(C_), K) * entry[None, :]  # [PS, Q]
+        out = ft.dot(tl.trans(X), W, K, out)
+        weighted = X.to(K.ACC) * exit[:, None]
+        S = ft.dot(tl.trans(weighted), B_, K, S * through)
 
         out = tl.trans(out)  # [Q, PS]
-        if scan.D is not None:
-            out += x.to(K.ACC) * ft.load_skip(scan.D, head, p, K)
-        if scan.z is not None:
-            out *= ft.silu(ft.load_tile(scan.z, tile, head, p, K.P).to(K.ACC))
-        ft.store_tile(out, y, tile, head, p, K.P)
+        if D is not None:
+            out += X.to(K.ACC) * ft.load_skip(D, head, p, K)
+        if z is not None:
+            out *= ft.silu(ft.load_tile(zs, tile, head, p, K.P).to(K.ACC))
+        ft.store_tile(out, ys, tile, head, p, K.P)
 
     if seg == SEGMENTS - 1:
-        ft.store_state(S, final_states, seq, head, heads, p, n, K)
+        ft.store_state(S, final_states, seq, head, p, n, K)
 
 
 @triton.jit
 def sweep(
-    S, scan, dy, states, scratch, seq, seg, head, p, length, K,
+    S, v, weights, z, decays, states, place, seq, seg, head, p, K,
     SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Carry a state over a segment: forward S with x and B; in reverse its gradient with dy and C.
+    """Carry a state over a segment: forward S with x and B as `v` and `weights`; in reverse its
+    gradient with dy and C.
 
-    Stores in `states` the state that enters each chunk, or the gradient of the one that leaves it;
-    and forward the step sizes and the log decays from the chunk's start. Returns the last state,
-    and the decay of the whole segment.
+    Stores in `states` the state that enters each chunk, or the gradient of the one that leaves it.
+    Returns the last state, and the decay of the whole segment.
     """
     TILES: tl.constexpr = K.CHUNK // K.Q
     q, n = tl.arange(0, K.Q), tl.arange(0, K.N2)
-    group = head // scan.per_group
-    first = ft.sequence(scan, seq, length, q)
+    group = head // K.PER_GROUP
+    first = ft.sequence(place, seq, q)
     tokens = first.end - first.start
     first_chunk, end_chunk = ft.segment(seg, tokens, SEGMENTS, K.CHUNK)
     first_tile, end_tile = first_chunk * TILES, tl.minimum(end_chunk * TILES, tl.cdiv(tokens, K.Q))
-    slot = ft.slot_of(scan, seq, first.start, length, K.CHUNK)
-    a = tl.load(scan.A + head).to(K.ACC)
+    slot = ft.slot_of(place, seq, first.start, K.CHUNK)
     whole = tl.full([], 1.0, K.ACC)
-    before = tl.full([], 0.0, K.ACC)  # log decay from the chunk's start to the tile
     for k in range(first_tile, end_tile):
         i = first_tile + end_tile - 1 - k if REVERSE else k
         tile = ft.move(first, first.start + i * K.Q, q)
+        last = ft.last_of(tile, K.Q)
         if states is not None:
             ends_chunk = (i + 1) % TILES == 0 or i == tl.cdiv(tokens, K.Q) - 1
             if ends_chunk if REVERSE else i % TILES == 0:
-                ft.store_state(S, states, slot + i // TILES, head, scan.heads, p, n, K)
-                before *= 0.0
-        step, _ = ft.step_sizes(scan, tile, head, K)
-        decay, entry, exit, through, _ = ft.decays(step * a, scan, tile, K)
+                ft.store_state(S, states, slot + i // TILES, head, p, n, K)
+        decay, source = ft.load_decays(decays, tile, head, K)
+        total = ft.load_decay_of_last(decays, last, head, K)
+        if TILES > 1:  # from the tile's start instead of the chunk's
+            before = ft.move(tile, tl.maximum(tile.t0 - 1, tile.start), tl.arange(0, 1))
+            start = ft.load_decay_of_last(decays, before, head, K)
+            start = tl.where(i % TILES == 0, 0.0, start)
+            decay, source, total = decay - start, source - start, total - start
+        doc = documents_of(place, tile)
+        entry, exit, through = edges(decay, source, total, doc, place, tile, last, K)
         if REVERSE:
-            v = ft.load_gated(scan, dy, tile, head, p, K).to(K.ACC) * entry[:, None]  # [Q, PS]
-            B = ft.load_tile(scan.C, tile, group, n, K.N)  # [Q, N2]
+            weighted = ft.load_gated(v, z, tile, head, p, K).to(K.ACC) * entry[:, None]  # [Q, PS]
         else:
-            v = ft.load_tile(scan.x, tile, head, p, K.P).to(K.ACC) * (step * exit)[:, None]
-            B = ft.load_tile(scan.B, tile, group, n, K.N)
-            if states is not None:
-                ft.store_row(step, scratch, tile, head, STEP)
-                decay += before
-                ft.store_row(decay, scratch, tile, head, DECAY)
-                before = tl.sum(tl.where(q == K.Q - 1, decay, 0.0), 0)
-        S = S * through + ft.dot(tl.trans(v), B, K)
+            weighted = ft.load_tile(v, tile, head, p, K.P).to(K.ACC) * exit[:, None]
+        W = ft.load_tile(weights, tile, group, n, K.N)  # [Q, N2]
+        S = ft.dot(tl.trans(weighted), W, K, S * through)
         whole *= through
     return S, whole
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(
+    do_not_specialize=[
+        *("x_token", "B_token", "C_token", "z_token", "dy_token"),
+        *("length", "padded", "sequences"),
+    ]
+)
 def states_kernel(
-    scan, dy, dfinal, dinitial, ends, dends, whole, states, dstates, scratch, sequences, length, K,
-    SEGMENTS: tl.constexpr,
+    x, B, C, z, dy, rows, initial_states, dfinal, seq_idx, cu_seqlens,
+    dinitial, ends, dends, whole, states, dstates,
+    x_token, B_token, C_token, z_token, dy_token, length, padded, sequences, K,
+    SEGMENTS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """A program owns what a program of `forward_kernel` owns, in one of two directions.
 
     Without `states`: each segment's end from a zero state, and its whole decay. With `states`: the
     states between all chunks, from `ends` where there is more than one segment.
     """
-    p, head, seg, seq = ft.owned(tl.program_id(0), scan.heads, SEGMENTS, K)
+    xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
+    Cs, zs = ft.View(C, C_token * K.UNIT), ft.View(z, z_token * K.UNIT)
+    dys, decays = ft.View(dy, dy_token * K.UNIT), ft.Rows(rows, padded, COUNT)
+    place = ft.Place(seq_idx, cu_seqlens, sequences, length)
+    p, head, seg, seq = ft.owned(tl.program_id(0), SEGMENTS, K)
     reverse, seq = seq // sequences, seq % sequences
-    heads, n = scan.heads, tl.arange(0, K.N2)
+    n = tl.arange(0, K.N2)
     index = seq * SEGMENTS + seg
 
-    S = tl.zeros([K.PS, K.N2], K.ACC)
     if reverse == 0:
+        S = tl.zeros([K.PS, K.N2], K.ACC)
         if states is not None:
-            begin = scan.initial_states, seq, ends, whole, index - seg, seg
-            S = ft.entering(*begin, head, heads, p, n, K, SEGMENTS, 1)
+            S = ft.entering(
+                initial_states, seq, ends, whole, index - seg, seg, head, p, n, K, SEGMENTS, 1
+            )
         S, decay = sweep(
-            S, scan, None, states, scratch, seq, seg, head, p, length, K, SEGMENTS, False
+            S, xs, Bs, zs, decays, states, place, seq, seg, head, p, K, SEGMENTS, False
         )
         if states is None:
-            ft.store_state(S, ends, index, head, heads, p, n, K)
+            ft.store_state(S, ends, index, head, p, n, K)
             if tl.program_id(0) % (K.P2 // K.PS) == 0:
-                tl.store(whole + index * heads + head, decay)
+                tl.store(whole + index * K.HEADS + head, decay)
     elif dy is not None:
+        dS = tl.zeros([K.PS, K.N2], K.ACC)
         if states is not None:
             after = SEGMENTS - 1 - seg
-            begin = dfinal, seq, dends, whole, index + after, after
-            S = ft.entering(*begin, head, heads, p, n, K, SEGMENTS, -1)
-        S, _ = sweep(S, scan, dy, dstates, scratch, seq, seg, head, p, length, K, SEGMENTS, True)
+            dS = ft.entering(
+                dfinal, seq, dends, whole, index + after, after, head, p, n, K, SEGMENTS, -1
+            )
+        dS, _ = sweep(dS, dys, Cs, zs, decays, dstates, place, seq, seg, head, p, K, SEGMENTS, True)
         if states is None:
-            ft.store_state(S, dends, index, head, heads, p, n, K)
+            ft.store_state(dS, dends, index, head, p, n, K)
         elif dinitial is not None and seg == 0:
-            ft.store_state(S, dinitial, seq, head, heads, p, n, K)
+            ft.store_state(dS, dinitial, seq, head, p, n, K)
+
+
+def compute_decays(
+    scan: ft.Scan, sequences: int, K: ft.Constants, chunk: int, count: int
+) -> tuple[Tensor, int]:
+    """`count` numbers a token and head, of which DECAY and SOURCE (and STEP if there is
+    room) are filled in, for chunks of `chunk` tokens; and how many tokens it has room for."""
+    dt = ft.side_by_side(scan.dt)
+    batch, length, heads = dt.shape
+    exact = torch.float64 if tl.float64 == K.ACC else torch.float32
+    padded = -(-length // 16) * 16  # rows begin at aligned addresses
+    rows = torch.empty(batch, heads, count, padded, dtype=exact, device=dt.device)
+    at_once = heads_at_once(heads)
+    chunks = ft.slots(sequences, batch, length, scan.cu_seqlens is not None, chunk)
+    ft.launcher(decays_kernel, K._replace(CHUNK=chunk, UNIT=1), 4, 1, at_once, count)(
+        (chunks * -(-heads // at_once),),
+        (dt, scan.A, scan.dt_bias, scan.cu_seqlens, rows),
+        (dt.stride(1), length, padded, sequences),
+    )
+    return rows, padded
 
 
 def forward(*arguments) -> tuple[Tensor, Tensor]:
-    """y and the final states, of the fields of a Scan, softplus and the limits of dt. One launch,
-    or two where the sequences are cut into segments."""
+    """y and the final states, of the fields of a Scan, softplus and the limits of dt."""
     given, options = ft.Scan(*arguments[:11]), arguments[11:]
-    x, N = given.x, given.B.shape[3]
-    batch, length, heads, P = x.shape
+    batch, length, heads, P = given.x.shape
     sequences = batch if given.cu_seqlens is None else len(given.cu_seqlens) - 1
-    scan, K = ft.as_kernels_see(given, *options)
+    x, B, C, z = (ft.side_by_side(t) for t in (given.x, given.B, given.C, given.z))
+    unit, tokens = ft.strides(x, B, C, z)
     family, multiprocessors = device(x.device)
-    K, options = ft.launch("forward", family, K)
+    K = ft.constants(given, unit, family, *options)
+    K, config = ft.configured("forward", family, K, 0)
     slices = K.P2 // K.PS
     count = segments(sequences, heads, slices, batch * length, multiprocessors)
-    grid = (sequences * count * heads * slices,)
+    programs = (sequences * count * heads * slices,)
     exact = {"dtype": accumulator(*given[:9]), "device": x.device}
-
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final_states = torch.empty(sequences, heads, P, N, **exact)
+    final_states = torch.empty(sequences, heads, P, K.N, **exact)
     ends = whole = None
+    where = given.seq_idx, given.cu_seqlens
     with torch.cuda.device_of(x):
+        rows, padded = compute_decays(given, sequences, K, K.Q, ft.FORWARD_ROWS)
+        sizes = length, padded, sequences
         if count > 1:
-            ends = torch.empty(sequences, count, heads, P, N, **exact)
+            ends = torch.empty(sequences, count, heads, P, K.N, **exact)
             whole = torch.empty(sequences, count, heads, **exact)
-            states_kernel[grid](
-                scan, None, None, None, ends, None, whole, None, None, None, sequences, length,
-                ft.static(K._replace(CHUNK=K.Q)), SEGMENTS=count, **options,
-            )  # fmt: skip
-        forward_kernel[grid](
-            scan,
-            ft.view(y),
-            final_states,
-            ends,
-            whole,
-            length,
-            ft.static(K),
-            SEGMENTS=count,
-            **options,
+            launch = ft.launcher(
+                states_kernel, K, config.warps, config.stages, count, ft.FORWARD_ROWS
+            )
+            launch(
+                programs,
+                (x, B, C, z, None, rows, None, None, *where, None, ends, None, whole, None, None),
+                (*tokens, 0, *sizes),
+            )
+        ft.launcher(forward_kernel, K, config.warps, config.stages, count)(
+            programs,
+            (x, B, C, z, given.D, rows, given.initial_states, *where, y, final_states, ends, whole),
+            (*tokens, *sizes),
         )
     return y, final_states

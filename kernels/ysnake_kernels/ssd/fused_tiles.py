@@ -1,8 +1,9 @@
 """What the fused kernels share: how they see tensors, sequences and segments, the arithmetic of one
 tile of tokens, and the table of launch configurations.
 
-A tile is Q tokens of one sequence. P is the head size and N the state size; P2 and N2 are these
-padded to powers of two. A program handles PS of the P2 channels of a head, a slice.
+A tile is Q tokens of one sequence. A chunk is one or several tiles; cumulative decays start anew at
+each chunk. P is the head size and N the state size; P2 and N2 are these padded to powers of two. A
+program handles PS of the P2 channels of a head, a slice.
 """
 
 from functools import cache
@@ -13,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator
+from ysnake_kernels.numerics import accumulator, common_unit
+from ysnake_kernels.triton_launch import Launcher
 from ysnake_kernels.triton_math import ROUND_ONCE, clamp, softplus
 
 LARGEST = 256  # head size and state size
@@ -22,45 +24,63 @@ SHORTEST_SEGMENT = 512  # tokens; shorter ones spend their time on the states be
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
+# Rows of the array of per-token, per-head numbers that kernels pass on to later kernels
+DECAY = tl.constexpr(0)  # cumulative log2 decay from the chunk's start to the token
+SOURCE = tl.constexpr(1)  # DECAY minus the log2 of the step size
+STEP = tl.constexpr(2)  # dt after bias, softplus and limits
+INTO = tl.constexpr(3)  # flow into a token from all tokens before it
+SENT = tl.constexpr(4)  # flow from a token to the later tokens of its chunk
+ONWARD = tl.constexpr(5)  # flow from a token to the leaving state
+DSTEP = tl.constexpr(6)  # gradient of the step size but for its part in the decay
+FORWARD_ROWS, BACKWARD_ROWS = 2, 7
+
+SMALLEST_LOG_DECAY = tl.constexpr(-64.0)  # exp of it is as good as zero
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 # What a kernel is given
 
 
-class View(NamedTuple):
-    """A tensor (batch, token, head or group[, channel]) and its strides, as a kernel reads it."""
-
-    data: Tensor
-    batch: int
-    token: int
-    head: int
-    channel: int
-
-
-def view(t: Tensor | None) -> View | None:
-    """Any strides; dt has no channels. Within a tile, kernels count elements in 32 bits."""
-    if t is None:
-        return None
-    if 2 * LARGEST * max(t.stride()[1:2] + t.stride()[3:]) >= 2**31:
-        t = t.contiguous()
-    return View(t, *t.stride(), *([0] * (4 - t.ndim)))
-
-
 class Scan(NamedTuple):
-    """The arguments of a scan, and as a kernel reads them: views of all that has strides."""
+    """The arguments of a scan."""
 
-    x: Tensor | View
-    dt: Tensor | View
+    x: Tensor
+    dt: Tensor
     A: Tensor
-    B: Tensor | View
-    C: Tensor | View
+    B: Tensor
+    C: Tensor
     D: Tensor | None
-    z: Tensor | View | None
+    z: Tensor | None
     initial_states: Tensor | None
     dt_bias: Tensor | None
     seq_idx: Tensor | None
     cu_seqlens: Tensor | None
-    per_group: int = 0
-    heads: int = 0
+
+
+class View(NamedTuple):
+    """In a kernel: a tensor (tokens, heads or groups, channels); `token` is the stride of tokens,
+    heads and channels lie side by side."""
+
+    data: Any
+    token: Any
+
+
+class Rows(NamedTuple):
+    """In a kernel: COUNT rows of numbers for each head, one number a token. The rows have room for
+    `padded` tokens."""
+
+    data: Any
+    padded: Any
+    COUNT: Any
+
+
+class Place(NamedTuple):
+    """In a kernel: where sequences and documents begin."""
+
+    seq_idx: Any
+    cu_seqlens: Any
+    sequences: Any
+    length: Any
 
 
 class Constants(NamedTuple):
@@ -70,6 +90,9 @@ class Constants(NamedTuple):
     N: int
     P2: int
     N2: int
+    HEADS: int
+    PER_GROUP: int  # heads of a group
+    UNIT: int  # of the strides that a kernel is given
     D_PER_CHANNEL: bool
     SOFTPLUS: bool
     LOW: float
@@ -82,7 +105,28 @@ class Constants(NamedTuple):
     PS: int = 0
 
 
-def arithmetic(*tensors: Tensor | None) -> dict:
+def side_by_side(t: Tensor | None) -> Tensor | None:
+    """t (batch, length, ...) with all numbers of a token side by side and rows of the batch at
+    equal distances; a copy where they are not. Within a tile, kernels count in 32 bits."""
+    if t is None:
+        return None
+    batch, length, *sizes = t.shape
+    expected = 1
+    fits = t.stride(1) < 2**22 and (batch == 1 or t.stride(0) == length * t.stride(1))
+    for size, stride in zip(sizes[::-1], t.stride()[:1:-1], strict=True):
+        fits &= size == 1 or stride == expected
+        expected *= size
+    return t if fits else t.contiguous()
+
+
+def strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
+    """The largest unit up to 16 that divides the strides of the tokens, and the strides in it."""
+    values = [0 if t is None else t.stride(1) for t in tensors]
+    unit = common_unit(*values)
+    return unit, [v // unit for v in values]
+
+
+def arithmetic(family: str, *tensors: Tensor | None) -> dict:
     """Accumulator, dtype and precision of matrix products; the tensors begin with x, B and C."""
     products = {t.dtype for t in tensors[:3]}
     if accumulator(*tensors) == torch.float64:
@@ -90,20 +134,29 @@ def arithmetic(*tensors: Tensor | None) -> dict:
     if products == {torch.bfloat16}:
         return {"ACC": tl.float32, "DOT": tl.bfloat16, "PRECISION": "ieee"}
     # tf32 holds every float16 and, unlike it, states and gradients of any size
-    fast = products == {torch.float16} or torch.get_float32_matmul_precision() != "highest"
+    fast = products == {torch.float16} or tf32_is_allowed()
+    fast &= not family.startswith("gfx") or family == "gfx942"  # others do not have it
     return {"ACC": tl.float32, "DOT": tl.float32, "PRECISION": "tf32" if fast else "ieee"}
 
 
-def as_kernels_see(scan: Scan, softplus: bool, low: float, high: float) -> tuple[Scan, Constants]:
-    """The arguments as views, and what is known of them before a kernel is compiled."""
+def tf32_is_allowed() -> bool:
+    """Whether the user lets float32 products on a GPU round to tf32, by either of torch's
+    settings. torch.get_float32_matmul_precision() raises where the newer one was used."""
+    asked = torch.backends.cuda.matmul.fp32_precision
+    return (torch.backends.fp32_precision if asked == "none" else asked) == "tf32"
+
+
+def constants(
+    scan: Scan, unit: int, family: str, softplus: bool, low: float, high: float
+) -> Constants:
+    """What is known of the arguments before a kernel is compiled."""
     x, dt, A, B, C, D, z, initial_states, dt_bias = scan[:9]
     heads, P, groups, N = *x.shape[2:], *B.shape[2:]
-    views = {name: view(getattr(scan, name)) for name in ("x", "dt", "B", "C", "z")}
-    scan = scan._replace(**views, heads=heads, per_group=heads // groups)
     P2, N2 = (max(16, triton.next_power_of_2(size)) for size in (P, N))
     per_channel = D is not None and D.ndim == 2
-    numbers = arithmetic(x, B, C, dt, A, D, z, initial_states, dt_bias)
-    return scan, Constants(P, N, P2, N2, per_channel, softplus, low, high, **numbers)
+    numbers = arithmetic(family, x, B, C, dt, A, D, z, initial_states, dt_bias)
+    sizes = P, N, P2, N2, heads, heads // groups, unit
+    return Constants(*sizes, per_channel, softplus, low, high, **numbers)
 
 
 # One tile
@@ -128,51 +181,74 @@ def move(tile, t0, q):
 
 
 @triton.jit
+def last_of(tile, SIZE: tl.constexpr):
+    """The last token of SIZE tokens from t0 on that lies in the sequence, as a tile of one."""
+    return move(tile, tl.minimum(tile.t0 + SIZE, tile.end) - 1, tl.arange(0, 1))
+
+
+@triton.jit
 def inside(tile):
     return tile.t0 + tile.q < tile.end
 
 
 @triton.jit
-def at(v, tile, head):
-    """Pointer to t0 of a head; row, token and head may be far apart, so in 64 bits."""
-    offset = tile.row.to(tl.int64) * v.batch + tile.t0.to(tl.int64) * v.token
-    return v.data + offset + head.to(tl.int64) * v.head
+def pointers(v, tile, head, c, WIDTH: tl.constexpr):
+    """Pointers to channels c of a tile, and whether each is one; WIDTH channels a head."""
+    first = (tile.earlier + tile.t0).to(tl.int64) * v.token + head * WIDTH
+    at = v.data + first + tile.q[:, None] * v.token + c[None, :]
+    return at, inside(tile)[:, None] & (c < WIDTH)[None, :]
 
 
 @triton.jit
 def load_tile(v, tile, head, c, WIDTH: tl.constexpr):  # [Q, C]
     """Channels c of a tile, zero outside the sequence."""
-    offsets = tile.q[:, None] * v.token + c[None, :] * v.channel
-    mask = inside(tile)[:, None] & (c < WIDTH)[None, :]
-    return tl.load(at(v, tile, head) + offsets, mask=mask, other=0.0)
+    at, mask = pointers(v, tile, head, c, WIDTH)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_tile(values, v, tile, head, c, WIDTH: tl.constexpr):
-    offsets = tile.q[:, None] * v.token + c[None, :] * v.channel
-    mask = inside(tile)[:, None] & (c < WIDTH)[None, :]
-    tl.store(at(v, tile, head) + offsets, values.to(v.data.dtype.element_ty), mask=mask)
+    at, mask = pointers(v, tile, head, c, WIDTH)
+    tl.store(at, values.to(v.data.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_row(v, tile, head, CHANNEL: tl.constexpr = 0):  # [Q]
-    """One channel of a tile, zero outside the sequence."""
-    first = at(v, tile, head) + tl.full([], CHANNEL, tl.int64) * v.channel
-    return tl.load(first + tile.q * v.token, mask=inside(tile), other=0.0)
+def row_at(rows, tile, head, HEADS: tl.constexpr, ROW: tl.constexpr):
+    """Pointers to one number of each token of a tile, of a head or of heads [H, 1]."""
+    row = (tile.row.to(tl.int64) * HEADS + head) * rows.COUNT + ROW
+    return rows.data + row * rows.padded + tile.t0 + tile.q
 
 
 @triton.jit
-def store_row(values, v, tile, head, CHANNEL: tl.constexpr = 0):
-    first = at(v, tile, head) + tl.full([], CHANNEL, tl.int64) * v.channel
-    tl.store(first + tile.q * v.token, values.to(v.data.dtype.element_ty), mask=inside(tile))
+def load_row(rows, tile, head, K, ROW: tl.constexpr, OUTSIDE: tl.constexpr = 0.0):  # [Q]
+    """One number of each token of a tile; OUTSIDE behind the end of the sequence."""
+    return tl.load(row_at(rows, tile, head, K.HEADS, ROW), mask=inside(tile), other=OUTSIDE)
 
 
 @triton.jit
-def load_gated(scan, dy, tile, head, p, K):  # [Q, PS]
+def store_row(values, rows, tile, head, K, ROW: tl.constexpr):
+    tl.store(row_at(rows, tile, head, K.HEADS, ROW), values, mask=inside(tile))
+
+
+@triton.jit
+def load_decays(rows, tile, head, K):  # [Q], [Q]
+    """DECAY and SOURCE of a tile. Behind the end nothing arrives and nothing is sent."""
+    decay = load_row(rows, tile, head, K, DECAY, float("-inf"))
+    return decay, load_row(rows, tile, head, K, SOURCE, float("inf"))
+
+
+@triton.jit
+def load_decay_of_last(rows, last, head, K):
+    """DECAY of the token of a tile of one."""
+    return tl.sum(tl.load(row_at(rows, last, head, K.HEADS, DECAY)), 0)
+
+
+@triton.jit
+def load_gated(dy, z, tile, head, p, K):  # [Q, PS]
     """The gradient of y before the gate."""
     G = load_tile(dy, tile, head, p, K.P)
-    if scan.z is not None:
-        G = G.to(K.ACC) * silu(load_tile(scan.z, tile, head, p, K.P).to(K.ACC))
+    if z.data is not None:
+        G = G.to(K.ACC) * silu(load_tile(z, tile, head, p, K.P).to(K.ACC))
     return G
 
 
@@ -190,8 +266,10 @@ def dot(a, b, K, acc=None):
     if INTERPRETED and tl.bfloat16 == K.DOT:  # the interpreter multiplies the bits of a bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     if tl.float64 == K.DOT:
-        return tl.dot(a, b, acc, out_dtype=tl.float64)
-    return tl.dot(a, b, acc, input_precision=K.PRECISION)
+        product = tl.dot(a, b, acc, out_dtype=tl.float64)
+    else:
+        product = tl.dot(a, b, acc, input_precision=K.PRECISION)
+    return product
 
 
 @triton.jit
@@ -200,58 +278,47 @@ def silu(v):
 
 
 @triton.jit
-def step_sizes(scan, tile, head, K):
-    """clamp(softplus(dt + dt_bias)) and its derivative, [Q] each, zero outside the sequence."""
-    step = load_row(scan.dt, tile, head).to(K.ACC)
-    if scan.dt_bias is not None:
-        step += tl.load(scan.dt_bias + head).to(K.ACC)
-    slope = tl.full(tile.q.shape, 1.0, K.ACC)
+def step_sizes(raw, bias, used, K):
+    """clamp(softplus(raw + bias)) and its derivative; zero where not `used`."""
+    step = raw.to(K.ACC) + bias
+    slope = step * 0.0 + 1.0
     if K.SOFTPLUS:
         slope = tl.sigmoid(step)
         step = softplus(step)
     low, high = tl.full([], K.LOW, K.ACC), tl.full([], K.HIGH, K.ACC)
-    slope = tl.where(inside(tile) & (step >= low) & (step <= high), slope, 0.0)
-    return tl.where(inside(tile), clamp(step, K.LOW, K.HIGH), 0.0), slope
+    slope = tl.where(used & (step >= low) & (step <= high), slope, 0.0)
+    return tl.where(used, clamp(step, K.LOW, K.HIGH), 0.0), slope
 
 
 @triton.jit
-def document(scan, tile, t):
+def load_dt(dt, dt_bias, token, chunk, head, K):
+    """dt of a chunk and heads [Q, H], its bias [1, H], and which of them there are [Q, H]."""
+    used = inside(chunk)[:, None] & (head < K.HEADS)[None, :]
+    first = (chunk.earlier + chunk.t0).to(tl.int64) * token
+    raw = tl.load(dt + first + chunk.q[:, None] * token + head[None, :], mask=used, other=0.0)
+    bias = tl.zeros([1], K.ACC)[:, None]
+    if dt_bias is not None:
+        bias = tl.load(dt_bias + head, mask=head < K.HEADS, other=0.0).to(K.ACC)[None, :]
+    return raw, bias, used
+
+
+@triton.jit
+def document(place, tile, t):
     """The documents of tokens t of the tile's sequence; behind its end stands the last token's."""
-    return tl.load(scan.seq_idx + tile.earlier + tl.minimum(t, tile.end - 1))
-
-
-@triton.jit
-def decays(log_decay, scan, tile, K):
-    """Of a tile: the cumulative log decay [Q], from the entering state to each token [Q], from each
-    token to the leaving state [Q], from the entering to the leaving state; and each token's
-    document [Q]. All exponents are <= 0, and zero stands for another document."""
-    cs = tl.cumsum(log_decay, 0)
-    # the last token's own entry, not the sum: its decay to the leaving state is exactly 1
-    last = tl.minimum(K.Q, tile.end - tile.t0) - 1
-    total = tl.sum(tl.where(tile.q == last, cs, 0.0), 0)
-    entry, exit, whole = tl.exp(cs), tl.exp(tl.minimum(total - cs, 0.0)), tl.exp(total)
-    doc = tile.q * 0
-    if scan.seq_idx is not None:
-        doc = document(scan, tile, tile.t0 + tile.q)
-        entering = document(scan, tile, tl.maximum(tile.t0 - 1, tile.start))
-        leaving = document(scan, tile, tile.t0 + last)
-        entry = tl.where(doc == entering, entry, 0.0)
-        exit = tl.where(doc == leaving, exit, 0.0)
-        whole = tl.where(entering == leaving, whole, 0.0)
-    return cs, entry, exit, whole, doc
+    return tl.load(place.seq_idx + tile.earlier + tl.minimum(t, tile.end - 1))
 
 
 # Sequences, segments and their states
 
 
 @triton.jit
-def sequence(scan, seq, length, q):
+def sequence(place, seq, q):
     """The first tile of sequence `seq`."""
-    row, start, end = seq, seq * 0, seq * 0 + length
-    if scan.cu_seqlens is not None:
-        row, start = seq * 0, tl.load(scan.cu_seqlens + seq).to(tl.int32)
-        end = tl.load(scan.cu_seqlens + seq + 1).to(tl.int32)
-    return Tile(row, row.to(tl.int64) * length, start, end, start, q)
+    row, start, end = seq, seq * 0, seq * 0 + place.length
+    if place.cu_seqlens is not None:
+        row, start = seq * 0, tl.load(place.cu_seqlens + seq).to(tl.int32)
+        end = tl.load(place.cu_seqlens + seq + 1).to(tl.int32)
+    return Tile(row, row.to(tl.int64) * place.length, start, end, start, q)
 
 
 @triton.jit
@@ -263,54 +330,76 @@ def segment(seg, tokens, SEGMENTS: tl.constexpr, Q: tl.constexpr):
 
 
 @triton.jit
-def slot_of(scan, seq, start, length, CHUNK: tl.constexpr):
+def slot_of(place, seq, start, CHUNK: tl.constexpr):
     """Where the chunks of a sequence begin in an array of all; packed sequences leave gaps."""
-    return seq * tl.cdiv(length, CHUNK) if scan.cu_seqlens is None else start // CHUNK + seq
+    per_row = tl.cdiv(place.length, CHUNK)
+    return seq * per_row if place.cu_seqlens is None else start // CHUNK + seq
 
 
 @triton.jit
-def owned(pid, heads, SEGMENTS: tl.constexpr, K):
+def chunk_in(place, slot, CHUNK: tl.constexpr):
+    """The chunk in a slot of the array of all; it may lie behind the end of its sequence."""
+    seq = slot // tl.cdiv(place.length, CHUNK)
+    if place.cu_seqlens is not None:  # the last sequence whose first slot is not behind this one
+        seq = slot * 0 - 1
+        for first in range(0, place.sequences, 256):
+            s = first + tl.arange(0, 256)
+            known = s < place.sequences
+            start = tl.load(place.cu_seqlens + s, mask=known, other=0).to(tl.int32)
+            seq += tl.sum((known & (start // CHUNK + s <= slot)).to(tl.int32), 0)
+    chunk = sequence(place, seq, tl.arange(0, CHUNK))
+    before = slot - slot_of(place, seq, chunk.start, CHUNK)
+    return move(chunk, chunk.start + before * CHUNK, chunk.q)
+
+
+def slots(sequences: int, batch: int, length: int, packed: bool, chunk: int) -> int:
+    """The size of an array of all chunks of all sequences."""
+    return length // chunk + sequences if packed else batch * -(-length // chunk)
+
+
+@triton.jit
+def owned(pid, SEGMENTS: tl.constexpr, K):
     """What a program of a sweep owns: channels p of a head [PS], a segment, a sequence."""
     SLICES: tl.constexpr = K.P2 // K.PS
     p = pid % SLICES * K.PS + tl.arange(0, K.PS)
-    rest = pid // (SLICES * heads)
-    return p, pid // SLICES % heads, rest % SEGMENTS, rest // SEGMENTS
+    rest = pid // (SLICES * K.HEADS)
+    return p, pid // SLICES % K.HEADS, rest % SEGMENTS, rest // SEGMENTS
 
 
 @triton.jit
-def state_at(states, index, head, heads, p, n, K):  # [PS, N2]
+def state_at(states, index, head, p, n, K):  # [PS, N2]
     """Pointers and mask of one head's state in a contiguous (index, head, P, N)."""
-    base = states + (index.to(tl.int64) * heads + head) * (K.P * K.N)
+    base = states + (index.to(tl.int64) * K.HEADS + head) * (K.P * K.N)
     return base + p[:, None] * K.N + n[None, :], (p < K.P)[:, None] & (n < K.N)[None, :]
 
 
 @triton.jit
-def load_state(states, index, head, heads, p, n, K):
-    pointers, mask = state_at(states, index, head, heads, p, n, K)
-    return tl.load(pointers, mask=mask, other=0.0)
+def load_state(states, index, head, p, n, K):
+    at, mask = state_at(states, index, head, p, n, K)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_state(S, states, index, head, heads, p, n, K):
-    pointers, mask = state_at(states, index, head, heads, p, n, K)
-    tl.store(pointers, S.to(states.dtype.element_ty), mask=mask)
+def store_state(S, states, index, head, p, n, K):
+    at, mask = state_at(states, index, head, p, n, K)
+    tl.store(at, S.to(states.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def entering(
-    states, seq, ends, whole, first, count, head, heads, p, n, K,
-    SEGMENTS: tl.constexpr, STEP: tl.constexpr,
+    states, seq, ends, whole, first, count, head, p, n, K,
+    SEGMENTS: tl.constexpr, DIRECTION: tl.constexpr,
 ):  # fmt: skip
     """The state [PS, N2] with which a sequence begins, if any, after `count` segments from the
-    index `first` on, forwards (STEP 1) or backwards (STEP -1)."""
+    index `first` on, forwards (DIRECTION 1) or backwards (DIRECTION -1)."""
     S = tl.zeros([K.PS, K.N2], K.ACC)
     if states is not None:
-        S += load_state(states, seq, head, heads, p, n, K).to(K.ACC)
+        S += load_state(states, seq, head, p, n, K).to(K.ACC)
     if SEGMENTS > 1:
         for k in range(count):
-            i = first + k * STEP
-            decay = tl.load(whole + i * heads + head)
-            S = S * decay + load_state(ends, i, head, heads, p, n, K)
+            i = first + k * DIRECTION
+            decay = tl.load(whole + i * K.HEADS + head)
+            S = S * decay + load_state(ends, i, head, p, n, K)
     return S
 
 
@@ -322,7 +411,7 @@ class Config(NamedTuple):
     p_slice: int  # most channels of a head that one program handles
     warps: int
     stages: int
-    chunk: int = 0
+    chunk: int = 0  # of "states" alone: tokens between the states that the backward stores
 
 
 @cache
@@ -338,46 +427,47 @@ def device(place: torch.device) -> tuple[str, int]:
 # (kernel, bytes of a factor of its products, size[, family]) -> configuration; a state above 128 is
 # wide, a head below 64 narrow, and what has no line of its own is usual.
 #
-# `forward` and `states` carry a state of p_slice x N2 numbers in registers, `gradients` a sum of
-# tile x N2 and two of tile x chunk. Registers decide. Head size 64 in bfloat16 spills nothing on
-# sm_80 and sm_90, but for 8 bytes a thread of `gradients` on sm_80 at state size 128: a chunk of 64
-# would spare these, but write and read 512 bytes of states more per token and head. Where a head is
-# no wider than a tile, Triton lays all warps along the tile, and each holds a chunk's whole width.
+# `forward` and `states` carry a state of p_slice x N2 numbers in registers, `rows` and `columns` a
+# sum of tile x N2 and two of tile x chunk. Registers decide.
 TABLE = {
-    ("forward", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=2),
-    ("states", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=2),
-    ("gradients", 2, "usual"): Config(tile=32, p_slice=64, warps=8, stages=1, chunk=128),
-    ("gradients", 2, "narrow"): Config(tile=16, p_slice=64, warps=4, stages=1, chunk=32),
-    ("forward", 2, "wide"): Config(tile=32, p_slice=32, warps=8, stages=2),
-    ("states", 2, "wide"): Config(tile=32, p_slice=32, warps=4, stages=2),
-    ("gradients", 2, "wide"): Config(tile=16, p_slice=32, warps=8, stages=1, chunk=64),
+    ("forward", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=3),
+    ("states", 2, "usual"): Config(tile=64, p_slice=64, warps=4, stages=2, chunk=64),
+    ("rows", 2, "usual"): Config(tile=64, p_slice=64, warps=8, stages=2),
+    ("columns", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=1),
+    ("forward", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=1),
+    ("states", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=1, chunk=64),
+    ("rows", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=2),
+    ("columns", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=2),
     ("forward", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=2),
-    ("states", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=2),
-    ("gradients", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=1, chunk=32),
+    ("states", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=2, chunk=32),
+    ("rows", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=1),
+    ("columns", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=1),
     ("forward", 4, "wide"): Config(tile=16, p_slice=32, warps=8, stages=1),
-    ("states", 4, "wide"): Config(tile=16, p_slice=32, warps=8, stages=1),
-    ("gradients", 4, "wide"): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
+    ("states", 4, "wide"): Config(tile=16, p_slice=32, warps=8, stages=1, chunk=16),
+    ("rows", 4, "wide"): Config(tile=16, p_slice=16, warps=8, stages=1),
+    ("columns", 4, "wide"): Config(tile=16, p_slice=16, warps=8, stages=1),
     ("forward", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1),
-    ("states", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1),
-    ("gradients", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
-    # four waves of 64 lanes may have 512 registers each, eight 256
-    ("gradients", 2, "usual", "gfx942"): Config(tile=32, p_slice=64, warps=4, stages=1, chunk=128),
+    ("states", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
+    ("rows", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1),
+    ("columns", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1),
 }
 
 
-def launch(kind: str, family: str, K: Constants) -> tuple[Constants, dict]:
-    """Of a kernel: its argument K, and the options of its launch."""
+def configured(kind: str, family: str, K: Constants, chunk: int) -> tuple[Constants, Config]:
+    """Of a kernel that works in chunks of `chunk` tokens (0: its tiles): its argument K, and its
+    line of the table."""
     size = "wide" if K.N2 > 128 else "narrow" if K.P2 < 64 else "usual"
     key = (kind, K.DOT.primitive_bitwidth // 8, size)
     config = TABLE.get((*key, family)) or TABLE.get(key) or TABLE[(*key[:2], "usual")]
-    chosen = {"Q": config.tile, "CHUNK": config.chunk, "PS": min(config.p_slice, K.P2)}
-    options = {"num_warps": config.warps, "num_stages": config.stages, **ROUND_ONCE}
-    return K._replace(**chosen), options
+    p_slice = min(config.p_slice, K.P2)
+    return K._replace(Q=config.tile, CHUNK=chunk or config.tile, PS=p_slice), config
 
 
-def static(K: Constants) -> Constants:
-    """K as a kernel takes it."""
-    return Constants(*map(tl.constexpr, K))
+@cache
+def launcher(kernel: Any, K: Constants, warps: int, stages: int, *more: int) -> Launcher:
+    """A kernel with its argument K and the constants after it."""
+    options = {"num_warps": warps, "num_stages": stages, **ROUND_ONCE}
+    return Launcher(kernel, (Constants(*map(tl.constexpr, K)), *more), options)
 
 
 def segments(sequences: int, heads: int, slices: int, tokens: int, multiprocessors: int) -> int:

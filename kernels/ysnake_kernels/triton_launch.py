@@ -1,0 +1,54 @@
+"""Launches of Triton kernels at little cost for the host.
+
+Triton works out at every launch for which kinds of arguments a kernel must be compiled. That takes
+longer than many of our kernels run. A `Launcher` remembers what Triton answered the first time.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+class Launcher:
+    """A kernel together with its compile-time arguments and its launch options.
+
+    Keep one launcher for each set of constants (`functools.cache` around the function that makes
+    it): the compiled kernels live in it.
+    """
+
+    def __init__(self, kernel: Any, constants: Sequence[Any], options: dict[str, Any]):
+        self.kernel = kernel
+        self.constants = tuple(constants)
+        self.options = options
+        self.compiled: dict[tuple, Any] = {}
+
+    def __call__(
+        self, programs: tuple[int, ...], tensors: Sequence[Tensor | None], integers: Sequence[int]
+    ) -> None:
+        """Launch the kernel on the current device and stream.
+
+        Args:
+            programs: the grid, one to three numbers.
+            tensors: the kernel's first arguments; the first of them is not None.
+            integers: the arguments after the tensors; the constants come last.
+        """
+        if INTERPRETED:
+            self.kernel[programs](*tensors, *integers, *self.constants, **self.options)
+            return
+        # Triton compiles anew for other dtypes and for tensors at addresses that 16 does not
+        # divide. Of integers it looks at 1, at multiples of 16 and at the width.
+        key = (
+            tensors[0].get_device(),
+            *[None if t is None else (t.dtype, t.data_ptr() & 15 == 0) for t in tensors],
+            *[(i == 1, i & 15 == 0, i >= 2**31) for i in integers],
+        )
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            launch = self.kernel[programs]
+            self.compiled[key] = launch(*tensors, *integers, *self.constants, **self.options)
+        else:
+            compiled[(*programs, 1, 1)](*tensors, *integers, *self.constants)
