@@ -5,20 +5,20 @@ longer than many of our kernels run. A `Launcher` remembers what Triton answered
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import triton
+import triton.language as tl
 from torch import Tensor
+
+from ysnake_kernels.triton_math import ROUND_ONCE
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 class Launcher:
-    """A kernel together with its compile-time arguments and its launch options.
-
-    Keep one launcher for each set of constants (`functools.cache` around the function that makes
-    it): the compiled kernels live in it.
-    """
+    """A kernel together with its compile-time arguments and its launch options."""
 
     def __init__(self, kernel: Any, constants: Sequence[Any], options: dict[str, Any]):
         self.kernel = kernel
@@ -52,3 +52,20 @@ class Launcher:
             self.compiled[key] = launch(*tensors, *integers, *self.constants, **self.options)
         else:
             compiled[(*programs, 1, 1)](*tensors, *integers, *self.constants)
+
+
+@cache
+def launcher(
+    kernel: Any, constants: tuple[Any, ...], num_warps: int = 4, num_stages: int = 3
+) -> Launcher:
+    """The launcher of a kernel with these compile-time arguments, always the same one.
+
+    Args:
+        kernel: what triton.jit made.
+        constants: the arguments after the tensors and integers, in the kernel's order. A named
+            tuple is one argument.
+        num_warps, num_stages: as Triton has them.
+    """
+    static = tuple(type(c)(*map(tl.constexpr, c)) if isinstance(c, tuple) else c for c in constants)
+    options = {"num_warps": num_warps, "num_stages": num_stages, **ROUND_ONCE}
+    return Launcher(kernel, static, options)

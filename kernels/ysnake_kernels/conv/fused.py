@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator, common_unit
-from ysnake_kernels.triton_math import ROUND_ONCE
+from ysnake_kernels.triton_launch import launcher
 
 MAX_WIDTH = 4
 # on any architecture
-FORWARD = {"LANES": 16, "RUN": 8, "CHANNELS": 64, "num_warps": 4, **ROUND_ONCE}
-BACKWARD = {"LANES": 16, "RUN": 8, "CHANNELS": 64, "num_warps": 8, **ROUND_ONCE}
-STEP = {"CHANNELS": 128, "num_warps": 4, **ROUND_ONCE}
+FORWARD = {"LANES": 16, "RUN": 8, "CHANNELS": 64, "num_warps": 4}
+BACKWARD = {"LANES": 16, "RUN": 8, "CHANNELS": 64, "num_warps": 8}
+STEP = {"CHANNELS": 128, "num_warps": 4}
 
 
 def conv(
@@ -348,9 +348,8 @@ def _strides(*tensors: Tensor) -> tuple[list[int], int]:
     return strides, unit
 
 
-def _options(weight: Tensor, activation: bool, acc: torch.dtype) -> dict:
-    dtype = tl.float64 if acc == torch.float64 else tl.float32
-    return {"W": weight.shape[1], "SILU": activation, "ACC": dtype}
+def _accumulator(*tensors: Tensor | None) -> tl.dtype:
+    return tl.float64 if accumulator(*tensors) == torch.float64 else tl.float32
 
 
 @torch.library.custom_op("ysnake::conv", mutates_args=())
@@ -363,7 +362,6 @@ def _forward(
     activation: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, channels, length = x.shape
-    acc = accumulator(x, weight, bias, initial_states)
     weight, bias, seq_idx = _contiguous(weight, bias, seq_idx)
     y, final = _empty_outputs(x, weight)
     x = _near(x)
@@ -374,12 +372,12 @@ def _forward(
     history = (0, 0, 0) if initial_states is None else initial_states.stride()
     strides, unit = _strides(x, y)
     with torch.cuda.device_of(x):
-        _forward_kernel[grid](
-            *(x, weight, bias, seq_idx, initial_states, y, final),
-            *(channels, length, *history, *strides),
-            UNIT=unit,
-            **_options(weight, activation, acc),
-            **FORWARD,
+        *tile, warps = FORWARD.values()
+        acc = _accumulator(x, weight, bias, initial_states)
+        launcher(_forward_kernel, (weight.shape[1], activation, *tile, unit, acc), warps)(
+            grid,
+            (x, weight, bias, seq_idx, initial_states, y, final),
+            (channels, length, *history, *strides),
         )
     return y, final
 
@@ -415,12 +413,12 @@ def _backward(
         history = (0, 0, 0) if initial_states is None else initial_states.stride()
         strides, unit = _strides(x, dy, dx)
         with torch.cuda.device_of(x):
-            _backward_kernel[grid](
-                *(x, taps, shift, seq_idx, initial_states, dy, dfinal, dx, dhistory, partial),
-                *(channels, length, *history, *strides),
-                UNIT=unit,
-                **_options(weight, activation, acc),
-                **BACKWARD,
+            *tile, warps = BACKWARD.values()
+            dtype = _accumulator(x, weight, bias, initial_states)
+            launcher(_backward_kernel, (width, activation, *tile, unit, dtype), warps)(
+                grid,
+                (x, taps, shift, seq_idx, initial_states, dy, dfinal, dx, dhistory, partial),
+                (channels, length, *history, *strides),
             )
     total = partial.sum(0)
     dweight.copy_(total[:width].t())
@@ -481,14 +479,14 @@ def _step(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    acc = accumulator(x, weight, bias, conv_state)
+    acc = _accumulator(x, weight, bias, conv_state)
     weight, bias, indices = _contiguous(weight, bias, indices)
     with torch.cuda.device_of(x):
-        _step_kernel[(batch, triton.cdiv(channels, STEP["CHANNELS"]))](
-            *(x, conv_state, weight, bias, indices, y),
-            *(channels, *x.stride(), *conv_state.stride()),
-            **_options(weight, activation, acc),
-            **STEP,
+        block, warps = STEP.values()
+        launcher(_step_kernel, (weight.shape[1], activation, block, acc), warps)(
+            (batch, triton.cdiv(channels, block)),
+            (x, conv_state, weight, bias, indices, y),
+            (channels, *x.stride(), *conv_state.stride()),
         )
     return y
 

@@ -4,13 +4,15 @@ A program owns a block of rows of one group of features. Backward recomputes fro
 sums the gradients of weight and bias over a program's rows in registers; torch adds the programs.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator, common_unit
-from ysnake_kernels.triton_math import ROUND_ONCE
+from ysnake_kernels.triton_launch import Launcher, launcher
 
 MAX_GROUP = 16384  # features that a program holds in registers
 TILE = 2048  # elements that a program works on at once, if a group is not larger
@@ -156,7 +158,7 @@ def configuration(group_size: int, per_thread: int) -> dict[str, int]:
     cols = triton.next_power_of_2(group_size)
     rows = max(1, TILE // cols)
     warps = min(max(rows * cols // (32 * per_thread), 4), 16)
-    return {"ROWS": rows, "COLS": cols, "num_warps": warps, **ROUND_ONCE}
+    return {"ROWS": rows, "COLS": cols, "num_warps": warps}
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -178,15 +180,13 @@ def _strides(*tensors: Tensor | None) -> tuple[list[int], int]:
     return [stride // unit for stride in strides], unit
 
 
-def _options(
-    per_thread: int, eps: float, group_size: int, norm_before_gate: bool, acc: torch.dtype
-) -> dict:
-    return configuration(group_size, per_thread) | {
-        "EPS": eps,
-        "GROUP": group_size,
-        "NORM_FIRST": norm_before_gate,
-        "ACC": tl.float64 if acc == torch.float64 else tl.float32,
-    }
+def _launcher(
+    kernel: Any, tile: dict[str, int], options: tuple[float, int, bool], unit: int, *tensors
+) -> Launcher:
+    """Of a kernel, for a tile as `configuration` gives it; the options are eps, the size of a group
+    and whether the norm comes before the gate."""
+    acc = tl.float64 if accumulator(*tensors) == torch.float64 else tl.float32
+    return launcher(kernel, (*options, tile["ROWS"], tile["COLS"], unit, acc), tile["num_warps"])
 
 
 @torch.library.custom_op("ysnake::norm", mutates_args=())
@@ -204,17 +204,15 @@ def _forward(
         return y
     xs, zs = _rows(x), _rows(z)
     rows, features = xs.shape
-    acc = accumulator(x, weight, bias, z)
-    options = _options(FORWARD_PER_THREAD, eps, group_size, norm_before_gate, acc)
+    tile = configuration(group_size, FORWARD_PER_THREAD)
     bias = None if bias is None else bias.contiguous()
     strides, unit = _strides(xs, zs)
-    grid = (triton.cdiv(rows, options["ROWS"]), features // group_size)
+    options = eps, group_size, norm_before_gate
     with torch.cuda.device_of(x):
-        _forward_kernel[grid](
-            *(xs, weight.contiguous(), bias, zs, y),
-            *(rows, features, *strides),
-            UNIT=unit,
-            **options,
+        _launcher(_forward_kernel, tile, options, unit, x, weight, bias, z)(
+            (triton.cdiv(rows, tile["ROWS"]), features // group_size),
+            (xs, weight.contiguous(), bias, zs, y),
+            (rows, features, *strides),
         )
     return y
 
@@ -234,20 +232,22 @@ def _backward(
     xs, zs, dys = _rows(x), _rows(z), _rows(dy)
     rows, features = xs.shape
     acc = accumulator(x, weight, bias, z)
-    options = _options(BACKWARD_PER_THREAD, eps, group_size, norm_before_gate, acc)
+    tile, options = (
+        configuration(group_size, BACKWARD_PER_THREAD),
+        (eps, group_size, norm_before_gate),
+    )
     groups = features // group_size
-    programs = min(triton.cdiv(rows, options["ROWS"]), triton.cdiv(PROGRAMS, groups))
+    programs = min(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(PROGRAMS, groups))
     dweight = torch.empty(programs, features, dtype=acc, device=x.device)
     dbias = torch.empty(0 if bias is None else programs, features, dtype=acc, device=x.device)
     strides, unit = _strides(xs, zs, dys)
     if rows > 0:
         with torch.cuda.device_of(x):
-            _backward_kernel[(programs, groups)](
-                *(xs, weight.contiguous(), None if bias is None else bias.contiguous(), zs, dys),
-                *(dx, dz, dweight, dbias),
-                *(rows, features, *strides),
-                UNIT=unit,
-                **options,
+            shift = None if bias is None else bias.contiguous()
+            _launcher(_backward_kernel, tile, options, unit, x, weight, bias, z)(
+                (programs, groups),
+                (xs, weight.contiguous(), shift, zs, dys, dx, dz, dweight, dbias),
+                (rows, features, *strides),
             )
     dbias = _empty_like(bias, x) if bias is None else dbias.sum(0).to(bias.dtype)
     return dx, dweight.sum(0).to(weight.dtype), dbias, dz

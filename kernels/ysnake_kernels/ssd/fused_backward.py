@@ -32,6 +32,7 @@ from ysnake_kernels.ssd.fused_tiles import (
     device,
     segments,
 )
+from ysnake_kernels.triton_launch import launcher
 
 
 @triton.jit
@@ -328,7 +329,7 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
         sizes = (*tokens, length, padded, sequences)
         shares_ = splits, heads // groups // splits
         launchers = [
-            ft.launcher(kernel, K, config.warps, config.stages, *more)
+            launcher(kernel, (K, *more), config.warps, config.stages)
             for (K, config), kernel, more in zip(
                 plans,
                 (states_kernel, rows_kernel, columns_kernel),
@@ -352,7 +353,7 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
             (*sizes, *shares_),
         )
         at_once = heads_at_once(heads)
-        ft.launcher(steps_kernel, K._replace(CHUNK=chunk, UNIT=1), 4, 1, at_once)(
+        launcher(steps_kernel, (K._replace(CHUNK=chunk, UNIT=1), at_once))(
             (slots * -(-heads // at_once),),
             (dt, given.A, given.dt_bias, numbers, given.cu_seqlens, ddt, through, *sums),
             (dt.stride(1), length, padded, sequences),

@@ -14,6 +14,7 @@ from torch import Tensor
 from ysnake_kernels.numerics import accumulator
 from ysnake_kernels.ssd import fused_tiles as ft
 from ysnake_kernels.ssd.fused_tiles import DECAY, SOURCE, STEP, device, segments
+from ysnake_kernels.triton_launch import launcher
 
 
 def heads_at_once(heads: int) -> int:
@@ -240,7 +241,7 @@ def compute_decays(
     rows = torch.empty(batch, heads, count, padded, dtype=exact, device=dt.device)
     at_once = heads_at_once(heads)
     chunks = ft.slots(sequences, batch, length, scan.cu_seqlens is not None, chunk)
-    ft.launcher(decays_kernel, K._replace(CHUNK=chunk, UNIT=1), 4, 1, at_once, count)(
+    launcher(decays_kernel, (K._replace(CHUNK=chunk, UNIT=1), at_once, count))(
         (chunks * -(-heads // at_once),),
         (dt, scan.A, scan.dt_bias, scan.cu_seqlens, rows),
         (dt.stride(1), length, padded, sequences),
@@ -272,15 +273,15 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
         if count > 1:
             ends = torch.empty(sequences, count, heads, P, K.N, **exact)
             whole = torch.empty(sequences, count, heads, **exact)
-            launch = ft.launcher(
-                states_kernel, K, config.warps, config.stages, count, ft.FORWARD_ROWS
+            launch = launcher(
+                states_kernel, (K, count, ft.FORWARD_ROWS), config.warps, config.stages
             )
             launch(
                 programs,
                 (x, B, C, z, None, rows, None, None, *where, None, ends, None, whole, None, None),
                 (*tokens, 0, *sizes),
             )
-        ft.launcher(forward_kernel, K, config.warps, config.stages, count)(
+        launcher(forward_kernel, (K, count), config.warps, config.stages)(
             programs,
             (x, B, C, z, given.D, rows, given.initial_states, *where, y, final_states, ends, whole),
             (*tokens, *sizes),

@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator, common_unit
-from ysnake_kernels.triton_launch import Launcher
-from ysnake_kernels.triton_math import ROUND_ONCE, clamp, softplus
+from ysnake_kernels.triton_math import clamp, softplus
 
 LARGEST = 256  # head size and state size
 MOST_SEGMENTS = 32
@@ -461,13 +460,6 @@ def configured(kind: str, family: str, K: Constants, chunk: int) -> tuple[Consta
     config = TABLE.get((*key, family)) or TABLE.get(key) or TABLE[(*key[:2], "usual")]
     p_slice = min(config.p_slice, K.P2)
     return K._replace(Q=config.tile, CHUNK=chunk or config.tile, PS=p_slice), config
-
-
-@cache
-def launcher(kernel: Any, K: Constants, warps: int, stages: int, *more: int) -> Launcher:
-    """A kernel with its argument K and the constants after it."""
-    options = {"num_warps": warps, "num_stages": stages, **ROUND_ONCE}
-    return Launcher(kernel, (Constants(*map(tl.constexpr, K)), *more), options)
 
 
 def segments(sequences: int, heads: int, slices: int, tokens: int, multiprocessors: int) -> int:

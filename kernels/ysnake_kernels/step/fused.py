@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator
-from ysnake_kernels.triton_math import ROUND_ONCE, clamp, softplus
+from ysnake_kernels.triton_launch import launcher
+from ysnake_kernels.triton_math import clamp, softplus
 
 TILE = 2048  # elements of the state per program: 8 KB in float32, small enough for batch 1
 MAX_STATE = 4096  # N, a row of the tile
@@ -117,7 +118,7 @@ def configuration(head_dim: int, n: int) -> dict[str, int]:
     """Rows and columns of the state's tile, and warps, on any architecture."""
     cols = triton.next_power_of_2(n)
     rows = min(triton.next_power_of_2(head_dim), max(1, TILE // cols))
-    return {"ROWS": rows, "COLS": cols, "num_warps": 4, **ROUND_ONCE}
+    return {"ROWS": rows, "COLS": cols, "num_warps": 4}
 
 
 def _adjacent(t: Tensor | None) -> Tensor | None:
@@ -150,22 +151,18 @@ def _step(
     A, D, dt_bias, indices = (
         None if t is None else t.contiguous() for t in (A, D, dt_bias, indices)
     )
-    options = configuration(head_dim, n)
-    acc = accumulator(state, x)
+    rows, cols, warps = configuration(head_dim, n).values()
+    acc = tl.float64 if accumulator(state, x) == torch.float64 else tl.float32
+    per_channel = D is not None and D.ndim == 2
+    sizes = heads // groups, head_dim, n
     with torch.cuda.device_of(x):
-        _step_kernel[(batch, heads, triton.cdiv(head_dim, options["ROWS"]))](
-            *(state, x, dt, A, B, C, D, z, dt_bias, indices, y, heads),
-            *(*x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2]),
-            *((0, 0) if z is None else z.stride()[:2]),
-            HEADS_PER_GROUP=heads // groups,
-            P=head_dim,
-            N=n,
-            D_PER_CHANNEL=D is not None and D.ndim == 2,
-            SOFTPLUS=dt_softplus,
-            LOW=low,
-            HIGH=high,
-            ACC=tl.float64 if acc == torch.float64 else tl.float32,
-            **options,
+        launcher(
+            _step_kernel, (*sizes, per_channel, dt_softplus, low, high, rows, cols, acc), warps
+        )(
+            (batch, heads, triton.cdiv(head_dim, rows)),
+            (state, x, dt, A, B, C, D, z, dt_bias, indices, y),
+            (heads, *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2])
+            + ((0, 0) if z is None else z.stride()[:2]),
         )
     return y
 
