@@ -283,8 +283,10 @@ def restore_precision():
 
 
 def precision():
-    x = torch.empty(1, dtype=torch.float32)
-    return fused_tiles.arithmetic("sm_90", x, x, x)["PRECISION"]
+    names = ("x", "dt", "A", "B", "C")
+    given = inputs(**SMALL, dtype=torch.float32)
+    scan = fused_tiles.Scan(*(given[name] for name in names), *[None] * 6)
+    return fused_tiles.constants(scan, 1, "sm_90", True, 0.0, 1.0).PRECISION
 
 
 @pytest.mark.usefixtures("restore_precision")
@@ -299,9 +301,11 @@ def test_float32_precision_follows_both_settings_of_torch():
 
 
 def test_tf32_only_where_the_gpu_has_it():
-    x = torch.empty(1, dtype=torch.float16)
-    precision = {f: fused_tiles.arithmetic(f, x, x, x)["PRECISION"] for f in ("gfx942", "gfx1100")}
-    assert precision == {"gfx942": "tf32", "gfx1100": "ieee"}
+    of = {f: fused_tiles.arithmetic(f, False, *[torch.float16] * 3) for f in ("gfx942", "gfx1100")}
+    assert {family: numbers[2] for family, numbers in of.items()} == {
+        "gfx942": "tf32",
+        "gfx1100": "ieee",
+    }
 
 
 @pytest.mark.parametrize("softplus", [False, True])

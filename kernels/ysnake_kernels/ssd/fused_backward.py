@@ -353,7 +353,7 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
             (*sizes, *shares_),
         )
         at_once = heads_at_once(heads)
-        launcher(steps_kernel, (K._replace(CHUNK=chunk, UNIT=1), at_once))(
+        launcher(steps_kernel, (ft.in_tiles(K, 0, chunk, 0), at_once))(
             (slots * -(-heads // at_once),),
             (dt, given.A, given.dt_bias, numbers, given.cu_seqlens, ddt, through, *sums),
             (dt.stride(1), length, padded, sequences),

@@ -19,7 +19,7 @@ from ysnake_kernels.triton_launch import launcher
 
 def heads_at_once(heads: int) -> int:
     """How many a program handles where it has little to do for each."""
-    return min(16, triton.next_power_of_2(heads))
+    return min(16, 1 << (heads - 1).bit_length())
 
 
 @triton.jit(do_not_specialize=["dt_token", "length", "padded", "sequences"])
@@ -241,7 +241,7 @@ def compute_decays(
     rows = torch.empty(batch, heads, count, padded, dtype=exact, device=dt.device)
     at_once = heads_at_once(heads)
     chunks = ft.slots(sequences, batch, length, scan.cu_seqlens is not None, chunk)
-    launcher(decays_kernel, (K._replace(CHUNK=chunk, UNIT=1), at_once, count))(
+    launcher(decays_kernel, (ft.in_tiles(K, 0, chunk, 0), at_once, count))(
         (chunks * -(-heads // at_once),),
         (dt, scan.A, scan.dt_bias, scan.cu_seqlens, rows),
         (dt.stride(1), length, padded, sequences),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator, common_unit
+from ysnake_kernels.numerics import common_unit
 from ysnake_kernels.triton_math import clamp, softplus
 
 LARGEST = 256  # head size and state size
@@ -107,8 +107,8 @@ class Constants(NamedTuple):
 def side_by_side(t: Tensor | None) -> Tensor | None:
     """t (batch, length, ...) with all numbers of a token side by side and rows of the batch at
     equal distances; a copy where they are not. Within a tile, kernels count in 32 bits."""
-    if t is None:
-        return None
+    if t is None or (t.is_contiguous() and t.stride(1) < 2**22):
+        return t
     batch, length, *sizes = t.shape
     expected = 1
     fits = t.stride(1) < 2**22 and (batch == 1 or t.stride(0) == length * t.stride(1))
@@ -125,17 +125,18 @@ def strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
     return unit, [v // unit for v in values]
 
 
-def arithmetic(family: str, *tensors: Tensor | None) -> dict:
-    """Accumulator, dtype and precision of matrix products; the tensors begin with x, B and C."""
-    products = {t.dtype for t in tensors[:3]}
-    if accumulator(*tensors) == torch.float64:
-        return {"ACC": tl.float64, "DOT": tl.float64, "PRECISION": "ieee"}
-    if products == {torch.bfloat16}:
-        return {"ACC": tl.float32, "DOT": tl.bfloat16, "PRECISION": "ieee"}
+@cache
+def arithmetic(family: str, tf32: bool, *dtypes: torch.dtype | None) -> tuple[Any, Any, str]:
+    """Accumulator, dtype and precision of matrix products; the dtypes begin with those of x, B and
+    C. `tf32`: whether the user lets float32 products round to it."""
+    if torch.float64 in dtypes:
+        return tl.float64, tl.float64, "ieee"
+    if set(dtypes[:3]) == {torch.bfloat16}:
+        return tl.float32, tl.bfloat16, "ieee"
     # tf32 holds every float16 and, unlike it, states and gradients of any size
-    fast = products == {torch.float16} or tf32_is_allowed()
+    fast = tf32 or set(dtypes[:3]) == {torch.float16}
     fast &= not family.startswith("gfx") or family == "gfx942"  # others do not have it
-    return {"ACC": tl.float32, "DOT": tl.float32, "PRECISION": "tf32" if fast else "ieee"}
+    return tl.float32, tl.float32, "tf32" if fast else "ieee"
 
 
 def tf32_is_allowed() -> bool:
@@ -150,12 +151,23 @@ def constants(
 ) -> Constants:
     """What is known of the arguments before a kernel is compiled."""
     x, dt, A, B, C, D, z, initial_states, dt_bias = scan[:9]
-    heads, P, groups, N = *x.shape[2:], *B.shape[2:]
-    P2, N2 = (max(16, triton.next_power_of_2(size)) for size in (P, N))
+    tensors = x, B, C, dt, A, D, z, initial_states, dt_bias
+    dtypes = [None if t is None else t.dtype for t in tensors]
+    exact = torch.float32 in dtypes[:3] or torch.float16 in dtypes[:3]
+    numbers = arithmetic(family, exact and tf32_is_allowed(), *dtypes)
+    sizes = *x.shape[2:], *B.shape[2:]
     per_channel = D is not None and D.ndim == 2
-    numbers = arithmetic(family, x, B, C, dt, A, D, z, initial_states, dt_bias)
-    sizes = P, N, P2, N2, heads, heads // groups, unit
-    return Constants(*sizes, per_channel, softplus, low, high, **numbers)
+    return _constants(*sizes, unit, per_channel, softplus, low, high, *numbers)
+
+
+@cache
+def _constants(heads: int, P: int, groups: int, N: int, *others: Any) -> Constants:
+    return Constants(P, N, padded_size(P), padded_size(N), heads, heads // groups, *others)
+
+
+def padded_size(size: int) -> int:
+    """The next power of two, and at least 16, which a matrix product needs."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 # One tile
@@ -458,8 +470,12 @@ def configured(kind: str, family: str, K: Constants, chunk: int) -> tuple[Consta
     size = "wide" if K.N2 > 128 else "narrow" if K.P2 < 64 else "usual"
     key = (kind, K.DOT.primitive_bitwidth // 8, size)
     config = TABLE.get((*key, family)) or TABLE.get(key) or TABLE[(*key[:2], "usual")]
-    p_slice = min(config.p_slice, K.P2)
-    return K._replace(Q=config.tile, CHUNK=chunk or config.tile, PS=p_slice), config
+    return in_tiles(K, config.tile, chunk or config.tile, min(config.p_slice, K.P2)), config
+
+
+@cache
+def in_tiles(K: Constants, tile: int, chunk: int, p_slice: int) -> Constants:
+    return K._replace(Q=tile, CHUNK=chunk, PS=p_slice)
 
 
 def segments(sequences: int, heads: int, slices: int, tokens: int, multiprocessors: int) -> int:
