@@ -25,7 +25,7 @@ class Shape:
     """Whether the scan is gated."""
     tile: int = 32
     """Tokens of a tile of the single pass."""
-    chunk: int = 128
+    chunk: int = 64
     """Tokens between the states that the backward stores."""
     state_item: int = 2
     """Bytes of an element of those states."""

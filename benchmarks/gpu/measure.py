@@ -48,15 +48,16 @@ def moved(op: str, mode: str, s: Shape, processors: int) -> float:
 
     small = {name: sum(k.bytes for k in ks) for name, ks in traffic.others(s).items()}
     conv, conv_back, norm, norm_back, step = small.values()
-    main = fused_tiles.TABLE["gradients", 2, "usual"]
-    tiles = s.batch * -(-s.length // main.chunk) * (main.chunk // main.tile)
+    chunk = fused_tiles.TABLE["states", 2, "usual"].chunk
+    halves = [fused_tiles.TABLE[kind, 2, "usual"].tile for kind in ("rows", "columns")]
+    tiles = s.batch * -(-s.length // chunk) * sum(chunk // tile for tile in halves)
     tokens = s.batch * s.length
     forward, back = (
         fused_tiles.segments(s.batch, directions * s.heads, 1, tokens, processors)
         for directions in (1, 2)
     )
-    splits = fused_backward.splits_of_group(2 * tiles * s.groups, s.heads // s.groups, processors)
-    s = replace(s, segments=forward, back_segments=back, splits=splits)
+    splits = fused_backward.splits_of_group(tiles * s.groups, s.heads // s.groups, processors)
+    s = replace(s, chunk=chunk, segments=forward, back_segments=back, splits=splits)
     scan, scan_back = (sum(k.bytes for k in f(s)) for f in (traffic.forward, traffic.backward))
     forward = {"scan": scan, "convolution": conv, "norm": norm, "step": step}
     forward["mixer"] = conv + scan + norm

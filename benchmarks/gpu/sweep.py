@@ -43,39 +43,67 @@ def config(tile: int, p_slice: int, warps: int, stages: int, chunk: int = 0) -> 
     return Config(tile, p_slice, warps, stages, chunk)
 
 
+def chunks_of(tokens: int, *halves: Config) -> dict[tuple, Config]:
+    """Lines of the backward with chunks of so many tokens: states, rows and columns."""
+    states = config(min(64, tokens), 64, 4, 2, tokens)
+    kinds = zip(("states", "rows", "columns"), (states, *halves), strict=True)
+    return {(kind, 2, "usual"): line for kind, line in kinds}
+
+
 ENTRIES = [
     Entry(
         ("forward", 2, "usual"),
         "forward",
         (
-            *(config(32, 64, 4, stages) for stages in (1, 2, 3)),
+            *(config(32, 64, 4, stages) for stages in (1, 2, 3, 4)),
             *(config(64, 64, 4, stages) for stages in (1, 2)),
             config(64, 64, 8, 2),
             config(32, 64, 8, 2),
+            *(config(tile, 32, 4, 3) for tile in (32, 64)),
         ),
     ),
     Entry(
         ("states", 2, "usual"),
         "backward",
         (
-            *(config(32, 64, 4, stages) for stages in (2, 3)),
-            *(config(64, 64, 4, stages) for stages in (2, 3)),
-            config(64, 64, 8, 2),
-            config(128, 64, 8, 2),
+            *(config(32, 64, 4, stages, 64) for stages in (2, 3)),
+            *(config(64, 64, 4, stages, 64) for stages in (1, 2, 3)),
+            *(config(64, 64, 8, stages, 64) for stages in (2, 3)),
+            config(64, 32, 4, 3, 64),
         ),
     ),
     Entry(
-        ("gradients", 2, "usual"),
+        ("rows", 2, "usual"),
         "backward",
         (
-            *(config(32, 64, 8, stages, 128) for stages in (1, 2, 3)),
-            config(32, 64, 8, 1, 64),
-            config(64, 64, 8, 1, 64),
+            *(config(64, 64, 8, stages) for stages in (1, 2, 3)),
+            *(config(64, 64, 4, stages) for stages in (1, 2)),
+            *(config(32, 64, 4, stages) for stages in (1, 2)),
         ),
     ),
-    Entry(("forward", 2, "wide"), "forward", (config(32, 64, 8, 1),), WIDE),
-    Entry(("states", 2, "wide"), "backward", (config(64, 64, 8, 2),), WIDE),
-    Entry(("gradients", 2, "wide"), "backward", (config(32, 64, 8, 2, 64),), WIDE),
+    Entry(
+        ("columns", 2, "usual"),
+        "backward",
+        (
+            *(config(32, 64, 4, stages) for stages in (1, 2, 3)),
+            *(config(64, 64, 8, stages) for stages in (1, 2)),
+            *(config(32, 64, 8, stages) for stages in (1, 2)),
+            config(32, 32, 4, 2),
+        ),
+    ),
+    Entry(
+        ("states", 2, "usual"),
+        "backward",
+        (
+            chunks_of(128, config(64, 64, 8, 1), config(32, 64, 8, 1)),
+            chunks_of(128, config(32, 64, 8, 2), config(32, 64, 8, 2)),
+            chunks_of(32, config(32, 64, 4, 2), config(32, 64, 4, 2)),
+        ),
+    ),
+    Entry(("forward", 2, "wide"), "forward", (config(32, 32, 8, 2), config(32, 64, 8, 2)), WIDE),
+    Entry(("states", 2, "wide"), "backward", (config(64, 64, 8, 2, 64),), WIDE),
+    Entry(("rows", 2, "wide"), "backward", (config(16, 32, 8, 1), config(32, 64, 8, 1)), WIDE),
+    Entry(("columns", 2, "wide"), "backward", (config(16, 32, 8, 1), config(32, 64, 8, 1)), WIDE),
 ]
 
 
