@@ -55,18 +55,15 @@ def prepare(text: Path | None, folder: Path, sizes: dict[str, int], quick: bool)
     from ysnake import data, tokenizer
     from ysnake.train import VAL_TOKENS
 
-    files = data.find_files([text])
-    size = sum(path.stat().st_size for path in files)
+    corpus = data.Corpus(data.find_files([text]))
+    size = corpus.size
     if size < LEAST and not quick:
         raise InputError(f"--text: expected at least {LEAST:,} bytes, {text} has {size:,}")
-    pieces = data.split(data.read_documents(files))
-    texts = (piece for piece, _, held_out in pieces if not held_out)
+    texts = (part.text for part in data.split(corpus.pieces()) if not part.held_out)
     learnt = tokenizer.train("bpe", texts, sizes["vocab_size"])
     frame, entries = tokenizer.eot_id(learnt), learnt.get_vocab_size()
     folder.mkdir()
-    data.write_tokens(
-        data.read_documents(files), learnt, frame, frame, folder, lambda characters: None
-    )
+    data.write_tokens(corpus.pieces(), learnt, frame, frame, folder, lambda characters: None)
     held_out = data.Tokens.open(folder / "val.tokens", entries, frame, frame).ids[:VAL_TOKENS]
     size = len(tokenizer.decode(learnt, held_out.tolist()).encode())
     return Corpus(folder, sizes, len(held_out), size, frame)

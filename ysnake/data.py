@@ -1,155 +1,101 @@
-"""Documents to training windows: reading files, writing tokens to disk, cutting windows.
+"""Documents to training windows: what is held out, tokens on disk, cutting windows.
 
-Nothing here holds a corpus in memory: documents are read in pieces, tokens are memory-mapped. On
+Nothing here holds a corpus in memory: documents come in pieces, tokens are memory-mapped. On
 disk a document is bos + text + eos, so that a new one starts exactly where a bos follows an eos.
 """
 
-import json
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from ysnake.config import IGNORED, InputError
-from ysnake.tokenizer import EOT, encode
+from ysnake.documents import Corpus, Piece, find_files, near_space, open_corpus, read_file
+from ysnake.tokenizer import dropped_bytes, encode
 
-PIECE = 1 << 20  # characters; a longer document is handled in pieces of about this size
-HELD_OUT_EVERY = 20  # one document in so many is held out
-SUFFIXES = (".txt", ".md", ".jsonl")
+__all__ = ["Corpus", "Piece", "find_files", "open_corpus", "read_file"]  # from here, too
 
-Piece = tuple[str, bool]  # a text, and whether it ends its document
+HELD_OUT_EVERY = 20  # one character in so many is held out
+SHORTEST_PASSAGE = 200  # characters; less is not cut from a document
+LONGEST_WHOLE = 1 << 16  # characters; no longer document is held out whole
 
 
-def find_files(paths: Iterable[Path]) -> list[Path]:
-    """The .txt, .md and .jsonl files among `paths` and in folders among them, in a fixed order.
+class Part(NamedTuple):
+    """A part of a document, as it is written to one side of the split."""
 
-    A folder's README and hidden files are about the data, not of it, and are left out.
+    text: str
+    ends: bool  # the document ends with it
+    held_out: bool
+    cut: bool  # a passage was cut off its end, or it is that passage
 
-    Raises:
-        InputError: a path is missing, is of another kind, or a folder has nothing to read.
+
+def split(pieces: Iterable[Piece]) -> Iterator[Part]:
+    """The pieces, a twentieth of their text held out.
+
+    Many small documents: some of them are held out, whole. A document that is long, in itself or
+    beside the text before it, loses a passage: the end of each of its pieces. So no large document
+    is held out whole, and how much is depends on no text that comes later.
     """
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = sorted(
-                p
-                for p in path.rglob("*")
-                if p.suffix in SUFFIXES
-                and p.is_file()
-                and p.stem.lower() != "readme"
-                and not any(part.startswith(".") for part in p.relative_to(path).parts)
-            )
-            if not found:
-                raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-            files += found
-        elif not path.exists():
-            raise InputError(f"{path}: no such file or folder")
-        elif path.suffix not in SUFFIXES:
-            raise InputError(f"{path}: expected a folder or a {', '.join(SUFFIXES)} file")
-        else:
-            files.append(path)
-    return list(dict.fromkeys(files))
-
-
-def read_file(path: Path) -> Iterator[Piece]:
-    """The documents of a file, in pieces; empty documents are left out.
-
-    In .txt and .md a line `<|endoftext|>` stands between documents; in .jsonl each line is an
-    object whose field `text` is one.
-    """
-    documents = _jsonl_documents if path.suffix == ".jsonl" else _text_documents
-    waiting: str | None = None  # one piece is held back, to know whether it is the last
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for text, ends in documents(file, path):
-                if "\0" in text:
-                    raise InputError(f"{path}: a binary file, not text")
-                if waiting is None:
-                    text = text.lstrip("\n")
-                if ends:
-                    text = text.rstrip("\n")
-                if waiting is not None and (text or not ends):
-                    yield waiting, False
-                    waiting = None
-                if text:
-                    waiting = text
-                if ends and waiting is not None:
-                    yield waiting, True
-                    waiting = None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not text in UTF-8 (byte {error.start})") from error
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-
-
-def _text_documents(file: Iterable[str], path: Path) -> Iterator[Piece]:
-    lines, size = [], 0
-    while line := file.readline(PIECE):
-        if line.rstrip("\n") == EOT:
-            yield "".join(lines), True
-            lines, size = [], 0
-            continue
-        lines.append(line)
-        size += len(line)
-        if size >= PIECE:
-            yield "".join(lines), False
-            lines, size = [], 0
-    yield "".join(lines), True
-
-
-def _jsonl_documents(file: Iterable[str], path: Path) -> Iterator[Piece]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: expected an object with `text`") from error
-        if not isinstance(text, str):
-            raise InputError(f"{path}, line {number}: expected `text` to be a string")
-        yield text, True
-
-
-def read_documents(files: list[Path], max_documents: int | None = None) -> Iterator[Piece]:
-    """The documents of all files; with a limit, taken in turn from each file until that."""
-    if max_documents is None:
-        for path in files:
-            yield from read_file(path)
-        return
-    readers = deque(read_file(path) for path in files)
-    taken = 0
-    while readers and taken < max_documents:
-        reader = readers.popleft()
-        for text, ends in reader:
-            yield text, ends
-            if ends:
-                taken += 1
-                readers.append(reader)
-                break
-
-
-def split(pieces: Iterable[Piece]) -> Iterator[tuple[str, bool, bool]]:
-    """The pieces, each with whether its document is held out: one in twenty, from the second on."""
-    document = 0
+    read, owed, inside = 0, 0, False  # owed: characters to hold out, times HELD_OUT_EVERY
     for text, ends in pieces:
-        yield text, ends, document % HELD_OUT_EVERY == 1
-        document += ends
+        size = len(text)
+        read += size
+        owed += size
+        short = ends and not inside and size <= LONGEST_WHOLE
+        passage = min(owed // HELD_OUT_EVERY, size // 2)
+        if short and size * HELD_OUT_EVERY <= owed:
+            yield Part(text, True, True, False)
+            owed -= size * HELD_OUT_EVERY
+        elif passage >= SHORTEST_PASSAGE and (not short or size * HELD_OUT_EVERY > read):
+            at = near_space(text, size - passage)
+            yield Part(text[:at], False, False, True)
+            yield Part(text[at:], ends, True, True)
+            owed -= (size - at) * HELD_OUT_EVERY
+        else:
+            yield Part(text, ends, False, False)
+        inside = not ends
 
 
-@dataclass(frozen=True)
+@dataclass
 class Counts:
     """How much was written: documents, tokens and words on either side of the split."""
 
-    train_documents: int
-    train_tokens: int
-    train_words: int
-    val_documents: int
-    val_tokens: int
+    train_documents: int = 0  # whole or in part
+    train_tokens: int = 0
+    train_words: int = 0
+    val_documents: int = 0  # whole
+    val_cut: int = 0  # those that passages are cut from
+    val_tokens: int = 0
+    bytes: int = 0
+    dropped: int = 0  # bytes of characters that the tokenizer does not know
+
+    def lines(self) -> list[str]:
+        """What a user should know of it."""
+        parts = [f"parts of {self.val_cut:,}"] if self.val_cut else []
+        if self.val_documents or not parts:
+            parts.insert(0, f"{self.val_documents:,}")
+        share = self.val_tokens / max(1, self.val_tokens + self.train_tokens)
+        learnt = f"{self.train_words:,} words, {self.train_tokens:,} tokens"
+        lines = [
+            f"{self.train_documents:,} documents to learn ({learnt}), "
+            f"{' and '.join(parts)} held out ({self.val_tokens:,} tokens, {share:.1%})"
+        ]
+        if not self.val_tokens:
+            lines.append(
+                "too little text to hold any out: there will be no held-out loss, no best/ and "
+                "nothing for --patience to watch"
+            )
+        if self.dropped:
+            lines.append(
+                f"left out: characters that the tokenizer does not know: {self.dropped:,} bytes "
+                f"({self.dropped / self.bytes:.1%})"
+            )
+        return lines
 
 
 def write_tokens(
@@ -162,31 +108,33 @@ def write_tokens(
 ) -> Counts:
     """Encode documents into `folder`/train.tokens and val.tokens, as `split` says.
 
-    A single document cannot be split by document: the last twentieth of its tokens is held out.
     `progress` is called with the number of characters just done.
     """
     dtype = token_dtype(tokenizer.get_vocab_size())
-    documents, tokens, words = [0, 0], [0, 0], [0, 0]
-    paths = [folder / "train.tokens", folder / "val.tokens"]
-    with paths[0].open("wb") as train, paths[1].open("wb") as val:
-        inside = False
-        for text, ends, held_out in split(pieces):
-            side = int(held_out)
+    counts = Counts()
+    with (folder / "train.tokens").open("wb") as train, (folder / "val.tokens").open("wb") as val:
+        inside = losing = False
+        for text, ends, held_out, cut in split(pieces):
             ids = encode(tokenizer, text)
-            ids = ([] if inside else [bos_id]) + ids + ([eos_id] if ends else [])
-            (train, val)[side].write(np.array(ids, dtype=dtype).tobytes())
-            tokens[side] += len(ids)
-            words[side] += len(text.split())
-            documents[side] += ends
-            inside = not ends
+            counts.dropped += dropped_bytes(tokenizer, text, ids)
+            counts.bytes += len(text.encode("utf-8", "replace"))
+            closed = ends or cut
+            ids = ([] if inside else [bos_id]) + ids + ([eos_id] if closed else [])
+            (val if held_out else train).write(np.array(ids, dtype=dtype).tobytes())
+            if held_out:
+                counts.val_tokens += len(ids)
+                counts.val_documents += not cut
+            else:
+                counts.train_tokens += len(ids)
+                counts.train_words += len(text.split())
+            losing |= cut
+            if ends:
+                counts.train_documents += losing or not held_out
+                counts.val_cut += losing
+                losing = False
+            inside = not closed
             progress(len(text))
-    if sum(documents) == 1:
-        kept = tokens[0] - tokens[0] // HELD_OUT_EVERY
-        whole = np.fromfile(paths[0], dtype)
-        whole[:kept].tofile(paths[0])
-        whole[kept:].tofile(paths[1])
-        tokens = [kept, len(whole) - kept]
-    return Counts(documents[0], tokens[0], words[0], documents[1], tokens[1])
+    return counts
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ysnake.decoding import Decoder
 
 READ = 1024  # tokens at once
+DROPPED = 8  # bits that a byte costs for which the tokenizer has no token, as any of 256 values
 
 
 @dataclass
@@ -29,6 +30,10 @@ class Options:
     """Files and folders of documents, as for training."""
     max_documents: int | None = None
     """Take so many documents only, in turn from each file."""
+    encoding: str = "utf-8"
+    """Encoding of the files, for example utf-16 or cp1252."""
+    text_field: Annotated[str, arg(metavar="NAME")] = "text"
+    """Field of a .jsonl line that holds the document."""
     weights: Literal["float32", "int8"] = "float32"
     """int8: measure what --weights int8 of ysnake.run writes with."""
     device: str = "auto"
@@ -45,6 +50,7 @@ class Score:
     tokens: int = 0
     bytes: int = 0
     nats: float = 0.0
+    dropped: int = 0  # of the bytes, those of characters that the tokenizer has no token for
 
     @property
     def loss_per_token(self) -> float:
@@ -52,7 +58,17 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / max(1, self.bytes)
+        return (self.nats / math.log(2) + DROPPED * self.dropped) / max(1, self.bytes)
+
+    def warning(self) -> str | None:
+        """What the tokenizer could not read, if anything."""
+        if not self.dropped:
+            return None
+        return (
+            f"warning: the tokenizer drops {self.dropped / self.bytes:.1%} of the text "
+            f"({self.dropped:,} of {self.bytes:,} bytes), characters that it does not know; in "
+            f"bits per byte each such byte counts as {DROPPED}"
+        )
 
 
 def score(
@@ -69,14 +85,16 @@ def score(
     import torch
     from torch.nn.functional import cross_entropy
 
-    from ysnake.tokenizer import encode
+    from ysnake.tokenizer import dropped_bytes, encode
 
     model = decoder.model
     device = model.backbone.embeddings.weight.device
     total = Score()
     state, before = model.empty_state(1), model.config.bos_id  # read so far, and not yet read
     for text, ends in pieces:
-        ids = encode(tokenizer, text) + ([model.config.eos_id] if ends else [])
+        ids = encode(tokenizer, text)
+        total.dropped += dropped_bytes(tokenizer, text, ids)
+        ids += [model.config.eos_id] if ends else []
         for i in range(0, len(ids), READ):
             targets = torch.tensor(ids[i : i + READ], device=device)
             inputs = torch.cat([targets.new_tensor([before]), targets[:-1]])
@@ -102,7 +120,7 @@ def main(argv: list[str]) -> int:
         raise InputError("--data: expected files or folders to evaluate on")
     if options.max_documents is not None and options.max_documents < 1:
         raise InputError(f"--max-documents: expected at least 1, got {options.max_documents}")
-    files = data.find_files(options.data)
+    corpus = data.open_corpus(options)
 
     from rich.progress import Progress
 
@@ -115,14 +133,15 @@ def main(argv: list[str]) -> int:
     folder, tokenizer, model = checkpoint.load_all(path, device=device)
     model.config.check_frame()
     decoder = Decoder(model, options.weights)
-    size = None if options.max_documents else sum(path.stat().st_size for path in files)
     console = cli.console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=size)
-        pieces = data.read_documents(files, options.max_documents)
-        total = score(decoder, tokenizer, pieces, lambda n: bar.advance(task, n))
+        task = bar.add_task("reading", total=corpus.size)
+        total = score(decoder, tokenizer, corpus.pieces(), lambda n: bar.advance(task, n))
     if total.tokens == 0:
         raise InputError("--data: no text in these files")
+    for line in [*corpus.left_out.lines(), total.warning()]:
+        if line:
+            console.print(line, markup=False)
     console.print(
         f"{folder}: {total.loss_per_token:.4f} nats per token, "
         f"{total.bits_per_byte:.4f} bits per byte "

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from tokenizers import Tokenizer
 
+    from ysnake.data import Corpus, Counts
+
 
 def start(settings: Settings, console: "Console") -> Run:
     """Make the folder of a new run: tokenizer, tokens on disk, first weights; all or nothing."""
@@ -31,7 +33,7 @@ def start(settings: Settings, console: "Console") -> Run:
         raise InputError(f"{settings.run}: exists already; --resume goes on with a run")
     if settings.data == (SHIPPED,) and not SHIPPED.is_dir():
         raise InputError("--data: the shipped corpus is not installed here; give files or folders")
-    files = data.find_files(settings.data)
+    corpus = data.open_corpus(settings)
     device = cli.pick_device(settings.device)
 
     if settings.from_ is not None:
@@ -41,7 +43,7 @@ def start(settings: Settings, console: "Console") -> Run:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
         memory.fit(settings, model.config)
     else:
-        tokenizer = train_tokenizer(settings, files, console)
+        tokenizer = train_tokenizer(settings, corpus, console)
         config = _config(settings, tokenizer)
         memory.fit(settings, config)
         torch.manual_seed(settings.seed)
@@ -55,7 +57,7 @@ def start(settings: Settings, console: "Console") -> Run:
     except OSError as error:
         raise InputError(f"{settings.run}: {error.strerror}") from error
     try:
-        counts = _tokenise(settings, files, tokenizer, model.config, new / "data", console)
+        counts = _tokenise(corpus, tokenizer, model.config, new / "data", console)
         if counts.train_tokens <= settings.seq_len:
             raise InputError(
                 f"--seq-len: all documents together have {counts.train_tokens} tokens to train on, "
@@ -73,11 +75,9 @@ def start(settings: Settings, console: "Console") -> Run:
         if isinstance(error, OSError):
             raise InputError(f"{settings.run}: {error.strerror}") from error
         raise
-    console.print(
-        f"[bold]{settings.run}[/]: {counts.train_documents} documents to learn "
-        f"({counts.train_words:,} words, {counts.train_tokens:,} tokens), "
-        f"{counts.val_documents} held out; {model.n_parameters():,} parameters on {device}"
-    )
+    console.print(f"[bold]{settings.run}[/]: {model.n_parameters():,} parameters on {device}")
+    for line in [*counts.lines(), *corpus.left_out.lines()]:
+        console.print(line, markup=False)
     return assemble(settings, model, tokenizer, Progress(), Ranks())
 
 
@@ -92,7 +92,7 @@ def plan(settings: Settings, console: "Console") -> Any:
     elif settings.vocab_size is not None:
         config = model_config(settings, settings.vocab_size, 0)
     else:
-        tokenizer = train_tokenizer(settings, data.find_files(settings.data), console)
+        tokenizer = train_tokenizer(settings, data.open_corpus(settings), console)
         config = _config(settings, tokenizer)
     return memory.table(config, settings)
 
@@ -103,16 +103,15 @@ def _config(settings: Settings, tokenizer: "Tokenizer") -> ModelConfig:
     return model_config(settings, tokenizer.get_vocab_size(), eot_id(tokenizer))
 
 
-def train_tokenizer(settings: Settings, files: list[Path], console: "Console") -> "Tokenizer":
+def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") -> "Tokenizer":
     """A tokenizer learnt from the documents to train on, of the size asked for."""
     from ysnake import data
     from ysnake import tokenizer as tokenizers
 
     wanted = settings.vocab_size or PRESETS[settings.preset].max_vocab
     with console.status("learning the vocabulary"):
-        pieces = data.split(data.read_documents(files, settings.max_documents))
-        texts = (text for text, _, held_out in pieces if not held_out)
-        tokenizer = tokenizers.train(settings.tokenizer, texts, wanted)
+        texts = (part.text for part in data.split(corpus.pieces()) if not part.held_out)
+        tokenizer = tokenizers.train(settings.tokenizer or "bpe", texts, wanted)
     size = tokenizer.get_vocab_size()
     if size < wanted and settings.vocab_size is not None:
         raise InputError(f"--vocab-size: {wanted} cannot be met, these documents give {size}")
@@ -122,23 +121,20 @@ def train_tokenizer(settings: Settings, files: list[Path], console: "Console") -
 
 
 def _tokenise(
-    settings: Settings,
-    files: list[Path],
+    corpus: "Corpus",
     tokenizer: "Tokenizer",
     config: ModelConfig,
     folder: Path,
     console: "Console",
-) -> Any:
+) -> "Counts":
     from rich.progress import Progress as Bar
 
     from ysnake import data
 
-    limited = settings.max_documents is not None
-    total = None if limited else sum(path.stat().st_size for path in files)
     with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("writing tokens", total=total)
+        task = bar.add_task("writing tokens", total=corpus.size)
         return data.write_tokens(
-            data.read_documents(files, settings.max_documents),
+            corpus.pieces(),
             tokenizer,
             config.bos_id,
             config.eos_id,

@@ -24,7 +24,7 @@ class Settings:
 
     data: Annotated[tuple[Path, ...], arg(metavar="PATH...")] = (SHIPPED,)
     """Files and folders of .txt and .md (documents separated by a line <|endoftext|>) and .jsonl (a
-    field `text`)."""
+    document in each line). About a twentieth of the text is held out to measure with."""
     run: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder of this run; by default a new one in runs/. With --resume: the run to go on with, by
     default the newest."""
@@ -35,12 +35,17 @@ class Settings:
     preset: Annotated[str, arg(metavar="NAME")] = "quick"
     """Sizes and training settings to start from: quick, ys-24m, ys-60m or ys-71m."""
 
-    tokenizer: Literal["bpe", "word"] = "bpe"
-    """bpe works on bytes and loses nothing; word knows whole words, else characters."""
+    tokenizer: Literal["bpe", "word"] | None = None
+    """bpe, the default, works on bytes and loses nothing; word knows whole words, else
+    characters."""
     vocab_size: int | None = None
     """Entries of the tokenizer; by default the preset's number or as many as the corpus gives."""
     max_documents: int | None = None
-    """Take so many documents only, in turn from each file."""
+    """Take so many documents only, in turn from each file; by default all of --data."""
+    encoding: str = "utf-8"
+    """Encoding of the files, for example utf-16 or cp1252."""
+    text_field: Annotated[str, arg(metavar="NAME")] = "text"
+    """Field of a .jsonl line that holds the document."""
 
     seq_len: int = 256
     """Tokens trained on at a time. Running has no such limit."""
@@ -138,6 +143,9 @@ def parse(argv: list[str]) -> Settings:
     first.add_argument("--resume", action="store_true")
     first.add_argument("--run", type=Path)
     first.add_argument("--from", type=Path, dest="from_")
+    first.add_argument("--data", nargs="*")
+    first.add_argument("--tokenizer")
+    first.add_argument("--init")
     known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     if known.preset not in PRESETS:
         raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {known.preset}")
@@ -163,7 +171,14 @@ def parse(argv: list[str]) -> Settings:
             _, config = checkpoint.newest_good(source, checkpoint.load_config)
             sizes = {name: getattr(config, name) for name in MODEL_SIZES}
         default = Settings(preset=known.preset, **preset.settings | sizes)
+        if known.data is not None:  # a preset's limit is for the shipped corpus
+            default.max_documents = None
         settings = cli.parse(Settings, argv, "train", default=default)
+        for name in ("tokenizer", "init"):
+            if known.from_ and getattr(known, name) is not None:
+                raise InputError(f"{option(name)}: fixed by the checkpoint that --from names")
+        if not known.from_:
+            settings.tokenizer = settings.tokenizer or "bpe"
         for name, size in sizes.items():
             if getattr(settings, name) != size:
                 raise InputError(

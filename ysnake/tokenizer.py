@@ -5,8 +5,9 @@ characters, and a character never seen is dropped. Both are `tokenizers.Tokenize
 """
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -17,12 +18,24 @@ EOT = "<|endoftext|>"  # begins and ends every document: bos, eos and pad in one
 FILE = "tokenizer.json"
 # words and runs of punctuation keep the space before them, as in GPT-2
 _WORDS = Regex(r" ?\w+| ?[^\w\s]+|\s+")
+LONGEST_WORD = 64  # characters; a longer run, as DNA and some scripts have, is learnt in parts
+_RUN = re.compile(rf"\w{{{LONGEST_WORD}}}|[^\w\s]{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
 
 
 def train(kind: str, texts: Iterable[str], max_vocab: int) -> Tokenizer:
     """A tokenizer of at most `max_vocab` entries, special token included, learnt from `texts`."""
-    tokenizer = {"bpe": _train_bpe, "word": _train_word}[kind](texts, max_vocab)
-    return _ready(tokenizer)
+    learn = {"bpe": _train_bpe, "word": _train_word}[kind]
+    return _ready(learn(_without_long_words(texts), max_vocab))
+
+
+def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut where a word would be too long: each merge looks at whole words."""
+    for text in map(_sayable, texts):
+        start = 0
+        for run in _RUN.finditer(text):
+            yield text[start : run.end()]
+            start = run.end()
+        yield text[start:]
 
 
 def _train_bpe(texts: Iterable[str], max_vocab: int) -> Tokenizer:
@@ -86,9 +99,25 @@ def eot_id(tokenizer: Tokenizer) -> int:
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a text, no special tokens added."""
-    # what UTF-8 cannot express (half of a surrogate pair) becomes a question mark
-    text = text.encode("utf-8", "replace").decode() if not text.isascii() else text
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    return tokenizer.encode(_sayable(text), add_special_tokens=False).ids
+
+
+def _sayable(text: str) -> str:
+    """The text with a question mark for what UTF-8 cannot express: half of a surrogate pair."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def dropped_bytes(tokenizer: Tokenizer, text: str, ids: list[int]) -> int:
+    """Bytes of a text that its ids do not give back: the characters that have no token."""
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    if unknown is not None:
+        unknown_id = tokenizer.token_to_id(unknown)
+        ids = [i for i in ids if i != unknown_id]
+    text, back = _sayable(text), decode(tokenizer, ids)
+    if back == text:
+        return 0
+    missing = Counter(text) - Counter(back)
+    return sum(len(character.encode()) * n for character, n in missing.items())
 
 
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:

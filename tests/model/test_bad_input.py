@@ -30,7 +30,10 @@ def folder(tmp_path_factory):
         "binary.txt": b"\x00\x01\x02" * 100,
         "latin.txt": b"na\xefve \xff",
         "nothing.txt": b"\n\n",
+        "wide.txt": "wide".encode("utf-16"),
         "x.pdf": b"text",
+        "x.csv": b"text",
+        "x.txt.gz": b"text",
         "no.jsonl": b'{"text": "one"}\n{"text": \n',
         "other.jsonl": b'{"text": "one"}\n{"texts": "two"}\n',
         "number.jsonl": b'{"text": 5}\n',
@@ -68,14 +71,34 @@ MODEL = ["model", "--prompt", "x"]
 LIST = {
     "missing: no such file or folder": (train, *TINY, "--data", "missing"),
     "empty: no .txt, .md, .jsonl file in this folder": (train, *TINY, "--data", "empty"),
-    "binary.txt: a binary file, not text": (train, *TINY, "--data", "binary.txt"),
+    "binary.txt: a binary file, or text that needs --encoding utf-16": (train, *TINY, "--data", "binary.txt"),
     "latin.txt: not text in UTF-8 (byte 2)": (train, *TINY, "--data", "latin.txt"),
     "x.pdf: expected a folder or a .txt, .md, .jsonl file": (train, *TINY, "--data", "x.pdf"),
-    "no.jsonl, line 2: expected an object with `text`": (train, *TINY, "--data", "no.jsonl"),
-    "other.jsonl, line 2: expected an object": (train, *TINY, "--data", "other.jsonl"),
+    "wide.txt: not text in UTF-8 (byte 0); --encoding names another, for instance utf-16": (
+        *(train, *TINY, "--data", "wide.txt"),
+    ),
+    "latin.txt: not text in ASCII (byte 2)": (
+        *(train, *TINY, "--data", "latin.txt", "--encoding", "ascii"),
+    ),
+    "--encoding: expected one like utf-8, utf-16 or cp1252, got 'utf-9'": (
+        *(train, *NEW, "--encoding", "utf-9"),
+    ),
+    "--encoding: expected one like utf-8, utf-16 or cp1252, got 'base64'": (
+        *(evaluate, "model", "--data", "snakes.txt", "--encoding", "base64"),
+    ),
+    "--text-field: expected the name of a field": (train, *NEW, "--text-field", ""),
+    "--data: expected files or folders": (train, *TINY, "--data"),
+    "x.csv: expected a folder or a .txt, .md, .jsonl file; pandas makes a .jsonl": (
+        *(train, *TINY, "--data", "x.csv"),
+    ),
+    "x.txt.gz: expected a folder or a .txt, .md, .jsonl file; unpack": (
+        *(evaluate, "model", "--data", "x.txt.gz"),
+    ),
+    "no.jsonl, line 2: not JSON": (train, *TINY, "--data", "no.jsonl"),
+    "other.jsonl, line 2: no field `text`, only \"texts\"; --text-field": (train, *TINY, "--data", "other.jsonl"),
     "number.jsonl, line 1: expected `text` to be a string": (train, "--data", "number.jsonl"),
     "list.jsonl, line 1: expected an object": (train, *TINY, "--data", "list.jsonl"),
-    "deep.jsonl, line 1: expected an object": (train, *TINY, "--data", "deep.jsonl"),
+    "deep.jsonl, line 1: nested too deeply": (train, *TINY, "--data", "deep.jsonl"),
     "all documents together have 0 tokens to train on": (train, *TINY, "--data", "nothing.txt"),
     "--seq-len: all documents together have": (train, *NEW, "--seq-len", "99999"),
     "--seq-len: expected at least 1, got 0": (train, *NEW, "--seq-len", "0"),
@@ -104,6 +127,12 @@ LIST = {
     ),
     "--vocab-size: fixed by the checkpoint": (
         *(train, "--data", "snakes.txt", "--from", "model", "--vocab-size", "300"),
+    ),
+    "--tokenizer: fixed by the checkpoint that --from names": (
+        *(train, "--data", "snakes.txt", "--from", "model", "--tokenizer", "bpe"),
+    ),
+    "--init: fixed by the checkpoint that --from names": (
+        *(train, "--data", "snakes.txt", "--from", "model", "--init", "uniform"),
     ),
     "--output-size: fixed by the checkpoint": (
         *(train, "--data", "snakes.txt", "--from", "model", "--output-size", "8"),

@@ -1,6 +1,5 @@
-"""Reading documents, writing tokens, cutting windows."""
+"""What is held out, tokens on disk, cutting windows. Reading files is in test_documents.py."""
 
-import json
 from itertools import chain
 
 import numpy as np
@@ -9,96 +8,14 @@ from small import corpus
 
 from ysnake import data
 from ysnake import tokenizer as tokenizers
-from ysnake.config import InputError
 from ysnake.data import IGNORED, Tokens
-
-
-def texts(path):
-    """Whole documents of a file, their pieces joined."""
-    out, parts = [], []
-    for text, ends in data.read_file(path):
-        parts.append(text)
-        if ends:
-            out.append("".join(parts))
-            parts = []
-    assert not parts
-    return out
-
-
-def test_text_files(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(
-        b"\xef\xbb\xbfone\r\nline\n<|endoftext|>\n\n<|endoftext|>\n\n  two\n\nx\n\n<|endoftext|>\n"
-    )
-    assert texts(path) == ["one\nline", "  two\n\nx"]
-    path.write_text("a <|endoftext|> inside a line\n<|endoftext|>")
-    assert texts(path) == ["a <|endoftext|> inside a line"]
-
-
-def test_jsonl_files(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one"}\n\n{"text": "two\\nlines", "other": 1}\n{"text": ""}\n')
-    assert texts(path) == ["one", "two\nlines"]
-    for bad in ('{"txt": "x"}', "x", '{"text": 3}', "[]"):
-        path.write_text(f'{{"text": "one"}}\n{bad}\n')
-        with pytest.raises(InputError, match=r"a\.jsonl, line 2: expected"):
-            texts(path)
-
-
-@pytest.mark.parametrize("size", [1, 7, 100])
-def test_long_documents_come_in_pieces(tmp_path, monkeypatch, size):
-    path = tmp_path / "a.txt"
-    path.write_text("one\n\n\ntwo three four\n<|endoftext|>\nfive\n\n<|endoftext|>\nsix")
-    monkeypatch.setattr(data, "PIECE", 1000)
-    whole = texts(path)
-    monkeypatch.setattr(data, "PIECE", max(size, 14))
-    assert texts(path) == whole == ["one\n\n\ntwo three four", "five", "six"]
-
-
-def test_folders(tmp_path):
-    for name in ("b.txt", "a.md", "sub/c.jsonl", "README.md", ".hidden/d.txt", "e.pdf"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x")
-    found = data.find_files([tmp_path, tmp_path / "b.txt"])
-    assert [str(p.relative_to(tmp_path)) for p in found] == ["a.md", "b.txt", "sub/c.jsonl"]
-    assert data.find_files([tmp_path / "README.md"]) == [tmp_path / "README.md"]
-
-
-def test_bad_paths_are_named(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "x.pdf").write_text("x")
-    for name, message in {
-        "missing": "no such file or folder",
-        "empty": "no .txt, .md, .jsonl file in this folder",
-        "x.pdf": "expected a folder or a .txt, .md, .jsonl file",
-    }.items():
-        with pytest.raises(InputError) as error:
-            data.find_files([tmp_path / name])
-        assert f"{tmp_path / name}: {message}" in str(error.value)
-    for content, message in {
-        b"a\0b": "a binary file",
-        b"\xff\xfe\x00": "not text in UTF-8",
-    }.items():
-        (tmp_path / "x.txt").write_bytes(content)
-        with pytest.raises(InputError, match=rf"x\.txt: {message}"):
-            texts(tmp_path / "x.txt")
-
-
-def test_a_limit_takes_documents_in_turn(tmp_path):
-    for name, n in {"a": 1, "b": 4, "c": 3}.items():
-        text = "\n<|endoftext|>\n".join(f"{name}{i}" for i in range(n))
-        (tmp_path / f"{name}.txt").write_text(text)
-    files = data.find_files([tmp_path])
-    taken = [text for text, _ in data.read_documents(files, 6)]
-    assert taken == ["a0", "b0", "c0", "b1", "c1", "b2"]
-    assert len(list(data.read_documents(files, 100))) == len(list(data.read_documents(files))) == 8
 
 
 @pytest.fixture
 def written(tmp_path):
     """Tokens of a small corpus on disk, with the tokenizer and the documents they came from."""
     path = corpus(tmp_path, documents=25)
-    documents = texts(path)
+    documents = [text for text, _ in data.read_file(path)]
     tokenizer = tokenizers.train("bpe", documents, 320)
     eot = tokenizers.eot_id(tokenizer)
     pieces = data.read_file(path)
@@ -112,24 +29,92 @@ def written(tmp_path):
 
 def test_tokens_on_disk_are_framed_documents(written):
     tokenizer, documents, counts, train, val = written
-    held_out = [documents[1], documents[21]]
+    held_out = [documents[counts.train_documents - 4]]
     kept = [d for d in documents if d not in held_out]
-    assert (counts.train_documents, counts.val_documents) == (23, 2)
+    assert (counts.train_documents, counts.val_documents) == (24, 1)
     assert counts.train_words == sum(len(d.split()) for d in kept)
     for tokens, expected in ((train, kept), (val, held_out)):
         framed = [[0, *tokenizers.encode(tokenizer, d), 0] for d in expected]
         assert tokens.ids.tolist() == list(chain(*framed))
 
 
-def test_a_single_document_keeps_its_end_for_evaluation(tmp_path):
+def sides(pieces):
+    """The text of each side of the split, documents marked by bars."""
+    out = ["", ""]
+    for part in data.split(pieces):
+        out[part.held_out] += part.text + ("|" if part.ends or part.cut else "")
+    return out
+
+
+def test_of_many_small_documents_one_in_twenty_is_held_out_whole():
+    documents = [f"note {i:03} " * 5 for i in range(500)]
+    kept, held_out = (side.split("|")[:-1] for side in sides((d, True) for d in documents))
+    assert held_out == documents[19::20]
+    assert sorted(kept + held_out) == documents
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [[300_000], [3_500, 700], [700, 3_500], [30_000, 5_000], [2_000] * 12, [90, 90, 50_000]],
+)
+def test_long_documents_lose_their_ends_only(lengths):
+    words = ["viper", "boa", "sleeps", "in", "the", "grass"]
+    documents = [" ".join(words[k % 6] for k in range(n // 5)) for n in lengths]
+    kept, held_out = sides((d, True) for d in documents)
+    total = sum(map(len, documents))
+    assert 0.02 * total < len(held_out) < 0.06 * total
+    rest = held_out
+    for document, start in zip(documents, kept.split("|"), strict=False):
+        assert document.startswith(start)
+        assert len(start) >= len(document) // 2
+        if start != document:
+            end, _, rest = rest.partition("|")
+            assert start + end == document
+            assert end.startswith(" ")
+    assert not rest
+
+
+def test_a_document_in_many_pieces_loses_a_passage_of_each():
+    pieces = [("river stone " * 1000, i == 9) for i in range(10)] + [("x" * 100, True)] * 30
+    parts = list(data.split(pieces))
+    assert "".join(part.text for part in parts) == "".join(text for text, _ in pieces)
+    long = parts[: next(i for i, part in enumerate(parts) if part.ends) + 1]
+    assert [part.held_out for part in long] == [False, True] * 10
+    assert sum(part.ends for part in parts) == 31
+    held_out = sum(len(part.text) for part in parts if part.held_out)
+    assert held_out == pytest.approx(sum(len(text) for text, _ in pieces) / 20, rel=0.02)
+
+
+def test_a_cut_document_is_framed_on_both_sides(tmp_path):
     tokenizer = tokenizers.train("bpe", ["a b c " * 100], 260)
-    pieces = [("a b c " * 50, False), ("d e f " * 50, True)]
+    pieces = [("a b c " * 900, False), ("d e f " * 900, True), ("g", True)]
     counts = data.write_tokens(pieces, tokenizer, 0, 0, tmp_path, lambda n: None)
-    whole = [0, *tokenizers.encode(tokenizer, "a b c " * 50)]
-    whole += [*tokenizers.encode(tokenizer, "d e f " * 50), 0]
-    sides = [np.fromfile(tmp_path / f"{s}.tokens", "<u2").tolist() for s in ("train", "val")]
-    assert sides[0] + sides[1] == whole
-    assert counts.val_tokens == len(whole) // 20 == len(sides[1])
+    train, val = (np.fromfile(tmp_path / f"{s}.tokens", "<u2") for s in ("train", "val"))
+    assert (counts.train_documents, counts.val_documents, counts.val_cut) == (2, 0, 1)
+    assert (len(train), len(val)) == (counts.train_tokens, counts.val_tokens)
+    for ids, documents in ((train, 3), (val, 2)):
+        assert ids[0] == ids[-1] == 0
+        assert (ids == 0).sum() == 2 * documents
+    text = "".join(text for text, _ in pieces)
+    assert sorted(tokenizers.decode(tokenizer, [*train, *val])) == sorted(text)
+    assert "2 documents to learn" in counts.lines()[0]
+    assert "parts of 1 held out" in counts.lines()[0]
+
+
+def test_too_little_text_holds_nothing_out_and_says_so(tmp_path):
+    tokenizer = tokenizers.train("bpe", ["a b c " * 100], 260)
+    pieces = [("a b c " * 50, True)] * 3
+    counts = data.write_tokens(pieces, tokenizer, 0, 0, tmp_path, lambda n: None)
+    assert counts.val_tokens == (tmp_path / "val.tokens").stat().st_size == 0
+    assert any("too little text to hold any out" in line for line in counts.lines())
+
+
+def test_what_a_tokenizer_drops_is_counted(tmp_path):
+    tokenizer = tokenizers.train("word", ["the boa sleeps"], 100)
+    pieces = [("the boa sleeps", True), ("the \u86c7 sleeps", True)]
+    counts = data.write_tokens(pieces, tokenizer, 0, 0, tmp_path, lambda n: None)
+    assert (counts.dropped, counts.bytes) == (3, 14 + 14)
+    assert "does not know: 3 bytes (10.7%)" in counts.lines()[-1]
 
 
 def test_no_target_crosses_a_document():
@@ -199,24 +184,3 @@ def test_prompts_come_from_the_middle(written):
 def test_larger_vocabularies_take_four_bytes(tmp_path):
     assert data.token_dtype(1 << 16) == np.dtype("<u2")
     assert data.token_dtype((1 << 16) + 1) == np.dtype("<u4")
-
-
-def test_the_shipped_corpus_reads_back_as_its_readme_says():
-    from small import ROOT
-
-    folder = ROOT / "training_data"
-    readme = (folder / "README.md").read_text()
-    total = []
-    for path in data.find_files([folder]):
-        documents = texts(path)
-        assert f"| `{path.name}` | {len(documents)} |" in readme
-        total += documents
-    words = sum(len(d.split()) for d in total)
-    assert f"{len(total)} short documents, {words:,} words" in readme
-    assert len(total) >= 300
-    assert words >= 45_000
-    sentences = [s for d in total for s in d.replace("\n", " ").split(". ") if len(s.split()) > 4]
-    assert len(sentences) == len(set(sentences))
-    openings = [" ".join(d.split()[:3]) for d in total]
-    assert len(openings) - len(set(openings)) <= 3
-    assert json.dumps(total).count("\\ufffd") == 0

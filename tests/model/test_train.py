@@ -1,6 +1,7 @@
 """Training from the command line: it learns, stops for each reason, and resumes bit for bit."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -261,12 +262,38 @@ def test_from_keeps_tokenizer_and_weights(tmp_path):
     other = tmp_path / "other.md"
     other.write_text("Entirely different words about 蛇 and hedgehogs. " * 40)
     second = tmp_path / "second"
+    assert json.loads((first / "settings.json").read_text())["tokenizer"] == "bpe"
     argv = ["--data", str(other), "--from", str(first), "--run", str(second), "--lr", "0"]
     train.main([*argv, "--max-steps", "1", "--seq-len", "16", "--threads", "1"])
     assert (second / "last/tokenizer.json").read_bytes() == (
         first / "last/tokenizer.json"
     ).read_bytes()
     assert weights(second) == weights(first)
+    assert json.loads((second / "settings.json").read_text())["tokenizer"] is None
+
+
+def test_all_of_the_users_documents_are_used(tmp_path, capsys):
+    data = str(corpus(tmp_path, documents=200))
+    assert settings.parse([]).max_documents == 128
+    assert settings.parse(["--data", data]).max_documents is None
+    assert settings.parse([f"--data={data}"]).max_documents is None
+    assert settings.parse(["--data", data, "--max-documents", "128"]).max_documents == 128
+    argv = [*TINY, "--data", data, "--vocab-size", "300", "--max-steps", "1", "--run"]
+    assert train.main([*argv, str(tmp_path / "a")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"190 documents to learn \(.* tokens\), 10 held out \(.* 5\.\d%\)", said)
+    assert "left out" not in said
+    assert train.main([*argv, str(tmp_path / "b"), "--max-documents", "50"]) == 0
+    assert "left out: documents beyond --max-documents 50: 150 of 200" in capsys.readouterr().out
+
+
+def test_too_little_text_for_a_held_out_curve(tmp_path, capsys):
+    (tmp_path / "snakes.txt").write_text("The boa sleeps in the grass. " * 20)
+    run = fit(tmp_path, "--vocab-size", 260, "--max-steps", 4, "--eval-every", 2)
+    assert "too little text to hold any out" in capsys.readouterr().out
+    assert not any(m.get("val_loss") for m in metrics(run))
+    assert not (run / "best").exists()
+    assert "held-out" not in (run / "samples.txt").read_text()
 
 
 class Poison(torch.autograd.Function):
