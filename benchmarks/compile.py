@@ -1,6 +1,6 @@
 """What Triton makes of every kernel for each architecture, without a GPU.
 
-Registers, spilled bytes, shared memory and compile time of each kernel: `python -m
+Registers, spilled bytes, shared memory, instructions and compile time of each kernel: `python -m
 benchmarks.compile` prints the table and writes it to benchmarks/results/compile.md.
 """
 
@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -25,7 +26,9 @@ from triton.runtime.jit import create_function_from_signature
 from ysnake_kernels.conv import fused as conv
 from ysnake_kernels.norm import fused as norm
 from ysnake_kernels.ssd import fused_backward, fused_forward
+from ysnake_kernels.ssd.fused_tiles import Constants
 from ysnake_kernels.step import fused as step
+from ysnake_kernels.triton_launch import Launcher
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"
 # architecture -> target, and the shared memory that one program may have
@@ -59,27 +62,19 @@ class Compiled:
     spilled: int | None  # bytes a thread
     shared: int
     limit: int
+    warps: int
+    loop: float | None  # warp-instructions per token and head in a scan's longest loop
     seconds: float
 
 
-class _Recorder:
-    """Stands for a kernel: remembers the launches."""
-
-    def __init__(self, kernel, launches: list):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
-
-
-def recorded(call, *modules) -> list[tuple]:
-    """(kernel, args, kwargs) of all launches of modules in a call, without running them."""
+def recorded(call: Callable[[], object]) -> list[tuple]:
+    """(kernel, args, options) of all launches of a call, without running them."""
     log: list[tuple] = []
-    with ExitStack() as patches:
-        for module in modules:
-            for name in [n for n in vars(module) if n.endswith("_kernel")]:
-                stand_in = _Recorder(getattr(module, name), log)
-                patches.enter_context(patch.object(module, name, stand_in))
+
+    def record(self: Launcher, programs: tuple, tensors: Sequence, integers: Sequence) -> None:
+        log.append((self.kernel, (*tensors, *integers, *self.constants), self.options))
+
+    with patch.object(Launcher, "__call__", record):
         call()
     return log
 
@@ -109,12 +104,11 @@ def scan_launches(
         fused_forward.forward(*given, *options)
         fused_backward.backward(x, initial, *given, *options)
 
-    modules = fused_forward, fused_backward
     with ExitStack() as patches:
-        for module in modules:
+        for module in (fused_forward, fused_backward):
             stand_in = Mock(return_value=(family, MULTIPROCESSORS if form == "segments" else 1))
             patches.enter_context(patch.object(module, "device", stand_in))
-        return recorded(call, *modules)
+        return recorded(call)
 
 
 def other_launches(dtype: str, head_dim: int, state: int) -> list[tuple]:
@@ -138,7 +132,7 @@ def other_launches(dtype: str, head_dim: int, state: int) -> list[tuple]:
         heads = (per_head, B[:, None], C[:, None], per_head, None, per_head, None)
         step._step(S, x, dt[:, 0], *heads, True, 0.0, float("inf"))
 
-    return recorded(call, conv, norm, step)
+    return recorded(call)
 
 
 def compile_launch(kernel, args: tuple, kwargs: dict, target: GPUTarget):
@@ -153,6 +147,37 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: GPUTarget):
     return triton.compile(source, target=target, options=options.__dict__)
 
 
+def tool(name: str) -> Path:
+    """One of the programs for CUDA binaries that Triton brings along."""
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def longest_loop(assembly: str) -> int | None:
+    """Instructions of the longest loop in the output of nvdisasm, None without a loop."""
+    labels: dict[str, int] = {}
+    count, longest = 0, None
+    for line in assembly.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            count += 1
+            jump = re.search(r"BRA.*?`\((\.L_x_\d+)\)", instruction[1])
+            if jump and jump[1] in labels and count - labels[jump[1]] > 4:
+                longest = max(longest or 0, count - labels[jump[1]])
+    return longest
+
+
+def instructions(compiled) -> int | None:
+    """Instructions of one pass of a warp through the kernel's longest loop."""
+    if "cubin" not in compiled.asm:
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        out = subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True)
+    return longest_loop(out.stdout)
+
+
 def resources(compiled) -> tuple[int | None, int | None]:
     """Registers and spilled bytes of a thread, from the binary."""
     if "cubin" not in compiled.asm:
@@ -162,11 +187,11 @@ def resources(compiled) -> tuple[int | None, int | None]:
             for name in ("vgpr_count", "private_segment_fixed_size")
         ]
         return tuple(int(m[1]) if m else None for m in counts)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True)
+        command = [tool("cuobjdump"), "-res-usage", file.name]
+        out = subprocess.run(command, capture_output=True, text=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", out.stdout)
     return int(found[1]), int(found[2])
 
@@ -187,7 +212,11 @@ def compile_job(job: tuple) -> list[Compiled]:
         name_of = kernel.fn.__name__.removesuffix("_kernel").strip("_")
         label = operator if name_of == operator else f"{operator} {name_of}"
         usage = (*resources(compiled), compiled.metadata.shared)
-        rows.append(Compiled(label, name, *shape, form, *usage, limit, seconds))
+        warps, loop = compiled.metadata.num_warps, None
+        tile = next((c.Q.value for c in args if isinstance(c, Constants)), 0)
+        if tile and (count := instructions(compiled)):
+            loop = count * warps / tile
+        rows.append(Compiled(label, name, *shape, form, *usage, limit, warps, loop, seconds))
     return rows
 
 
@@ -199,18 +228,27 @@ def compile_all(jobs: list[tuple], processes: int) -> list[Compiled]:
         return [row for rows in pool.map(compile_job, jobs) for row in rows]
 
 
+def programs(r: Compiled) -> int | None:
+    """How many programs a multiprocessor of an sm_80 or sm_90 card holds at once."""
+    if r.target not in ("sm_80", "sm_90") or r.registers is None:
+        return None
+    registers = -(-r.registers * 32 // 256) * 256 * r.warps
+    return min(65536 // registers, 64 // r.warps, r.limit // max(1, r.shared + 1024))
+
+
 def table(rows: list[Compiled]) -> str:
     """A Markdown table, and the kernels of each first forward and backward, with compile time."""
     lines = [
         "| kernel | target | dtype | head | state | z | form | registers | spilled bytes "
-        "| shared memory | compile s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| shared memory | programs | instructions | compile s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     first: dict[tuple, list[float]] = {}
     for r in rows:
         lines.append(
             f"| {r.kernel} | {r.target} | {r.dtype} | {r.head_dim} | {r.state} "
             f"| {'yes' if r.z else 'no'} | {r.form} | {r.registers} | {r.spilled} | {r.shared:,} "
+            f"| {programs(r) or '-'} | {'-' if r.loop is None else round(r.loop)} "
             f"| {r.seconds:.1f} |"
         )
         if r.kernel.startswith("ssd") and r.form == "plain":
@@ -246,7 +284,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as empty, patch.object(triton.knobs.cache, "dir", empty):
         text = table(compile_all(jobs, args.processes))
-    text = f"# Compiled kernels, Triton {triton.__version__}\n\n{text}"
+    about = (
+        "Programs: how many a multiprocessor holds at once. Instructions: of all warps in the "
+        "longest loop, per token and head."
+    )
+    text = f"# Compiled kernels, Triton {triton.__version__}\n\n{about}\n\n{text}"
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(text)
     print(text)
