@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SMALLEST_LOG_DECAY = -60.0
+"""exp of it is as good as zero, also as a factor of large states."""
+
 
 def accumulator(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that sums, exponents and states have: float64 if any input has it, else float32."""
@@ -27,6 +30,25 @@ def step_sizes(
     if dt_softplus:
         dt = F.softplus(dt)
     return dt.clamp(*dt_limit)
+
+
+def finite_rates(A: Tensor) -> Tensor:
+    """A with its lowest number instead of -inf, so that a step of size zero has no decay."""
+    return A.clamp(min=torch.finfo(A.dtype).min)
+
+
+def log_decays(dt: Tensor, A: Tensor) -> Tensor:
+    """dt A in dt's dtype, at least SMALLEST_LOG_DECAY.
+
+    Scans add log decays up and take differences of the sums. One huge number in a sum would cost
+    the tokens after it their precision.
+    """
+    return (dt * finite_rates(A.to(dt.dtype))).clamp_(min=SMALLEST_LOG_DECAY)
+
+
+def sums_of_log_decays(log_decays: Tensor, dim: int) -> Tensor:
+    """Their cumulative sums, added up in float64 and rounded once."""
+    return log_decays.cumsum(dim, dtype=torch.float64).to(log_decays.dtype)
 
 
 def step_sizes_backward(

@@ -21,3 +21,9 @@ def clamp(v, LOW: tl.constexpr, HIGH: tl.constexpr):
     """v within the limits; unlike with tl.minimum and tl.maximum, a NaN stays one."""
     v = tl.where(v < LOW, tl.full([], LOW, v.dtype), v)
     return tl.where(v > HIGH, tl.full([], HIGH, v.dtype), v)
+
+
+@triton.jit
+def finite(A):
+    """A with a huge negative number instead of -inf, so that a step of size zero has no decay."""
+    return tl.where(A < -1e30, tl.full([], -1e30, A.dtype), A)

@@ -1,13 +1,16 @@
 """The scan: `eager` equals `reference` in float64 in output, final state and every gradient."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
-from comparison import DTYPES, assert_equals_reference, distance
+from comparison import DTYPES, assert_equals_reference, distance, on_device
 from ysnake_kernels import backend, ssd_scan, ssd_step
 from ysnake_kernels.ssd import eager
 
 Q = 16  # chunk size of the grid
 SEQUENCES = ("x", "dt", "B", "C", "z")
+needs_triton = pytest.mark.skipif(not find_spec("triton"), reason="Triton is for Linux")
 
 
 def inputs(
@@ -285,3 +288,34 @@ def test_bad_backends_are_named(monkeypatch):
     monkeypatch.setenv("YSNAKE_BACKEND", "slow")
     with pytest.raises(ValueError, match=r"YSNAKE_BACKEND: expected one of .*, got 'slow'"):
         ssd_scan(**inputs())
+
+
+@pytest.mark.parametrize("name", ["eager", pytest.param("fused", marks=needs_triton)])
+@pytest.mark.parametrize("resets", [[5], [5, 9, 30, 31, 50]], ids=["one", "several"])
+@pytest.mark.parametrize("size", [1e1, 1e4, 1e8])
+def test_tokens_after_a_huge_step_keep_their_precision(name, resets, size):
+    """A huge dt forgets all before it. It must not blur the decays between the tokens after it."""
+    torch.manual_seed(0)
+    x, B, C = (torch.randn(1, 64, 1, 8) for _ in range(3))
+    dt = torch.rand(1, 64, 1) / 50
+    dt[:, resets], x[:, resets] = size, 0
+    tensors = on_device({"x": x, "dt": dt, "A": torch.tensor([-1.0]), "B": B, "C": C})
+    assert_equals_reference(ssd_scan, tensors, {"return_final_states": True}, name=name)
+
+
+@pytest.mark.parametrize("name", ["reference", "eager", pytest.param("fused", marks=needs_triton)])
+def test_an_infinite_rate_forgets_at_every_step_but_one_of_size_zero(name):
+    torch.manual_seed(0)
+    x, B, C = (torch.rand(1, 20, 1, 8) for _ in range(3))
+    dt = torch.ones(1, 20, 1)
+    dt[:, 7] = 0
+    tensors = on_device({"x": x, "dt": dt, "B": B, "C": C})
+    leaves = {k: t.requires_grad_() for k, t in tensors.items()}
+    with backend(name):
+        y = ssd_scan(**leaves, A=torch.full((1,), -torch.inf, device=x.device))
+        y.sum().backward()
+    sources = x.clone()
+    sources[:, 7] = x[:, 6]  # what token 7 still reads
+    scores = (C * torch.cat([B[:, :7], B[:, 6:7], B[:, 8:]], 1)).sum(-1, keepdim=True)
+    torch.testing.assert_close(y.detach().cpu(), (scores * sources).detach().cpu())
+    assert all(leaves[name].grad.isfinite().all() for name in ("x", "B", "C"))

@@ -19,7 +19,7 @@ from ysnake_kernels.linear import linear
 from ysnake_kernels.mixer import check_sizes
 from ysnake_kernels.mixer.composed import scan_inputs
 from ysnake_kernels.norm import rms_norm_gated
-from ysnake_kernels.numerics import accumulator, step_sizes
+from ysnake_kernels.numerics import accumulator, log_decays, step_sizes
 from ysnake_kernels.ssd import ssd_scan
 from ysnake_kernels.ssd.segment import end_from_zero, start_gradient, whole_decay
 
@@ -117,9 +117,9 @@ class _Part:
         return linear(y, projection, shift)
 
     def log_decays(self, dt, dt_bias, A, acc) -> tuple[Tensor, Tensor]:
-        """dt as the recurrence uses it, and dt A."""
+        """dt as the recurrence uses it, and dt A as the scan uses it."""
         dt = step_sizes(dt, dt_bias, True, self.dt_limit, acc)
-        return dt, dt * A.to(acc)
+        return dt, log_decays(dt, A)
 
 
 class _Borders:

@@ -21,13 +21,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.backend import uncompiled
-from ysnake_kernels.numerics import accumulator, step_sizes, step_sizes_backward
+from ysnake_kernels.numerics import (
+    SMALLEST_LOG_DECAY,
+    accumulator,
+    finite_rates,
+    log_decays,
+    step_sizes,
+    step_sizes_backward,
+    sums_of_log_decays,
+)
 
 CPU_CHUNK = 64  # 32 to 64 measured best on two cores, 128 and above lost
 GPU_CHUNK = 128
 PIECE_ELEMENTS = 768 * 1024  # of x in a piece of several chunks: three megabytes in float32
 TINY = 1e-18  # of dt where a gradient is divided by it: as good as zero
-FLOOR = -60.0  # of an exponent: e^-60 is as good as zero, and smaller numbers slow a CPU tenfold
+FLOOR = SMALLEST_LOG_DECAY  # of an exponent; smaller numbers slow a CPU tenfold
 
 
 def scan(
@@ -120,7 +128,7 @@ class _Sweep:
 
     def _decays(self, dt: Tensor, A: Tensor, seq_idx: Tensor | None) -> None:
         """entry, exit and whole of all chunks, and what each piece has of them and of cs and dt."""
-        cs = (dt * A).cumsum(2)
+        cs = sums_of_log_decays(log_decays(dt, A), 2)
         self.entry = cs.clamp(min=FLOOR).exp_()
         self.exit = (cs[:, :, -1:] - cs).clamp_(min=FLOOR).exp_().mul_(dt)
         self.whole = self.entry[:, :, -1]
@@ -488,8 +496,10 @@ def backward(
     dl = dcs.flip(2).cumsum(2).flip(2)  # sum over i >= t
     dl = dl.add_(at_exit.cumsum(2).sub_(at_exit)).add_((sweep.whole * through)[:, :, None])
     dl, dlog = (sweep.by_token(t) for t in (dl, dlog.transpose(2, 3) + at_exit))
+    rates = finite_rates(A.to(acc))
+    dl.masked_fill_(dts * rates < SMALLEST_LOG_DECAY, 0)  # these no longer depend on dt and A
     dA = (dl * dts).sum((0, 1)).to(A.dtype)
-    draw = dlog.div_(dts).addcmul_(dl, A.to(acc))
+    draw = dlog.div_(dts).addcmul_(dl, rates)
     draw = step_sizes_backward(draw, dt, dt_bias, *step_options)
     ddt.copy_(draw)
     dbias = None if dt_bias is None else draw.sum((0, 1)).to(dt_bias.dtype)

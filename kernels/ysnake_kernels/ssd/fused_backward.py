@@ -266,8 +266,9 @@ def steps_kernel(
     flow = tl.cumsum(into, 0, reverse=True) + tl.cumsum(onward, 0)
     flow += tl.load(through + at_sum, mask=known, other=0.0)[None, :]
     dstep = tl.load(at + DSTEP * padded, mask=used, other=0.0)
-    A_ = tl.load(A + head, mask=known, other=0.0).to(K.ACC)
-    dstep = (dstep + flow * A_[None, :]) * slope
+    decay, rates = ft.log_decays(step, A, head, K)
+    flow = tl.where(decay < tl.full([], ft.LOWEST, K.ACC), 0.0, flow)
+    dstep = (dstep + flow * rates) * slope
     first = (chunk.earlier + chunk.t0).to(tl.int64) * K.HEADS
     at_dt = ddt + first + chunk.q[:, None] * K.HEADS + head[None, :]
     tl.store(at_dt, dstep.to(ddt.dtype.element_ty), mask=used)

@@ -29,7 +29,7 @@ def decays_kernel(
 ):  # fmt: skip
     """A program owns a chunk and HEADS heads, and writes what passes between their tokens.
 
-    A step's log decay is cut at SMALLEST_LOG_DECAY and added up in float64. A sum then carries so
+    A step's log decay is cut at LOWEST and added up in float64. A sum then carries so
     little of the tokens before that the difference of two sums stays exact in float32.
     """
     place = ft.Place(None, cu_seqlens, sequences, length)
@@ -40,10 +40,9 @@ def decays_kernel(
     head = tl.program_id(0) % blocks * HEADS + tl.arange(0, HEADS)
     raw, bias, used = ft.load_dt(dt, dt_bias, dt_token, chunk, head, K)  # [Q, H]
     step, _ = ft.step_sizes(raw, bias, used, K)
-    A_ = tl.load(A + head, mask=head < K.HEADS, other=0.0).to(K.ACC)
-    decay = (step * A_[None, :]).to(tl.float64)
-    smallest = tl.full([], ft.SMALLEST_LOG_DECAY, tl.float64)
-    decay = tl.where(decay < smallest, smallest, decay)
+    decay, _ = ft.log_decays(step, A, head, K)
+    lowest = tl.full([], ft.LOWEST, tl.float64)
+    decay = tl.where(decay.to(tl.float64) < lowest, lowest, decay.to(tl.float64))
     decay = (tl.cumsum(decay, 0) * tl.full([], ft.LOG2_E, tl.float64)).to(K.ACC)
 
     sends = step > 0

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import common_unit
-from ysnake_kernels.triton_math import clamp, softplus
+from ysnake_kernels.numerics import SMALLEST_LOG_DECAY, common_unit
+from ysnake_kernels.triton_math import clamp, finite, softplus
 
 LARGEST = 256  # head size and state size
 MOST_SEGMENTS = 32
@@ -33,7 +33,7 @@ ONWARD = tl.constexpr(5)  # flow from a token to the leaving state
 DSTEP = tl.constexpr(6)  # gradient of the step size but for its part in the decay
 FORWARD_ROWS, BACKWARD_ROWS = 2, 7
 
-SMALLEST_LOG_DECAY = tl.constexpr(-64.0)  # exp of it is as good as zero
+LOWEST = tl.constexpr(SMALLEST_LOG_DECAY)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -311,6 +311,14 @@ def load_dt(dt, dt_bias, token, chunk, head, K):
     if dt_bias is not None:
         bias = tl.load(dt_bias + head, mask=head < K.HEADS, other=0.0).to(K.ACC)[None, :]
     return raw, bias, used
+
+
+@triton.jit
+def log_decays(step, A, head, K):
+    """Of a chunk and heads [Q, H]: step A before it is cut at LOWEST, and the rates A [1, H]."""
+    rates = tl.load(A + head, mask=head < K.HEADS, other=0.0).to(K.ACC)
+    rates = finite(rates)[None, :]
+    return step * rates, rates
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator, step_sizes
+from ysnake_kernels.numerics import accumulator, finite_rates, step_sizes
 
 
 def scan(
@@ -28,7 +28,7 @@ def scan(
     acc = accumulator(x, dt, A, B, C, D, z, dt_bias, initial_states)
     xs = x.to(acc)
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)
-    decay = torch.exp(dt * A.to(acc))
+    decay = torch.exp(dt * finite_rates(A.to(acc)))
     per_group = heads // B.shape[2]
     B, C = (repeat(t.to(acc), "b l g n -> b l (g r) n", r=per_group) for t in (B, C))
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator, step_sizes
+from ysnake_kernels.numerics import accumulator, finite_rates, step_sizes
 
 
 def step(
@@ -29,7 +29,7 @@ def step(
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)  # [b h]
     S = state if state_batch_indices is None else state[state_batch_indices]
     S = S.to(acc)
-    S.mul_(torch.exp(dt * A.to(acc))[..., None, None])
+    S.mul_(torch.exp(dt * finite_rates(A.to(acc)))[..., None, None])
     S.view(batch, groups, -1, n).addcmul_(
         (xs * dt[..., None]).reshape(batch, groups, -1, 1), B.to(acc)[:, :, None]
     )

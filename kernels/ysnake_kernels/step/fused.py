@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator
 from ysnake_kernels.triton_launch import launcher
-from ysnake_kernels.triton_math import clamp, softplus
+from ysnake_kernels.triton_math import clamp, finite, softplus
 
 TILE = 2048  # elements of the state per program: 8 KB in float32, small enough for batch 1
 MAX_STATE = 4096  # N, a row of the tile
@@ -90,7 +90,7 @@ def _step_kernel(
     if SOFTPLUS:
         step = softplus(step)
     step = clamp(step, LOW, HIGH)
-    decay = tl.exp(step * tl.load(A + head).to(ACC))
+    decay = tl.exp(step * finite(tl.load(A + head).to(ACC)))
 
     xs = tl.load(x + batch * x_batch + head * x_head + p, p < P, other=0.0).to(ACC)  # [P]
     Bs = tl.load(B + batch * B_batch + group * B_group + n, n < N, other=0.0).to(ACC)  # [N]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator, step_sizes
+from ysnake_kernels.numerics import accumulator, finite_rates, step_sizes
 
 
 def step(
@@ -28,7 +28,7 @@ def step(
     dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)
     per_group = x.shape[1] // B.shape[1]
     B, C = (repeat(t.to(acc), "b g n -> b (g r) n", r=per_group) for t in (B, C))
-    decay = rearrange(torch.exp(dt * A.to(acc)), "b h -> b h 1 1")
+    decay = rearrange(torch.exp(dt * finite_rates(A.to(acc))), "b h -> b h 1 1")
     rows = slice(None) if state_batch_indices is None else state_batch_indices
     S = decay * state[rows].to(acc) + einsum(dt, xs, B, "b h, b h p, b h n -> b h p n")
     state[rows] = S.to(state.dtype)
