@@ -40,24 +40,24 @@ MODELS = ("130m", "ys-24m")
 STAGES = {
     "versions": Stage("versions", 90),
     "precompile": Stage("precompile", 75, ("checks",), interpreted=False),
-    "precompile-sweep": Stage("precompile", 75, ("sweep",), interpreted=False),
+    "precompile-sweep": Stage("precompile", 60, ("sweep",), interpreted=False),
     "check": Stage(
         "check", 75, (*DTYPES, "model", "million"), 6, dry_jobs=("bfloat16", "model", "million")
     ),
     "sanitize": Stage("sanitize", 45, ("memcheck", "racecheck"), 2, dry_jobs=("memcheck",)),
-    "sweep": Stage("sweep", 60),
-    "time": Stage("measure", 60, ("fused", "eager", "first call"), dry_jobs=("fused", "eager")),
-    "peers": Stage("peers", 75, ("compile", "scan", "mixer"), dry_jobs=("scan",)),
+    "sweep": Stage("sweep", 45),
+    "time": Stage("measure", 50, ("fused", "eager", "first call"), dry_jobs=("fused", "eager")),
+    "peers": Stage("peers", 60, ("compile", "scan", "mixer"), dry_jobs=("scan",)),
     "train": Stage(
         "train",
-        90,
+        75,
         tuple(f"{model}: {name}" for model in MODELS for name in CONTESTANTS),
         at_once=8,
         dry_jobs=("130m: ours", "130m: transformers, drop-in"),
     ),
-    "decode": Stage("decode", 40, MODELS, 2, dry_jobs=MODELS[:1]),
-    "ncu": Stage("ncu", 45),
-    "quick": Stage("quick", 40, ("plain", "carried state"), 2, dry_jobs=("plain",)),
+    "decode": Stage("decode", 30, MODELS, 2, dry_jobs=MODELS[:1]),
+    "ncu": Stage("ncu", 42),
+    "quick": Stage("quick", 38, ("plain", "carried state"), 2, dry_jobs=("plain",)),
 }
 CALLS = {
     "a": ["versions", "precompile", "check", "sanitize"],

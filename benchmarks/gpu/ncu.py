@@ -6,7 +6,7 @@ import sys
 from benchmarks.gpu.common import Options
 from benchmarks.gpu.sanitize import found
 
-SECONDS = 42
+SECONDS = 40
 SECTIONS = (
     *("LaunchStats", "Occupancy", "SpeedOfLight", "WarpStateStats", "SchedulerStats"),
     *("ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis", "InstructionStats"),

@@ -20,7 +20,7 @@ def run(job: str, options: Options) -> None:
             command += ["--device", "cpu", "--max-documents", "4", "--d-model", "32"]
             command += ["--n-layers", "1", "--seq-len", "16", "--batch-size", "2"]
         start = time.monotonic()
-        limit = 200 if options.dry else 38
+        limit = 180 if options.dry else 36
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
         print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
         row = {"case": job, "code": done.returncode, "seconds": time.monotonic() - start}

@@ -67,4 +67,24 @@ def summary(out: Path) -> str:
     lines += [f"WRONG {json.dumps(row)}"[:400] for row in wrong[:12]]
     lines += [f"FAILED {json.dumps(row)}"[:400] for row in failed[:12]]
     lines += [row["line"] for row in found if "line" in row]
-    return "\n".join(lines)
+    return "\n".join([*lines, *against_peers(found)])
+
+
+def against_peers(found: list[dict]) -> list[str]:
+    """How many times as fast as mamba_ssm, and tokens per second of training steps."""
+    times: dict[tuple, dict[str, float]] = {}
+    for row in found:
+        if row["stage"] == "peers" and "seconds" in row:
+            key = (row["operator"], row["mode"], row["batch"], row["length"])
+            times.setdefault(key, {})[row["by"]] = row["seconds"]
+    lines = [
+        f"{operator} {mode} {batch} x {length}: {by['fused'] * 1e3:.3f} ms, "
+        f"{by['mamba_ssm'] / by['fused']:.2f} times mamba_ssm"
+        for (operator, mode, batch, length), by in times.items()
+        if {"fused", "mamba_ssm"} <= set(by)
+    ]
+    for row in found:
+        if row["stage"] == "train" and "seconds" in row:
+            shape = f"{row['model']} {row['batch']} x {row['length']}"
+            lines.append(f"{shape}, {row['by']}: {row['tokens per second']:.0f} tokens/s")
+    return lines

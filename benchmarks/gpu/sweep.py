@@ -167,9 +167,10 @@ class Work:
 
 def candidates(entry: Entry) -> list[dict[tuple, Config]]:
     """Today's line first."""
-    today = {key: fused_tiles.TABLE[key] for key in lines(entry, entry.configs[0])}
+    keys = [key for candidate in entry.configs for key in lines(entry, candidate)]
+    today = {key: fused_tiles.TABLE[key] for key in keys if key in fused_tiles.TABLE}
     others = [lines(entry, candidate) for candidate in entry.configs]
-    return [today, *(c for c in others if c != today)]
+    return [today, *(c for c in others if today | c != today)]
 
 
 def tasks(device: str) -> list[tuple[str, Callable[[], object]]]:
@@ -233,7 +234,8 @@ def report(entry: Entry, tables: list[dict], times: dict[int, list[float]], opti
     }
     for i in sorted(ratios, key=ratios.get)[:3]:
         for key, c in tables[i].items():
-            chunk = f", chunk={c.chunk}" if c.chunk else ""
-            text = f"tile={c.tile}, p_slice={c.p_slice}, warps={c.warps}, stages={c.stages}{chunk}"
+            default = c._field_defaults
+            named = [f"{k}={v}" for k, v in c._asdict().items() if v != default.get(k)]
+            text = ", ".join(named)
             line = f"{key}: Config({text}),".replace("'", '"')
             options.write("sweep", line=f"{line}  # {ratios[i]:.3f} of today's time")

@@ -124,3 +124,14 @@ def test_the_sweep_reports_the_fastest_line_that_is_right(tmp_path):
     c = tables[1][entry.key]
     assert f"tile={c.tile}, p_slice={c.p_slice}, warps={c.warps}, stages={c.stages}" in first
     assert "0.707" in first
+
+
+def test_the_summary_says_how_many_times_as_fast(tmp_path):
+    options = Options(tmp_path, dry=True)
+    shape = {"operator": "scan", "mode": "forward", "batch": 8, "length": 4096}
+    options.write("peers", **shape, by="mamba_ssm", seconds=0.003)
+    options.write("peers", **shape, by="fused", seconds=0.001)
+    options.write("check", case="scan", right=False)
+    said = report.summary(tmp_path)
+    assert "scan forward 8 x 4096: 1.000 ms, 3.00 times mamba_ssm" in said
+    assert "0 of 1 checks right" in said
