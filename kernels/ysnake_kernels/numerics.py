@@ -71,3 +71,13 @@ def step_sizes_backward(
 def common_unit(*strides: int) -> int:
     """The largest power of two up to 16 that divides all strides."""
     return math.gcd(16, *strides)
+
+
+def ceil_divide(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes several microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()

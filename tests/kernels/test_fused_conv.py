@@ -153,14 +153,14 @@ def test_library_operators():
     floats = {k: v.requires_grad_() for k, v in t.items()}
     seq_idx = torch.tensor([0] * 4 + [1] * 6, device=DEVICE).repeat(2, 1)
     x, weight, bias, states = (floats[k] for k in ("x", "weight", "bias", "initial_states"))
-    torch.library.opcheck(fused._forward, (x, weight, bias, seq_idx, states, True))
-    torch.library.opcheck(fused._forward, (x, weight, None, None, None, False))
+    torch.library.opcheck(fused._conv, (x, weight, bias, seq_idx, states, True))
+    torch.library.opcheck(fused._conv, (x, weight, None, None, None, False))
     x, state = x.detach()[:, :, 0], states.detach().clone()
     weight, bias = weight.detach(), bias.detach()
     torch.library.opcheck(
-        fused._step, (x, state, weight, bias, torch.tensor([1, 0], device=DEVICE), True)
+        fused._conv_step, (x, state, weight, bias, torch.tensor([1, 0], device=DEVICE), True)
     )
-    torch.library.opcheck(fused._step, (x, state, weight, None, None, False))
+    torch.library.opcheck(fused._conv_step, (x, state, weight, None, None, False))
 
 
 def test_compiles_whole():

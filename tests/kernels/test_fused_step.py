@@ -131,9 +131,9 @@ def test_library_operator():
     t = inputs(**EVERYTHING, rows=3, indices=[2, 0], integer=torch.int32, dtype=torch.float32)
     tensors = [t[k] for k in ("state", "x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
     options = (True, 0.0, float("inf"))
-    torch.library.opcheck(fused._step, (*tensors, t["state_batch_indices"], *options))
+    torch.library.opcheck(fused._operator, (*tensors, t["state_batch_indices"], *options))
     state, tensors = t["state"][:2].clone(), tensors[1:6]
-    torch.library.opcheck(fused._step, (state, *tensors, None, None, None, None, *options))
+    torch.library.opcheck(fused._operator, (state, *tensors, None, None, None, None, *options))
 
 
 def test_compiles_whole():

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator, common_unit
+from ysnake_kernels.custom_op import Differentiable, InPlace
+from ysnake_kernels.numerics import accumulator, ceil_divide, common_unit
 from ysnake_kernels.triton_launch import launcher
 
 MAX_WIDTH = 4
@@ -35,7 +36,7 @@ def conv(
         ValueError: the width is not supported.
     """
     _check_width(weight)
-    return _forward(x, weight, bias, seq_idx, initial_states, activation is not None)
+    return _differentiable(x, weight, bias, seq_idx, initial_states, activation is not None)
 
 
 def conv_step(
@@ -52,7 +53,7 @@ def conv_step(
         ValueError: the width is not supported.
     """
     _check_width(weight)
-    return _step(x, conv_state, weight, bias, conv_state_indices, activation is not None)
+    return _in_place(x, conv_state, weight, bias, conv_state_indices, activation is not None)
 
 
 def _check_width(weight: Tensor) -> None:
@@ -352,7 +353,6 @@ def _accumulator(*tensors: Tensor | None) -> tl.dtype:
     return tl.float64 if accumulator(*tensors) == torch.float64 else tl.float32
 
 
-@torch.library.custom_op("ysnake::conv", mutates_args=())
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -367,8 +367,8 @@ def _forward(
     x = _near(x)
     if x.numel() == 0:
         return y, final
-    blocks = triton.cdiv(length, FORWARD["LANES"] * FORWARD["RUN"])
-    grid = (batch * blocks, triton.cdiv(channels, FORWARD["CHANNELS"]))
+    blocks = ceil_divide(length, FORWARD["LANES"] * FORWARD["RUN"])
+    grid = (batch * blocks, ceil_divide(channels, FORWARD["CHANNELS"]))
     history = (0, 0, 0) if initial_states is None else initial_states.stride()
     strides, unit = _strides(x, y)
     with torch.cuda.device_of(x):
@@ -387,7 +387,6 @@ def _empty_outputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return _like(x), torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op("ysnake::conv_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     dfinal: Tensor | None,
@@ -404,12 +403,12 @@ def _backward(
     dx, dweight, dbias, dhistory = _empty_gradients(x, weight, bias, initial_states)
     width = weight.shape[1]
     tokens = length if initial_states is None else length + width - 1
-    blocks = triton.cdiv(tokens, BACKWARD["LANES"] * BACKWARD["RUN"])
+    blocks = ceil_divide(tokens, BACKWARD["LANES"] * BACKWARD["RUN"])
     shape = (batch * blocks, width + 1, channels)
     partial = torch.empty(shape, dtype=acc, device=x.device)
     x, dy = _near(x), _near(dy)
     if x.numel() > 0:
-        grid = (batch * blocks, triton.cdiv(channels, BACKWARD["CHANNELS"]))
+        grid = (batch * blocks, ceil_divide(channels, BACKWARD["CHANNELS"]))
         history = (0, 0, 0) if initial_states is None else initial_states.stride()
         strides, unit = _strides(x, dy, dx)
         with torch.cuda.device_of(x):
@@ -436,12 +435,16 @@ def _empty_gradients(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
     )
 
 
-@_forward.register_fake
+_conv = torch.library.custom_op("ysnake::conv", _forward, mutates_args=())
+_conv_backward = torch.library.custom_op("ysnake::conv_backward", _backward, mutates_args=())
+
+
+@_conv.register_fake
 def _(x, weight, bias, seq_idx, initial_states, activation):
     return _empty_outputs(x, weight)
 
 
-@_backward.register_fake
+@_conv_backward.register_fake
 def _(dy, dfinal, x, weight, bias, seq_idx, initial_states, activation):
     return _empty_gradients(x, weight, bias, initial_states)
 
@@ -452,21 +455,20 @@ def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy, dfinal):
+def _differentiate(ctx, backward, dy, dfinal):
     tensors = ctx.saved_tensors
     x, _, bias, _, initial_states = tensors
     if dy is None:
         dy = x.new_zeros(1).expand(x.shape)
-    dx, dweight, dbias, dhistory = _backward(dy, dfinal, *tensors, ctx.activation)
+    dx, dweight, dbias, dhistory = backward(dy, dfinal, *tensors, ctx.activation)
     dbias = None if bias is None else dbias
     dhistory = None if initial_states is None else dhistory
     return dx, dweight, dbias, None, dhistory, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_differentiable = Differentiable(_conv, _forward, _save, _differentiate, _conv_backward, _backward)
 
 
-@torch.library.custom_op("ysnake::conv_step", mutates_args=("conv_state",))
 def _step(
     x: Tensor,
     conv_state: Tensor,
@@ -484,13 +486,19 @@ def _step(
     with torch.cuda.device_of(x):
         block, warps = STEP.values()
         launcher(_step_kernel, (weight.shape[1], activation, block, acc), warps)(
-            (batch, triton.cdiv(channels, block)),
+            (batch, ceil_divide(channels, block)),
             (x, conv_state, weight, bias, indices, y),
             (channels, *x.stride(), *conv_state.stride()),
         )
     return y
 
 
-@_step.register_fake
+_conv_step = torch.library.custom_op("ysnake::conv_step", _step, mutates_args=("conv_state",))
+
+
+@_conv_step.register_fake
 def _(x, conv_state, weight, bias, indices, activation):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+_in_place = InPlace(_conv_step, _step, written=1)

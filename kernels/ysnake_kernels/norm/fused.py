@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator, common_unit
+from ysnake_kernels.custom_op import Differentiable
+from ysnake_kernels.numerics import accumulator, ceil_divide, common_unit, next_power_of_2
 from ysnake_kernels.triton_launch import Launcher, launcher
 
 MAX_GROUP = 16384  # features that a program holds in registers
@@ -38,7 +39,7 @@ def norm(
         raise ValueError(
             f"group_size: expected at most {MAX_GROUP} with backend 'fused', got {group_size}"
         )
-    return _forward(x, weight, bias, z, eps, group_size, norm_before_gate)
+    return _differentiable(x, weight, bias, z, eps, group_size, norm_before_gate)
 
 
 @triton.jit
@@ -155,7 +156,7 @@ def _backward_kernel(
 
 def configuration(group_size: int, per_thread: int) -> dict[str, int]:
     """Rows and features of a tile, and warps, for a group of this size on any architecture."""
-    cols = triton.next_power_of_2(group_size)
+    cols = next_power_of_2(group_size)
     rows = max(1, TILE // cols)
     warps = min(max(rows * cols // (32 * per_thread), 4), 16)
     return {"ROWS": rows, "COLS": cols, "num_warps": warps}
@@ -189,7 +190,6 @@ def _launcher(
     return launcher(kernel, (*options, tile["ROWS"], tile["COLS"], unit, acc), tile["num_warps"])
 
 
-@torch.library.custom_op("ysnake::norm", mutates_args=())
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -210,14 +210,13 @@ def _forward(
     options = eps, group_size, norm_before_gate
     with torch.cuda.device_of(x):
         _launcher(_forward_kernel, tile, options, unit, x, weight, bias, z)(
-            (triton.cdiv(rows, tile["ROWS"]), features // group_size),
+            (ceil_divide(rows, tile["ROWS"]), features // group_size),
             (xs, weight.contiguous(), bias, zs, y),
             (rows, features, *strides),
         )
     return y
 
 
-@torch.library.custom_op("ysnake::norm_backward", mutates_args=())
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -237,7 +236,7 @@ def _backward(
         (eps, group_size, norm_before_gate),
     )
     groups = features // group_size
-    programs = min(triton.cdiv(rows, tile["ROWS"]), triton.cdiv(PROGRAMS, groups))
+    programs = min(ceil_divide(rows, tile["ROWS"]), ceil_divide(PROGRAMS, groups))
     dweight = torch.empty(programs, features, dtype=acc, device=x.device)
     dbias = torch.empty(0 if bias is None else programs, features, dtype=acc, device=x.device)
     strides, unit = _strides(xs, zs, dys)
@@ -261,12 +260,16 @@ def _empty_like(t: Tensor | None, x: Tensor) -> Tensor:
     return torch.empty(t.shape, dtype=t.dtype, device=t.device)
 
 
-@_forward.register_fake
+_norm = torch.library.custom_op("ysnake::norm", _forward, mutates_args=())
+_norm_backward = torch.library.custom_op("ysnake::norm_backward", _backward, mutates_args=())
+
+
+@_norm.register_fake
 def _(x, weight, bias, z, eps, group_size, norm_before_gate):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@_backward.register_fake
+@_norm_backward.register_fake
 def _(dy, x, weight, bias, z, eps, group_size, norm_before_gate):
     return _empty_like(x, x), _empty_like(weight, x), _empty_like(bias, x), _empty_like(z, x)
 
@@ -276,11 +279,11 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, weight, bias, z)
 
 
-def _differentiate(ctx, dy):
+def _differentiate(ctx, backward, dy):
     x, weight, bias, z = ctx.saved_tensors
-    dx, dweight, dbias, dz = _backward(dy, x, weight, bias, z, *ctx.options)
+    dx, dweight, dbias, dz = backward(dy, x, weight, bias, z, *ctx.options)
     dbias, dz = None if bias is None else dbias, None if z is None else dz
     return dx, dweight, dbias, dz, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_differentiable = Differentiable(_norm, _forward, _save, _differentiate, _norm_backward, _backward)

@@ -4,8 +4,8 @@ and the autograd between them. What is saved for backward is the inputs.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ysnake_kernels.custom_op import Differentiable
 from ysnake_kernels.numerics import accumulator
 from ysnake_kernels.ssd.fused_backward import backward
 from ysnake_kernels.ssd.fused_forward import forward
@@ -37,8 +37,9 @@ def scan(
         None if t is None else t.contiguous() for t in small
     )
     options = (bool(dt_softplus), *map(float, dt_limit))
-    arguments = (x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, *options)
-    return _scan(*arguments) if torch.compiler.is_compiling() else _Scan.apply(*arguments)
+    return _differentiable(
+        x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, *options
+    )
 
 
 _scan = torch.library.custom_op(
@@ -76,30 +77,15 @@ def _save(ctx, inputs, output):
     ctx.options = (softplus, low, high)
 
 
-def _differentiate(ctx, dy, dfinal, operator=_scan_backward):
+def _differentiate(ctx, backward, dy, dfinal):
     tensors = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(tensors[0])
     if dfinal is not None:
         dfinal = dfinal.contiguous()
-    grads = operator(dy, dfinal, *tensors, *ctx.options)
+    grads = backward(dy, dfinal, *tensors, *ctx.options)
     present = [None if t is None else g for t, g in zip(tensors[:9], grads, strict=True)]
     return *present, None, None, None, None, None
 
 
-_scan.register_autograd(_differentiate, setup_context=_save)
-
-
-class _Scan(torch.autograd.Function):
-    """The same without torch's operator around it, which costs more time than the launches."""
-
-    @staticmethod
-    def forward(*arguments):
-        return forward(*arguments)
-
-    setup_context = staticmethod(_save)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dfinal):
-        return _differentiate(ctx, dy, dfinal, backward)
+_differentiable = Differentiable(_scan, forward, _save, _differentiate, _scan_backward, backward)

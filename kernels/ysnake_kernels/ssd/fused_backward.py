@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator
+from ysnake_kernels.numerics import accumulator, ceil_divide
 from ysnake_kernels.ssd import fused_tiles as ft
 from ysnake_kernels.ssd.fused_forward import compute_decays, heads_at_once, states_kernel
 from ysnake_kernels.ssd.fused_tiles import (
@@ -355,7 +355,7 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
         )
         at_once = heads_at_once(heads)
         launcher(steps_kernel, (ft.in_tiles(K, 0, chunk, 0), at_once))(
-            (slots * -(-heads // at_once),),
+            (slots * ceil_divide(heads, at_once),),
             (dt, given.A, given.dt_bias, numbers, given.cu_seqlens, ddt, through, *sums),
             (dt.stride(1), length, padded, sequences),
         )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator
+from ysnake_kernels.numerics import accumulator, ceil_divide, next_power_of_2
 from ysnake_kernels.ssd import fused_tiles as ft
 from ysnake_kernels.ssd.fused_tiles import DECAY, SOURCE, STEP, device, segments
 from ysnake_kernels.triton_launch import launcher
@@ -19,7 +19,7 @@ from ysnake_kernels.triton_launch import launcher
 
 def heads_at_once(heads: int) -> int:
     """How many a program handles where it has little to do for each."""
-    return min(16, 1 << (heads - 1).bit_length())
+    return min(16, next_power_of_2(heads))
 
 
 @triton.jit(do_not_specialize=["dt_token", "length", "padded", "sequences"])
@@ -236,12 +236,12 @@ def compute_decays(
     dt = ft.side_by_side(scan.dt)
     batch, length, heads = dt.shape
     exact = torch.float64 if tl.float64 == K.ACC else torch.float32
-    padded = -(-length // 16) * 16  # rows begin at aligned addresses
+    padded = 16 * ceil_divide(length, 16)  # rows begin at aligned addresses
     rows = torch.empty(batch, heads, count, padded, dtype=exact, device=dt.device)
     at_once = heads_at_once(heads)
     chunks = ft.slots(sequences, batch, length, scan.cu_seqlens is not None, chunk)
     launcher(decays_kernel, (ft.in_tiles(K, 0, chunk, 0), at_once, count))(
-        (chunks * -(-heads // at_once),),
+        (chunks * ceil_divide(heads, at_once),),
         (dt, scan.A, scan.dt_bias, scan.cu_seqlens, rows),
         (dt.stride(1), length, padded, sequences),
     )

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import SMALLEST_LOG_DECAY, common_unit
+from ysnake_kernels.numerics import SMALLEST_LOG_DECAY, ceil_divide, common_unit, next_power_of_2
 from ysnake_kernels.triton_math import clamp, finite, softplus
 
 LARGEST = 256  # head size and state size
@@ -167,7 +167,7 @@ def _constants(heads: int, P: int, groups: int, N: int, *others: Any) -> Constan
 
 def padded_size(size: int) -> int:
     """The next power of two, and at least 16, which a matrix product needs."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, next_power_of_2(size))
 
 
 # One tile
@@ -373,7 +373,7 @@ def chunk_in(place, slot, CHUNK: tl.constexpr):
 
 def slots(sequences: int, batch: int, length: int, packed: bool, chunk: int) -> int:
     """The size of an array of all chunks of all sequences."""
-    return length // chunk + sequences if packed else batch * -(-length // chunk)
+    return length // chunk + sequences if packed else batch * ceil_divide(length, chunk)
 
 
 @triton.jit

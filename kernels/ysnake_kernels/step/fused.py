@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator
+from ysnake_kernels.custom_op import InPlace
+from ysnake_kernels.numerics import accumulator, ceil_divide, next_power_of_2
 from ysnake_kernels.triton_launch import launcher
 from ysnake_kernels.triton_math import clamp, finite, softplus
 
@@ -41,7 +42,8 @@ def step(
             f"got {B.shape[-1]}"
         )
     low, high = dt_limit
-    return _step(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus, low, high)
+    arguments = state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus
+    return _in_place(*arguments, low, high)
 
 
 @triton.jit
@@ -116,8 +118,8 @@ def _step_kernel(
 
 def configuration(head_dim: int, n: int) -> dict[str, int]:
     """Rows and columns of the state's tile, and warps, on any architecture."""
-    cols = triton.next_power_of_2(n)
-    rows = min(triton.next_power_of_2(head_dim), max(1, TILE // cols))
+    cols = next_power_of_2(n)
+    rows = min(next_power_of_2(head_dim), max(1, TILE // cols))
     return {"ROWS": rows, "COLS": cols, "num_warps": 4}
 
 
@@ -126,7 +128,6 @@ def _adjacent(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
-@torch.library.custom_op("ysnake::step", mutates_args=("state",))
 def _step(
     state: Tensor,
     x: Tensor,
@@ -159,7 +160,7 @@ def _step(
         launcher(
             _step_kernel, (*sizes, per_channel, dt_softplus, low, high, rows, cols, acc), warps
         )(
-            (batch, heads, triton.cdiv(head_dim, rows)),
+            (batch, heads, ceil_divide(head_dim, rows)),
             (state, x, dt, A, B, C, D, z, dt_bias, indices, y),
             (heads, *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2])
             + ((0, 0) if z is None else z.stride()[:2]),
@@ -167,6 +168,12 @@ def _step(
     return y
 
 
-@_step.register_fake
+_operator = torch.library.custom_op("ysnake::step", _step, mutates_args=("state",))
+
+
+@_operator.register_fake
 def _(state, x, dt, A, B, C, D, z, dt_bias, indices, dt_softplus, low, high):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+_in_place = InPlace(_operator, _step, written=0)
