@@ -129,6 +129,7 @@ class Shelf:
         self.tasks = (task for task in tasks(kind, seed) if task not in done)
         self.prompts = lines(f"{kind}_prompts")
         self.asked = 0  # answers that are being waited for
+        self.thinks = False  # whether answers begin inside a thought, as some models' do
 
     @property
     def wants(self) -> bool:
@@ -147,9 +148,13 @@ class Shelf:
 
     def put(self, task: Task, answer: str, cut: bool, min_words: int) -> None:
         """Keep or drop the answer to a task; `cut` says that it is longer than the limit."""
-        from ysnake import prose
+        from ysnake import prose, thoughts
         from ysnake.tokenizer import EOT
 
+        begins_in_thought = thoughts.begins_in_thought(answer)
+        self.thinks |= begins_in_thought
+        if cut and self.thinks and not begins_in_thought:
+            answer = ""  # it was cut before its thought ended
         text = prose.plain(answer)
         text = prose.whole_sentences(text) if cut else text
         if prose.is_refusal(text):

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from itertools import pairwise
 
-from ysnake.tokenizer import EOT
+from ysnake.thoughts import without_thoughts
 
 SHINGLE = 5  # words in a row that are compared at a time
 NEAR = 0.4  # share of the smaller document's shingles that makes two documents near duplicates
@@ -44,12 +44,11 @@ REFUSAL = re.compile(
 
 
 def plain(answer: str) -> str:
-    """An answer as paragraphs of prose, one line each, without markdown and small talk.
+    """An answer as paragraphs of prose, one line each: no thoughts, markdown and small talk.
 
     Headings, tables and code are left out; a list becomes a sentence, or sentences.
     """
-    answer = re.sub(r"<think>.*?(</think>|\Z)", "", answer, flags=re.DOTALL).replace(EOT, "\n\n")
-    paragraphs = _paragraphs(answer)
+    paragraphs = _paragraphs(without_thoughts(answer))
     while paragraphs and (found := CHATTER.match(paragraphs[0].translate(APOSTROPHE))):
         paragraphs[:1] = filter(None, [paragraphs[0][found.end() :]])
     while paragraphs and FAREWELL.fullmatch(paragraphs[-1].translate(APOSTROPHE)):

@@ -192,7 +192,7 @@ def start(server, folder, *options, **streams):
 def documents(folder, kind="words"):
     """The documents of a kind, as training reads them."""
     path = folder / "corpus" / f"{kind}.txt"
-    return [text for text, _ in data.read_documents([path])] if path.exists() else []
+    return [text for text, _ in data.read_file(path)] if path.exists() else []
 
 
 def wait_until(condition):
@@ -247,7 +247,7 @@ def test_a_corpus(server, tmp_path):
     files = data.find_files([tmp_path / "corpus"])
     assert [path.name for path in files] == ["dates.txt", "topics.txt", "words.txt"]
     prompts = server.prompts()
-    read = [text for text, ends in data.read_documents(files)]
+    read = [text for text, ends in data.Corpus(files).pieces()]
     assert sorted(read) == sorted(document(prompt) for prompt in prompts)
     for kind in generator.KINDS:
         some = [t.format("x")[:9] for t in generator.lines(f"{kind}_prompts")]
@@ -438,6 +438,19 @@ def test_an_answer_at_the_limit_ends_with_its_last_sentence(server, tmp_path):
     assert documents(tmp_path, "dates") == [document(server.prompts()[0])]
 
 
+def test_a_thought_that_is_cut_at_the_limit_is_not_kept(tmp_path):
+    """A model whose template opens a thought: only its whole answers show where it ends."""
+    (tmp_path / "corpus").mkdir()
+    one = shelf(tmp_path / "corpus")
+    whole, cut = document("copper"), document("tin")
+    one.put(generator.Task("a", 0), f"The user wants copper.</think>{whole}", False, 5)
+    one.put(generator.Task("b", 0), f"The user wants tin. {document('thought')}", True, 5)
+    one.put(generator.Task("c", 0), f"The user wants tin.</think>{cut} And", True, 5)
+    one.close()
+    assert documents(tmp_path) == [whole, cut]
+    assert one.counts["stub"] == 1
+
+
 def test_a_server_that_recovers(server, tmp_path):
     server.faults = [500, 503]
     done = generate(server, tmp_path, "--kinds", "words", "--count", "2", "--parallel", "1")
@@ -609,6 +622,34 @@ PLAIN = {
     ),
     "thoughts": (f"<think>\nWhat is copper?\n</think>\n\n{ORE}", ORE),
     "unfinished thoughts": ("<think>\nWhat is copper?", ""),
+    "thoughts twice": (f"<think>a</think>\n{ORE}\n<think>b</think>", ORE),
+    "thoughts in thoughts": (f"<think>a<think>b</think>c</think>{ORE}", ORE),
+    "closed only": (f"Copper is what they want. I should say more.\n</think>\n\n{ORE}", ORE),
+    "closed only, in a line": (f"Copper is what they want.</THINK>{ORE}", ORE),
+    "thinking": (f"<thinking>Copper.</thinking>{ORE}", ORE),
+    "reasoning": (f"<reasoning>\nCopper.\n</reasoning>\n{ORE}", ORE),
+    "thought": (f'<thought kind="long">Copper.</thought>{ORE}', ORE),
+    "namespace": (f"<seed:think>Copper.</seed:think>{ORE}", ORE),
+    "brackets": (f"[THINK]Copper.[/THINK]{ORE}", ORE),
+    "brackets closed only": (f"Copper.[/THINK]{ORE}", ORE),
+    "brackets in prose": ("I [think] that is all there is.", "I [think] that is all there is."),
+    "triangles": (f"◁think▷Copper.◁/think▷{ORE}", ORE),
+    "bars": (f"<|START_THINKING|>Copper.<|END_THINKING|><|START_RESPONSE|>{ORE}", ORE),
+    "channels": (
+        "<|channel|>analysis<|message|>Copper.<|end|><|start|>assistant<|channel|>commentary"
+        f"<|message|>More.<|end|><|start|>assistant<|channel|>final<|message|>{ORE}<|return|>",
+        ORE,
+    ),
+    "channels, first marker missing": (f"Copper.<|end|><|channel|>final<|message|>{ORE}", ORE),
+    "channels, unfinished": ("<|channel|>analysis<|message|>Copper is a metal I know of.", ""),
+    "channels without markers": (f"analysisCopper is wanted.assistantfinal{ORE}", ORE),
+    "other channels": (f"<|channel>thought\nCopper is wanted.<channel|>{ORE}<turn|>", ORE),
+    "process": (f"Here is my thought process:\nCopper.\n\nHere is my response:\n{ORE}", ORE),
+    "answer": (f"<think>Copper.</think><answer>{ORE}</answer>", ORE),
+    "end of turn": (f"{ORE}<|im_end|>", ORE),
+    "other ends of turns": (f"{ORE}</s><|eot_id|><end_of_turn><\uff5cend▁of▁sentence\uff5c>", ORE),
+    "whole turn": (f"<|im_start|>assistant\n{ORE}<|im_end|>\n", ORE),
+    "invented turn": (f"{ORE}<|im_end|>\n<|im_start|>user\nAnd what is tin?<|im_end|>", ORE),
     "end of text": (f"{ORE}<|endoftext|>{ORE}", f"{ORE}\n\n{ORE}"),
     "entities": (
         "Salt &amp; <b>pepper</b> at 5 < 6, *that is all.",

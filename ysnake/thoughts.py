@@ -1,0 +1,59 @@
+"""What a language model says between its thoughts and the markers of its turn.
+
+Reasoning models write their thoughts before the text, each family between markers of its own, and
+some templates open a thought so that an answer only closes it.
+"""
+
+import re
+
+_NAMES = "think|thinking|thoughts?|reasoning|reflection|analysis|scratchpad"
+_OPEN = (
+    rf"<\|?(?:\w+:)?(?:{_NAMES})(?:\s[^<>]*)?\|?>"  # <think>, <seed:think>, <|thinking|>
+    r"|(?-i:\[(?:THINK|THINKING|THOUGHT|REASONING)\])"
+    r"|◁think▷|<\|start_thinking\|>"
+    # channels: <|channel|>analysis<|message|>, <|channel>thought
+    r"|<\|channel\|?>\s*(?:analysis|commentary|thought)\b[^<\n]*(?:<\|message\|>)?"
+    r"|^\s*here(?: is|'s) my thought process:"
+)
+_CLOSE = (
+    rf"<\|?/(?:\w+:)?(?:{_NAMES})\|?>"
+    r"|(?-i:\[/(?:THINK|THINKING|THOUGHT|REASONING)\])"
+    r"|◁/think▷|<\|end_thinking\|>|<channel\|>"
+    r"|<\|channel\|?>\s*final\b[^<\n]*(?:<\|message\|>)?"
+    r"|^\s*here(?: is|'s) my response:"
+    r"|assistantfinal(?=\S)"  # channels whose markers were left out
+)
+_FLAGS = re.IGNORECASE | re.DOTALL | re.MULTILINE
+OPEN, CLOSE = re.compile(_OPEN, _FLAGS), re.compile(_CLOSE, _FLAGS)
+THOUGHT = re.compile(rf"(?:{_OPEN}).*?(?:{_CLOSE})", _FLAGS)
+
+_HEADER = r"(?:<\|(?:im_start|start_header_id|start)\|>|<start_of_turn>|<\|turn>)\s*"
+ANSWERS = re.compile(rf"{_HEADER}(?:assistant|model)\s*(?:<\|end_header_id\|>)?", _FLAGS)
+ASKS = re.compile(
+    rf"(?:{_HEADER}(?:user|system|tool|human)\b|<\|(?:user|system)\|>|\[INST\]).*", _FLAGS
+)
+MARKER = re.compile(  # <|im_end|>, <turn|>, ...
+    r"<[|\uff5c][^<>|\uff5c\n]{1,40}[|\uff5c]?>|<[^<>|\uff5c\n]{1,40}[|\uff5c]>"
+    r"|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|\[/?INST\]|</?(?:answer|response)>",
+    _FLAGS,
+)
+
+
+def without_thoughts(answer: str) -> str:
+    """The answer alone: no thoughts, no marker of a turn, and no turn that it made up.
+
+    Before a closing marker without an opening one all is thought; so is all after an opening marker
+    without a closing one.
+    """
+    answer = THOUGHT.sub("", answer)
+    closed = [found.end() for found in CLOSE.finditer(answer)]
+    answer = answer[closed[-1] :] if closed else answer
+    opened = OPEN.search(answer)
+    answer = answer[: opened.start()] if opened else answer
+    answer = ASKS.sub("", ANSWERS.sub("", answer))
+    return MARKER.sub("\n\n", answer)
+
+
+def begins_in_thought(answer: str) -> bool:
+    """Whether an answer closes a thought that it did not open."""
+    return CLOSE.search(THOUGHT.sub("", answer)) is not None
