@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,10 +24,13 @@ MULTIPROCESSORS = 132
 
 
 def missing() -> str | None:
-    """What this machine lacks to build the stand-in, or None."""
+    """What this machine lacks to build the stand-in and Triton's launcher, or None."""
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         return "Triton's compiler for CUDA is for Linux on x86-64"
-    return None if _compiler() else "there is no C compiler"
+    if not _compiler():
+        return "there is no C compiler"
+    header = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
+    return None if header.exists() else "Python's header files are not installed"
 
 
 def _compiler() -> str | None:
