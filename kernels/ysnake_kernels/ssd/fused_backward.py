@@ -3,7 +3,7 @@
 Step sizes and cumulative decays are computed as in the forward. A light sweep in both directions
 stores, for every chunk of CHUNK tokens, the state that enters it and the gradient of the state that
 leaves it. Then all tiles are independent: a program owns one tile and some heads of a group, as
-rows i of the chunk's quadratic form (dC, dz) or as its columns j (dx, dB), and adds the heads'
+rows i of the chunk's quadratic form (dC) or as its columns j (dx, dB), and adds the heads'
 shares of dC or dB before it writes them. A last small kernel turns what passes through each token
 into the gradients of dt and A. No atomics: deterministic.
 
@@ -15,6 +15,7 @@ the flow from token j to token i, the gradient of cs_i - cs_j, is M_ij = (C_i . 
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,18 +67,19 @@ def work_of(place, splits, count, K):
 
 @triton.jit(
     do_not_specialize=[
-        *("x_token", "B_token", "C_token", "z_token", "dy_token"),
+        *("x_token", "B_token", "C_token", "G_token"),
         *("length", "padded", "sequences", "splits", "count"),
     ]
 )
 def rows_kernel(
-    x, B, C, z, D, dy, rows, seq_idx, cu_seqlens, states, dC, dz,
-    x_token, B_token, C_token, z_token, dy_token, length, padded, sequences, splits, count, K,
+    x, B, C, D, G, rows, seq_idx, cu_seqlens, states, dC, y,
+    x_token, B_token, C_token, G_token, length, padded, sequences, splits, count, K,
 ):  # fmt: skip
-    """dC, dz and the flow into the tokens of a tile, from the chunk's entering state on."""
+    """dC and the flow into the tokens of a tile, from the chunk's entering state on. Also y before
+    the gate, if it is wanted."""
     xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
-    Cs, zs = ft.View(C, C_token * K.UNIT), ft.View(z, z_token * K.UNIT)
-    dys, numbers = ft.View(dy, dy_token * K.UNIT), ft.Rows(rows, padded, ft.BACKWARD_ROWS)
+    Cs, Gs = ft.View(C, C_token * K.UNIT), ft.View(G, G_token * K.UNIT)
+    numbers = ft.Rows(rows, padded, ft.BACKWARD_ROWS)
     place = ft.Place(seq_idx, cu_seqlens, sequences, length)
     chunk, slot, tile, share, group, first_head = work_of(place, splits, count, K)
     if tile.t0 >= tile.end:
@@ -110,24 +112,19 @@ def rows_kernel(
             S = ft.load_state(states, slot, head, p, n, K)  # [PS, N2]
             X = ft.load_tile(xs, chunk, head, p, K.P)  # [CHUNK, PS]
             C_ = ft.load_tile(Cs, tile, group, n, K.N)  # [Q, N2]
-            y = ft.dot(C_, tl.trans(S), K) * entry[:, None]  # [Q, PS]
-            G = ft.load_gated(dys, zs, tile, head, p, K)  # [Q, PS]
-            into += tl.sum(y * G.to(K.ACC), 1)
-            dC_ = ft.dot(G.to(K.ACC) * entry[:, None], S, K, dC_)
-            T = ft.dot(G, tl.trans(X), K) * L  # gradient of C_i . B_j, [i, j]
+            read = ft.dot(C_, tl.trans(S), K) * entry[:, None]  # [Q, PS]
+            Gt = ft.load_tile(Gs, tile, head, p, K.P)  # [Q, PS]
+            into += tl.sum(read * Gt.to(K.ACC), 1)
+            dC_ = ft.dot(Gt.to(K.ACC) * entry[:, None], S, K, dC_)
+            T = ft.dot(Gt, tl.trans(X), K) * L  # gradient of C_i . B_j, [i, j]
             dCB += T
             into += tl.sum(tl.where(later, T * CB, 0.0), 1)
-            if z is not None:
-                y = ft.dot(CB * L, X, K, y)
+            if y is not None:
+                read = ft.dot(CB * L, X, K, read)
                 if D is not None:
                     skipped = ft.load_tile(xs, tile, head, p, K.P).to(K.ACC)
-                    y += skipped * ft.load_skip(D, head, p, K)
-                zt = ft.load_tile(zs, tile, head, p, K.P).to(K.ACC)
-                gate = tl.sigmoid(zt)
-                slope = gate * (1.0 + zt * (1.0 - gate))
-                dy_ = ft.load_tile(dys, tile, head, p, K.P).to(K.ACC)
-                dzs = ft.View(dz, K.HEADS * K.P)
-                ft.store_tile(dy_ * y * slope, dzs, tile, head, p, K.P)
+                    read += skipped * ft.load_skip(D, head, p, K)
+                ft.store_tile(read, ft.View(y, K.HEADS * K.P), tile, head, p, K.P)
         ft.store_row(into, numbers, tile, head, K, INTO)
     B_all = ft.load_tile(Bs, chunk, group, n, K.N)  # [CHUNK, N2]
     dCs = ft.View(dC, splits * (K.HEADS // K.PER_GROUP) * K.N)
@@ -136,19 +133,19 @@ def rows_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("x_token", "B_token", "C_token", "z_token", "dy_token"),
+        *("x_token", "B_token", "C_token", "G_token"),
         *("length", "padded", "sequences", "splits", "count"),
     ]
 )
 def columns_kernel(
-    x, B, C, z, D, dy, rows, seq_idx, cu_seqlens, states, dstates, dx, dB, dD, through,
-    x_token, B_token, C_token, z_token, dy_token, length, padded, sequences, splits, count, K,
+    x, B, C, D, G, rows, seq_idx, cu_seqlens, states, dstates, dx, dB, dD, through,
+    x_token, B_token, C_token, G_token, length, padded, sequences, splits, count, K,
 ):  # fmt: skip
     """dx, dB, dD and the flow out of the tokens of a tile; the chunk's first tile also gets the
     flow through the chunk, from its entering to its leaving state."""
     xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
-    Cs, zs = ft.View(C, C_token * K.UNIT), ft.View(z, z_token * K.UNIT)
-    dys, numbers = ft.View(dy, dy_token * K.UNIT), ft.Rows(rows, padded, ft.BACKWARD_ROWS)
+    Cs, Gs = ft.View(C, C_token * K.UNIT), ft.View(G, G_token * K.UNIT)
+    numbers = ft.Rows(rows, padded, ft.BACKWARD_ROWS)
     place = ft.Place(seq_idx, cu_seqlens, sequences, length)
     chunk, slot, tile, share, group, first_head = work_of(place, splits, count, K)
     at_tile = slot * (K.CHUNK // K.Q) + (tile.t0 - chunk.t0) // K.Q
@@ -199,19 +196,19 @@ def columns_kernel(
             du = ft.dot(B_, tl.trans(dS), K) * exit[:, None]  # [Q, PS]
             onward += tl.sum(X.to(K.ACC) * du, 1)
             dB_ = ft.dot(X.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
-            G = ft.load_gated(dys, zs, chunk, head, p, K)  # [CHUNK, PS]
-            XG = ft.dot(X, tl.trans(G), K)  # [j, i]
+            Gc = ft.load_tile(Gs, chunk, head, p, K.P)  # [CHUNK, PS]
+            XG = ft.dot(X, tl.trans(Gc), K)  # [j, i]
             dCB += XG * L * step[:, None]
             flow = XG * CBL
             sent += tl.sum(tl.where(later, flow, 0.0), 1)
             kept += tl.sum(tl.where(tj[:, None] == ti[None, :], flow, 0.0), 1)
-            dX = ft.dot(between, G, K, du * step[:, None])
+            dX = ft.dot(between, Gc, K, du * step[:, None])
             if D is not None:
                 if K.D_PER_CHANNEL:
-                    G_ = ft.load_gated(dys, zs, tile, head, p, K).to(K.ACC)
-                    dX += G_ * ft.load_skip(D, head, p, K)
+                    Gt = ft.load_tile(Gs, tile, head, p, K.P).to(K.ACC)
+                    dX += Gt * ft.load_skip(D, head, p, K)
                     at_channel = dD + (at_tile + head) * K.P + p
-                    tl.store(at_channel, tl.sum(G_ * X.to(K.ACC), 0), mask=p < K.P)
+                    tl.store(at_channel, tl.sum(Gt * X.to(K.ACC), 0), mask=p < K.P)
                 else:
                     skipped += tl.sum(tl.where(tj[:, None] == ti[None, :], XG, 0.0), 1)
             ft.store_tile(dX, ft.View(dx, K.HEADS * K.P), tile, head, p, K.P)
@@ -291,12 +288,14 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
     groups, N = given.B.shape[2:]
     packed = given.cu_seqlens is not None
     sequences = len(given.cu_seqlens) - 1 if packed else batch
-    tensors = given.x, given.B, given.C, given.z, dy
-    x, B, C, z, dy = (ft.side_by_side(t) for t in tensors)
-    dt, D = ft.side_by_side(given.dt), given.D
-    unit, tokens = ft.strides(x, B, C, z, dy)
-    family, multiprocessors = device(x.device)
     exact = accumulator(*given[:9])
+    z, G = given.z, dy
+    if z is not None:
+        G = (dy.to(exact) * F.silu(z.to(exact))).to(dy.dtype)
+    x, B, C, G = (ft.side_by_side(t) for t in (given.x, given.B, given.C, G))
+    dt, D = ft.side_by_side(given.dt), given.D
+    unit, tokens = ft.strides(x, B, C, G)
+    family, multiprocessors = device(x.device)
     K = ft.constants(given, unit, family, *options)
     chunk = ft.configured("states", family, K, 0)[1].chunk
     plans = [ft.configured(kind, family, K, chunk) for kind in ("states", "rows", "columns")]
@@ -318,7 +317,7 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
     through, sums = empty(slots, heads), empty(2, slots, heads)
     dD = None if D is None else empty(column_tiles, *D.shape)
     dx, ddt = empty(*x.shape, dtype=x.dtype), empty(*dt.shape, dtype=dt.dtype)
-    dz = None if z is None else empty(*z.shape, dtype=z.dtype)
+    y = None if z is None else empty(*x.shape, dtype=x.dtype)
     initial = given.initial_states
     dinitial = None if initial is None else torch.empty_like(initial)
     shares = (batch, length, splits * groups, N)
@@ -342,12 +341,12 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
             between = (states, dstates) if stored else (None, None)
             launchers[0](
                 (2 * sequences * count * heads * slices,),
-                (x, B, C, z, dy, numbers, initial, dfinal, *where, dinitial, ends, dends, whole,
+                (x, B, C, G, numbers, initial, dfinal, *where, dinitial, ends, dends, whole,
                  *between),
                 sizes,
             )  # fmt: skip
-        read = (x, B, C, z, D, dy, numbers, *where, states)
-        launchers[1]((row_tiles * groups * splits,), (*read, dC, dz), (*sizes, *shares_))
+        read = (x, B, C, D, G, numbers, *where, states)
+        launchers[1]((row_tiles * groups * splits,), (*read, dC, y), (*sizes, *shares_))
         launchers[2](
             (column_tiles * groups * splits,),
             (*read, dstates, dx, dB, dD, through),
@@ -364,6 +363,10 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
         dB, dC = (
             d.unflatten(2, (splits, groups)).sum(2).to(t.dtype) for d, t in ((dB, B), (dC, C))
         )
+    dz = None
+    if z is not None:
+        dgate = dy.to(exact) * y.to(exact)
+        dz = torch.ops.aten.silu_backward(dgate, z.to(exact)).to(z.dtype)
     dA, bias = sums[0].sum(0).to(given.A.dtype), given.dt_bias
     ddt_bias = None if bias is None else sums[1].sum(0).to(bias.dtype)
     dD = None if D is None else dD.sum(0).to(D.dtype)

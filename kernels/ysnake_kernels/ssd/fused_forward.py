@@ -130,11 +130,11 @@ def forward_kernel(
 
 @triton.jit
 def sweep(
-    S, v, weights, z, decays, states, place, seq, seg, head, p, K,
+    S, v, weights, decays, states, place, seq, seg, head, p, K,
     SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Carry a state over a segment: forward S with x and B as `v` and `weights`; in reverse its
-    gradient with dy and C.
+    gradient with G and C.
 
     Stores in `states` the state that enters each chunk, or the gradient of the one that leaves it.
     Returns the last state, and the decay of the whole segment.
@@ -165,10 +165,8 @@ def sweep(
             decay, source, total = decay - start, source - start, total - start
         doc = documents_of(place, tile)
         entry, exit, through = edges(decay, source, total, doc, place, tile, last, K)
-        if REVERSE:
-            weighted = ft.load_gated(v, z, tile, head, p, K).to(K.ACC) * entry[:, None]  # [Q, PS]
-        else:
-            weighted = ft.load_tile(v, tile, head, p, K.P).to(K.ACC) * exit[:, None]
+        factors = entry if REVERSE else exit
+        weighted = ft.load_tile(v, tile, head, p, K.P).to(K.ACC) * factors[:, None]  # [Q, PS]
         W = ft.load_tile(weights, tile, group, n, K.N)  # [Q, N2]
         S = ft.dot(tl.trans(weighted), W, K, S * through)
         whole *= through
@@ -176,25 +174,23 @@ def sweep(
 
 
 @triton.jit(
-    do_not_specialize=[
-        *("x_token", "B_token", "C_token", "z_token", "dy_token"),
-        *("length", "padded", "sequences"),
-    ]
+    do_not_specialize=["x_token", "B_token", "C_token", "G_token", "length", "padded", "sequences"]
 )
 def states_kernel(
-    x, B, C, z, dy, rows, initial_states, dfinal, seq_idx, cu_seqlens,
+    x, B, C, G, rows, initial_states, dfinal, seq_idx, cu_seqlens,
     dinitial, ends, dends, whole, states, dstates,
-    x_token, B_token, C_token, z_token, dy_token, length, padded, sequences, K,
+    x_token, B_token, C_token, G_token, length, padded, sequences, K,
     SEGMENTS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns what a program of `forward_kernel` owns, in one of two directions.
+    """A program owns what a program of `forward_kernel` owns, in one of two directions. G is the
+    gradient of y before the gate.
 
     Without `states`: each segment's end from a zero state, and its whole decay. With `states`: the
     states between all chunks, from `ends` where there is more than one segment.
     """
     xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
-    Cs, zs = ft.View(C, C_token * K.UNIT), ft.View(z, z_token * K.UNIT)
-    dys, decays = ft.View(dy, dy_token * K.UNIT), ft.Rows(rows, padded, COUNT)
+    Cs, Gs = ft.View(C, C_token * K.UNIT), ft.View(G, G_token * K.UNIT)
+    decays = ft.Rows(rows, padded, COUNT)
     place = ft.Place(seq_idx, cu_seqlens, sequences, length)
     p, head, seg, seq = ft.owned(tl.program_id(0), SEGMENTS, K)
     reverse, seq = seq // sequences, seq % sequences
@@ -207,21 +203,19 @@ def states_kernel(
             S = ft.entering(
                 initial_states, seq, ends, whole, index - seg, seg, head, p, n, K, SEGMENTS, 1
             )
-        S, decay = sweep(
-            S, xs, Bs, zs, decays, states, place, seq, seg, head, p, K, SEGMENTS, False
-        )
+        S, decay = sweep(S, xs, Bs, decays, states, place, seq, seg, head, p, K, SEGMENTS, False)
         if states is None:
             ft.store_state(S, ends, index, head, p, n, K)
             if tl.program_id(0) % (K.P2 // K.PS) == 0:
                 tl.store(whole + index * K.HEADS + head, decay)
-    elif dy is not None:
+    elif G is not None:
         dS = tl.zeros([K.PS, K.N2], K.ACC)
         if states is not None:
             after = SEGMENTS - 1 - seg
             dS = ft.entering(
                 dfinal, seq, dends, whole, index + after, after, head, p, n, K, SEGMENTS, -1
             )
-        dS, _ = sweep(dS, dys, Cs, zs, decays, dstates, place, seq, seg, head, p, K, SEGMENTS, True)
+        dS, _ = sweep(dS, Gs, Cs, decays, dstates, place, seq, seg, head, p, K, SEGMENTS, True)
         if states is None:
             ft.store_state(dS, dends, index, head, p, n, K)
         elif dinitial is not None and seg == 0:
@@ -277,8 +271,8 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
             )
             launch(
                 programs,
-                (x, B, C, z, None, rows, None, None, *where, None, ends, None, whole, None, None),
-                (*tokens, 0, *sizes),
+                (x, B, C, None, rows, None, None, *where, None, ends, None, whole, None, None),
+                (*tokens[:3], 0, *sizes),
             )
         launcher(forward_kernel, (K, count), config.warps, config.stages)(
             programs,

@@ -255,15 +255,6 @@ def load_decay_of_last(rows, last, head, K):
 
 
 @triton.jit
-def load_gated(dy, z, tile, head, p, K):  # [Q, PS]
-    """The gradient of y before the gate."""
-    G = load_tile(dy, tile, head, p, K.P)
-    if z.data is not None:
-        G = G.to(K.ACC) * silu(load_tile(z, tile, head, p, K.P).to(K.ACC))
-    return G
-
-
-@triton.jit
 def load_skip(D, head, p, K):  # [1, PS]
     """D as it multiplies a tile."""
     at_channel = D + head * K.P + p if K.D_PER_CHANNEL else D + head + p * 0
