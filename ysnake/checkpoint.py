@@ -4,7 +4,6 @@ The one before stays beside it, for the day that it is damaged. What is read may
 nothing in it can run code, and its size on disk bounds the memory that it takes.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from ysnake import manifest, run_lock
 from ysnake import tokenizer as tokenizers
 from ysnake.config import (
     VOCAB_MULTIPLE,
@@ -40,7 +40,7 @@ PICKLED = "pytorch_model.bin"  # of others: written by torch.save
 STATE = "training_state.pt"
 OPTIMIZER = "optimizer"  # of a sharded run: a folder of its own
 PROGRESS = "progress.json"
-MANIFEST = "manifest.json"  # SHA-256 of every file of the folder
+LONGEST_SAVE = 600  # seconds that a save waits for another process to save the same folder
 HEADER = 1 << 22  # bytes that the list of weights in a safetensors file may have
 
 Read = TypeVar("Read")
@@ -67,7 +67,7 @@ def save(
     Raises:
         InputError: a file cannot be written; it is named, and the folder is as it was.
     """
-    folder = Path(folder)
+    folder = _named_in_utf8(folder)
     new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
     config, generation = to_hugging_face(model.config), _generation_config(model.config, tokenizer)
     files: dict[str, Callable[[Path], None]] = {
@@ -83,30 +83,38 @@ def save(
         files[PROGRESS] = lambda path: _write_json(path, progress)
     if optimizer is not None:
         files[OPTIMIZER] = lambda path: optimizer.rename(path)
-    files[MANIFEST] = lambda path: _write_json(path, _manifest(path.parent))
+    files[manifest.FILE] = lambda path: manifest.write(path.parent)
     path = new
+    busy = f"{folder}: another process is writing this checkpoint"
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        for name, write in files.items():
-            path = new / name
-            write(path)
-        sync(new)
-        path = folder
-        if folder.exists():  # else a save was cut short here, and the one before is all there is
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
-        sync(folder.parent, contents=False)
+        with run_lock.lock(folder.with_name(folder.name + ".lock"), busy, LONGEST_SAVE):
+            try:
+                shutil.rmtree(new, ignore_errors=True)
+                new.mkdir()
+                for name, write in files.items():
+                    path = new / name
+                    write(path)
+                sync(new)
+                path = folder
+                if folder.exists():  # else a save was cut short here before
+                    shutil.rmtree(old, ignore_errors=True)
+                    folder.rename(old)
+                new.rename(folder)
+                sync(folder.parent, contents=False)
+            except BaseException:
+                shutil.rmtree(new, ignore_errors=True)
+                raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors: a full disk
-        shutil.rmtree(new, ignore_errors=True)
         raise InputError(f"{path}: cannot be written ({_reason(error)})") from error
 
 
 def sync(folder: Path, contents: bool = True) -> None:
     """Wait until a folder, and the files in it and below, are on the disk."""
+    windows = os.name == "nt"  # syncs files that are open for writing, and no folders
     for path in [*(folder.rglob("*") if contents else ()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
+        if windows and path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
@@ -123,13 +131,22 @@ def _reason(error: BaseException) -> str:
 
 def find(folder: Path | str) -> Path:
     """The folder itself, or the one set aside when a save was cut short between two renames."""
-    folder = Path(folder)
+    folder = _named_in_utf8(folder)
     old = folder.with_name(folder.name + ".old")
     if not folder.exists() and old.exists():
         return old
     if not folder.is_dir():
         raise InputError(f"{folder}: no such checkpoint folder")
     return folder
+
+
+def _named_in_utf8(folder: Path | str) -> Path:
+    """The folder, unless its path is one that safetensors and tokenizers cannot open."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{folder}: the name is not UTF-8; rename the folder") from error
+    return Path(folder)
 
 
 def newest_good(folder: Path | str, read: Callable[[Path], Read]) -> tuple[Path, Read]:
@@ -241,7 +258,7 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
         shapes = {name: shape for file in files for name, shape in _header(file).items()}
         _check_shapes(path, shapes, config)
         for file in files:  # not before its size is known to be right
-            _verify(file)
+            manifest.verify(file)
         weights = {name: t for file in files for name, t in _read_safetensors(file).items()}
     for name, weight in weights.items():
         if not weight.is_floating_point() or weight.itemsize == 1:
@@ -325,7 +342,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_pickled(path: Path) -> Any:
     """What torch.save wrote; nothing in the file can run code or become larger than the file."""
-    _verify(path)
+    manifest.verify(path)
     try:
         with path.open("rb") as file:
             zipped = file.read(4) == b"PK\x03\x04"
@@ -363,7 +380,7 @@ def load_config(folder: Path) -> ModelConfig:
         config = from_json(content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    _verify(path)
+    manifest.verify(path)
     return config
 
 
@@ -381,7 +398,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
             "was trained with (state-spaces/mamba2-*: that of EleutherAI/gpt-neox-20b)"
         )
     tokenizer = tokenizers.load(folder)
-    _verify(path)
+    manifest.verify(path)
     rows = load_config(folder).vocab_size
     size = tokenizer.get_vocab_size()
     last = max(tokenizer.get_vocab().values(), default=-1)
@@ -398,7 +415,7 @@ def load_training(folder: Path | str) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such file, so training cannot be resumed from here")
     for file in path.parent.glob(f"{OPTIMIZER}/*"):
-        _verify(file, path.parent)
+        manifest.verify(file, path.parent)
     return _read_pickled(path)
 
 
@@ -445,36 +462,3 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _write_pickled(path: Path, content: dict[str, Any]) -> None:
     with path.open("wb") as file:  # opened here, so that an error of the disk is known
         torch.save(content, file)
-
-
-def _verify(path: Path, folder: Path | None = None) -> None:
-    """Raise InputError if the manifest of its folder says that it is not the file saved there."""
-    folder = folder or path.parent
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return  # a checkpoint of somebody else's
-    saved = read_json(manifest)
-    if not isinstance(saved, dict):
-        raise InputError(f"{manifest}: damaged (expected an object)")
-    name = path.relative_to(folder).as_posix()
-    if name in saved and saved[name] != _sha256(path):
-        raise InputError(
-            f"{path}: damaged or exchanged, it is not the file that was saved here "
-            f"(as {MANIFEST} beside it says)"
-        )
-
-
-def _manifest(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:  # of a disk that fails, for instance
-        raise InputError(f"{path}: {error.strerror}") from error
-    return digest.hexdigest()

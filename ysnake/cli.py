@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
+from ysnake import terminal
 from ysnake.config import InputError
 from ysnake.shown import escape_controls
 
@@ -37,6 +38,7 @@ def parse(
 
 def run(command: Callable[[list[str]], int]) -> None:
     """Run a command with the arguments of this process and end the process with its exit code."""
+    terminal.prepare()
     try:
         code = command(sys.argv[1:])
     except InputError as error:
@@ -54,7 +56,8 @@ def run(command: Callable[[list[str]], int]) -> None:
         print(f"error: {message}", file=sys.stderr)
         code = FAILED
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or "allocate memory" in str(error)):
+        said = ("allocate memory", "out of memory")  # by torch, on a CPU and on a GPU
+        if not (isinstance(error, MemoryError) or any(text in str(error) for text in said)):
             raise
         print(
             "error: not enough memory; smaller sizes or a smaller batch need less", file=sys.stderr
@@ -73,15 +76,32 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def console() -> "Console":
-    """Where a command prints: plain text, wrapped by the terminal alone."""
+    """Where a command prints: plain text, wrapped by the terminal alone.
+
+    A command goes on when the terminal is closed or the reader of its output has ended.
+    """
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    out = sys.stdout and terminal.LastingOutput(sys.stdout)
+    return Console(file=out, highlight=False, soft_wrap=True)
+
+
+def markup(text: object) -> str:
+    """Text of others, such as a path, for a place where rich reads markup: shown as it is."""
+    from rich.markup import escape
+
+    return escape(escape_controls(str(text)))
+
+
+def runs() -> list[Path]:
+    """The folders of all runs in runs/. A hidden folder is no run."""
+    found = RUNS.glob("*/settings.json")
+    return [path.parent for path in found if not path.parent.name.startswith(".")]
 
 
 def newest_run() -> Path:
-    """The folder of the newest run."""
-    found = [p.parent for p in RUNS.glob("*/settings.json")]
+    """The folder of the run that was begun or resumed last."""
+    found = runs()
     if not found:
         raise InputError(f"{RUNS}: no run there yet; python -m ysnake.train makes one")
     return max(found, key=lambda folder: (folder / "settings.json").stat().st_mtime)

@@ -5,17 +5,18 @@ included; beside it lies the Modelfile that `ollama create` reads.
 """
 
 import json
+import shlex
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ysnake import cli
+from ysnake import cli, files
 from ysnake.config import InputError, ModelConfig
 from ysnake.sampling import Sampling
+from ysnake.shown import escape_controls
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from ysnake.model import Model
 
+MODELFILE = "Modelfile"
+WRITTEN_BY_US = "# Written by ysnake.export, which replaces it when it writes here again."
 CONTEXT = 2**20  # no model of this kind has a limit, but the format asks for one
 
 
@@ -54,10 +57,9 @@ def write_gguf(file: Path, model: "Model", tokenizer: "Tokenizer", type: str, na
             "--gguf: needs the package gguf: pip install -c constraints.txt -e '.[gguf]'"
         ) from error
 
-    new = file.with_name(file.name + ".new")
-    writer = gguf.GGUFWriter(new, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MAMBA2])
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MAMBA2])
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
+    writer.add_name(escape_controls(name))
     _add_sizes(writer, model.config)
     _add_tokenizer(writer, model.config, tokenizer)
     mostly = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[type]
@@ -66,16 +68,13 @@ def write_gguf(file: Path, model: "Model", tokenizer: "Tokenizer", type: str, na
     for tensor, weight in _tensors(model):
         kind = _stored_as(tensor, weight.shape[-1], type)
         writer.add_tensor(tensor, gguf.quants.quantize(weight.numpy(), kind), raw_dtype=kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        new.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            new.unlink()
-        raise InputError(f"{file}: {error.strerror}") from error
+    with files.replacing(file) as new:
+        try:
+            writer.write_header_to_file(new)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
 
 
 def _add_sizes(writer: "GGUFWriter", config: ModelConfig) -> None:
@@ -193,6 +192,7 @@ def modelfile(file: Path) -> str:
     default = Sampling()
     return "\n".join(
         (
+            WRITTEN_BY_US,
             f"FROM ./{file.name}",
             'TEMPLATE "{{ .Prompt }}"',
             'PARAMETER stop "<|endoftext|>"',
@@ -205,11 +205,34 @@ def modelfile(file: Path) -> str:
     )
 
 
+def check(file: Path) -> Path:
+    """Where the Modelfile beside `file` goes.
+
+    Raises:
+        InputError: one of the two would replace what this command did not write.
+    """
+    if not file.name:
+        raise InputError(f"--gguf: expected a file to write, got {file}")
+    beside = file.with_name(MODELFILE)
+    if file.name.lower() == MODELFILE.lower():
+        raise InputError(f"--gguf: {file} is the name of the file that is written beside it")
+    if beside.is_symlink() or (beside.exists() and not _is_ours(beside)):
+        raise InputError(
+            f"{beside}: exists, and this command did not write it; move it, or export to another "
+            "folder"
+        )
+    return beside
+
+
+def _is_ours(path: Path) -> bool:
+    with cli.writing(path), path.open("rb") as file:
+        return file.readline().strip() == WRITTEN_BY_US.encode()
+
+
 def main(argv: list[str]) -> int:
     """Export as the command line says; returns the exit code."""
     options = cli.parse(Options, argv, "export")
-    if not options.gguf.name:
-        raise InputError(f"--gguf: expected a file to write, got {options.gguf}")
+    beside = check(options.gguf)
 
     from ysnake import checkpoint
 
@@ -217,13 +240,13 @@ def main(argv: list[str]) -> int:
     folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint)
     name = folder.parent.name if folder.name in ("best", "last") else folder.name
     write_gguf(options.gguf, model, tokenizer, options.type, name)
-    beside = options.gguf.with_name("Modelfile")
-    with cli.writing(beside):
-        beside.write_text(modelfile(options.gguf))
-    size = options.gguf.stat().st_size / 1e6
+    with files.replacing(beside) as new:
+        new.write_text(modelfile(options.gguf), encoding="utf-8", errors="surrogateescape")
+    size = f"{options.gguf.stat().st_size / 1e6:.1f} MB"
+    create = f"ollama create {shlex.quote(name)} -f {shlex.quote(str(beside))}"
     cli.console().print(
-        f"[bold]{options.gguf}[/]: {model.n_parameters():,} parameters as {options.type}, "
-        f"{size:.1f} MB\nollama create {name} -f {beside}"
+        f"[bold]{cli.markup(options.gguf)}[/]: {model.n_parameters():,} parameters as "
+        f"{options.type}, {size}\n{cli.markup(create)}"
     )
     return cli.DONE
 

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ysnake import files
 from ysnake.config import InputError
 from ysnake.decoding import Decoder
 from ysnake.model import LayerState, Model
@@ -64,10 +65,11 @@ class Context:
         for i, layer in enumerate(self.state):
             tensors |= {f"{i}.conv": layer.conv, f"{i}.ssm": layer.ssm}
         tensors = {name: t.contiguous() for name, t in tensors.items()}
-        try:
-            save_file(tensors, path, {"model": self._fingerprint()})
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: cannot be written ({error})") from error
+        with files.replacing(path) as new:
+            try:
+                save_file(tensors, new, {"model": self._fingerprint()})
+            except SafetensorError as error:
+                raise InputError(f"{path}: cannot be written ({error})") from error
 
     def load(self, path: Path) -> None:
         """Take over the context in a file that `save` wrote with the same model."""

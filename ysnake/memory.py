@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+PREDICTED_TOO_HIGH = 1.25  # by this factor at most
 PROCESS = 450e6  # bytes: Python, torch, its threads and buffers, and the tokens
 
 
@@ -110,6 +111,32 @@ def fit(settings: "Settings", config: ModelConfig) -> None:
     raise InputError(
         f"--memory: {limit / 1e9:.2f} GB are not enough, one window of {settings.seq_len} tokens "
         f"takes {least / 1e9:.2f} GB; a shorter --seq-len or a smaller model takes less"
+    )
+
+
+def check(settings: "Settings", config: ModelConfig, device: str) -> None:
+    """Raise InputError where a step would take more memory than this machine has.
+
+    A GPU says so itself, at once; with --shard no process has the whole.
+    """
+    from ysnake import launch
+
+    limit = available()
+    if device != "cpu" or limit is None or settings.shard:
+        return
+    windows, length = launch.share(settings)
+    how = (settings.recompute, settings.carry_state)
+    peak = predict(config, windows, length, *how).peak
+    if peak <= PREDICTED_TOO_HIGH * limit:
+        return
+    fits = largest_batch(config, length, settings.recompute, limit, settings.carry_state)
+    remedy = "a shorter --seq-len or a smaller model takes less"
+    if fits:
+        fits *= -(-settings.batch_size // windows)  # of all processes
+        remedy = f"--batch-size {fits} fits, and --memory chooses one"
+    raise InputError(
+        f"--batch-size: {windows} windows of {length} tokens take {peak / 1e9:,.1f} GB, and this "
+        f"machine has {limit / 1e9:.1f} GB; {remedy}"
     )
 
 

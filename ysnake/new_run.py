@@ -1,16 +1,17 @@
 """A new training run: its folder, tokenizer, tokens on disk and first weights, all or nothing."""
 
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ysnake import cli, memory
+from ysnake import cli, launch, manifest, memory, run_folder
 from ysnake import settings as settings_of
 from ysnake.config import PRESETS, InputError, ModelConfig, model_config
 from ysnake.parallel import Ranks
 from ysnake.settings import SHIPPED, Settings
+from ysnake.shown import escape_controls
+from ysnake.stopping import stop_at_once
 from ysnake.training_run import Progress, Run, assemble, save_last
 
 if TYPE_CHECKING:
@@ -27,10 +28,7 @@ def start(settings: Settings, console: "Console") -> Run:
     from ysnake import checkpoint, data
     from ysnake.model import Model
 
-    if settings.run is None:
-        settings.run = cli.RUNS / f"{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if settings.run.exists():
-        raise InputError(f"{settings.run}: exists already; --resume goes on with a run")
+    run_folder.check_free(settings.run)
     if settings.data == (SHIPPED,) and not SHIPPED.is_dir():
         raise InputError("--data: the shipped corpus is not installed here; give files or folders")
     corpus = data.open_corpus(settings)
@@ -42,42 +40,39 @@ def start(settings: Settings, console: "Console") -> Run:
         if settings.chunk_size is not None:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
         memory.fit(settings, model.config)
+        memory.check(settings, model.config, device)
     else:
         tokenizer = train_tokenizer(settings, corpus, console)
         config = _config(settings, tokenizer)
         memory.fit(settings, config)
+        memory.check(settings, config, device)
         torch.manual_seed(settings.seed)
         model = Model(config, settings.init)
 
-    new = settings.run.with_name(f".{settings.run.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    first_run = not new.parent.exists()
-    try:
-        (new / "data").mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{settings.run}: {error.strerror}") from error
-    try:
-        counts = _tokenise(corpus, tokenizer, model.config, new / "data", console)
+    def fill(folder: Path) -> Any:
+        tokens = folder / "data"
+        tokens.mkdir()
+        counts = _tokenise(corpus, tokenizer, model.config, tokens, console)
         if counts.train_tokens <= settings.seq_len:
             raise InputError(
                 f"--seq-len: all documents together have {counts.train_tokens} tokens to train on, "
                 f"fewer than a window of {settings.seq_len} and the token after it"
             )
-        settings_of.write(settings, new)
-        run = assemble(replace(settings, run=new), model, tokenizer, Progress(), Ranks())
-        save_last(run)  # before the folder has its name, so that no run is there without one
-        checkpoint.sync(new)
-        new.rename(settings.run)
-    except BaseException as error:
-        shutil.rmtree(new)
-        if first_run:
-            new.parent.rmdir()
-        if isinstance(error, OSError):
-            raise InputError(f"{settings.run}: {error.strerror}") from error
-        raise
-    console.print(f"[bold]{settings.run}[/]: {model.n_parameters():,} parameters on {device}")
+        manifest.write(tokens)
+        here = replace(settings, run=folder)
+        save_last(assemble(here, model, tokenizer, Progress(), Ranks()))
+        launch.sign(folder)
+        settings_of.write(here)
+        checkpoint.sync(folder)
+        return counts
+
+    default = cli.RUNS / f"{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    with stop_at_once():
+        folder, counts = run_folder.make(settings.run, default, fill)
+    settings.run = folder
+    console.print(f"[bold]{cli.markup(folder)}[/]: {model.n_parameters():,} parameters on {device}")
     for line in [*counts.lines(), *corpus.left_out.lines()]:
-        console.print(line, markup=False)
+        console.print(escape_controls(line), markup=False)
     return assemble(settings, model, tokenizer, Progress(), Ranks())
 
 

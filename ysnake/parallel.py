@@ -5,22 +5,22 @@ The one file that knows of processes. `torchrun` starts them all with the same c
 every batch, so that together they take the steps of one process. Started alone, all of it is idle.
 """
 
-import io
 import os
 import shutil
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ysnake import cli
-from ysnake.config import IGNORED, InputError, ModelConfig
+from ysnake.config import IGNORED, InputError
+from ysnake.launch import heard_once, launched, wait_to_be_ended
 from ysnake.settings import Settings
+from ysnake.split_sequences import Line, split_sequences
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,82 +28,12 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from ysnake.data import Batch
-    from ysnake.model import LayerState, Mixer, Model
+    from ysnake.model import Model
 
 T = TypeVar("T")
-TORCHRUN = "torchrun --nproc-per-node N -m ysnake.train ..."
 STUCK_AFTER = timedelta(minutes=10)  # an exchange that takes longer is an error
 FOR_EVER = timedelta(days=30)  # how long the others wait while the first rank works alone
-TO_BE_NAMED = 10  # seconds in which torchrun names the rank that failed first, and ends the others
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
-
-
-def launched() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-@contextmanager
-def heard_once() -> Iterator[None]:
-    """For what every rank does alike on its own: the first rank alone prints, errors too."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        yield
-        return
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        try:
-            yield
-        except InputError as error:
-            _wait_to_be_ended(cli.WRONG_INPUT, error)
-        except SystemExit as error:
-            if error.code:
-                _wait_to_be_ended(error.code, error)
-            raise
-
-
-def _wait_to_be_ended(code: Any, cause: BaseException) -> None:
-    """End after the rank whose error it is, so that it has said its line and is the one named."""
-    time.sleep(TO_BE_NAMED)
-    raise SystemExit(code) from cause
-
-
-def check(settings: Settings) -> None:
-    """Raise InputError where these settings cannot be shared out to the processes there are."""
-    size, context = int(os.environ.get("WORLD_SIZE", 1)), settings.context_parallel
-    if not launched():
-        if settings.shard or context > 1:
-            option = "--shard" if settings.shard else "--context-parallel"
-            raise InputError(f"{option}: needs several processes; start them with {TORCHRUN}")
-        return
-    if size % context:
-        raise InputError(
-            f"--context-parallel: expected a divisor of {size} processes, got {context}"
-        )
-    if settings.seq_len % context:
-        raise InputError(
-            f"--seq-len: {settings.seq_len} tokens cannot be split evenly over the {context} "
-            "processes of --context-parallel"
-        )
-    if settings.seq_len // context < ModelConfig.conv_width - 1:
-        raise InputError(
-            f"--seq-len: {settings.seq_len // context} tokens for each of {context} processes are "
-            "fewer than the convolution reaches back"
-        )
-    if settings.batch_size % (size // context):
-        raise InputError(
-            f"--batch-size: {settings.batch_size} sequences cannot be shared out evenly to "
-            f"{size // context} {'groups of ' * (context > 1)}processes; it counts those of all"
-        )
-    if size > 1 and settings.memory is not None and not settings.resume:
-        raise InputError(
-            "--memory: plans for one process; with several give --batch-size, --accumulate and "
-            "--recompute"
-        )
-    if context > 1 and settings.carry_state:
-        raise InputError("--carry-state: hands states on in time, so not with --context-parallel")
-    if settings.device not in ("auto", "cpu", "cuda"):
-        raise InputError(
-            f"--device: expected auto, cpu or cuda with many processes, got {settings.device}"
-        )
 
 
 @contextmanager
@@ -139,7 +69,7 @@ def joined(settings: Settings) -> Iterator["Ranks"]:
                 file=sys.stderr,
                 flush=True,
             )
-        _wait_to_be_ended(cli.FAILED, error)
+        wait_to_be_ended(cli.FAILED, error)
     finally:
         if ours:
             dist.destroy_process_group()
@@ -192,7 +122,7 @@ class Ranks:
             return result
         if self.rank == failed[0]:
             raise InputError(said)
-        _wait_to_be_ended(cli.WRONG_INPUT, InputError(errors[failed[0]]))
+        wait_to_be_ended(cli.WRONG_INPUT, InputError(errors[failed[0]]))
 
     def alone(self, work: Callable[[], T]) -> T | None:
         """work() on the first rank, which the others wait for; None on these."""
@@ -276,9 +206,9 @@ class Ranks:
         if self.context > 1:
             import torch.distributed as dist
 
-            line = _Line(self, dist.new_subgroups(self.context)[0])
+            line = Line(self, dist.new_subgroups(self.context)[0])
             for layer in model.backbone.layers:
-                _split_sequences(layer.mixer, line)
+                split_sequences(layer.mixer, line)
         if self.sharded:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -383,86 +313,6 @@ class Ranks:
             for name, p in model.named_parameters():
                 optimizer.state[p] = {m: moments[f"{m}.{name}"] for m in MOMENTS}
                 optimizer.state[p]["step"] = torch.tensor(saved["steps"], device=p.device)
-
-
-class _Line:
-    """The ranks that share a sequence, in its order: the `Neighbours` of ysnake_kernels."""
-
-    def __init__(self, ranks: Ranks, group: "dist.ProcessGroup"):
-        place = ranks.rank % ranks.context
-        last = place + 1 == ranks.context
-        self.beside = {1: None if last else ranks.rank + 1, -1: ranks.rank - 1 if place else None}
-        self.group = group
-        self.on_the_way: list[tuple[Any, torch.Tensor]] = []
-
-    def exchange(self, tensor: "torch.Tensor", step: int) -> "torch.Tensor | None":
-        import torch
-        import torch.distributed as dist
-
-        to, source = self.beside[step], self.beside[-step]
-        tensor, received = tensor.contiguous(), None
-        passing = []
-        if to is not None:
-            passing.append(dist.P2POp(dist.isend, tensor, to, self.group))
-        if source is not None:
-            received = torch.empty_like(tensor)
-            passing.append(dist.P2POp(dist.irecv, received, source, self.group))
-        for work in dist.batch_isend_irecv(passing):
-            work.wait()
-        return received
-
-    def receive(self, like: "torch.Tensor", step: int) -> "torch.Tensor | None":
-        import torch
-        import torch.distributed as dist
-
-        if self.beside[-step] is None:
-            return None
-        received = torch.empty_like(like)
-        dist.recv(received, self.beside[-step], self.group)
-        return received
-
-    def send(self, tensor: "torch.Tensor", step: int) -> None:
-        import torch.distributed as dist
-
-        if self.beside[step] is not None:
-            self.on_the_way = [(w, t) for w, t in self.on_the_way if not w.is_completed()]
-            self.on_the_way.append((dist.isend(tensor, self.beside[step], self.group), tensor))
-
-
-def _split_sequences(mixer: "Mixer", line: _Line) -> None:
-    """Let the mixer read its part of sequences, unless it is given a state to read on from."""
-    from ysnake_kernels.mixer.part import mixer_part
-
-    read_on = mixer.forward
-
-    def forward(
-        projected: "torch.Tensor",
-        seq_idx: "torch.Tensor | None",
-        state: "LayerState | None",
-        last_only: bool,
-    ) -> "torch.Tensor":
-        if state is not None:
-            return read_on(projected, seq_idx, state, last_only)
-        c = mixer.config
-        return mixer_part(
-            projected,
-            mixer.conv1d.weight[:, 0],
-            mixer.conv1d.bias,
-            mixer.dt_bias,
-            -mixer.A_log.float().exp(),
-            mixer.D,
-            c.chunk_size,
-            line,
-            seq_idx,
-            c.dt_limit,
-            mixer.norm.weight,
-            c.norm_eps,
-            mixer.out_proj.weight,
-            mixer.out_proj.bias,
-            c.n_groups,
-        )
-
-    mixer.forward = forward
 
 
 def number(tensor: "torch.Tensor") -> float:

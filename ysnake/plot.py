@@ -1,9 +1,24 @@
 """The picture of a run: training and held-out loss over steps, drawn from its metrics.jsonl."""
 
 import json
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ysnake import cli
+from ysnake import cli, files
+from ysnake.shown import escape_controls
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def draw_loss(folder: Path, console: "Console") -> None:
+    """Draw `folder`/loss.png anew. If that fails, a warning says why, and training goes on."""
+    try:
+        plot_loss(folder)
+    except Exception as error:  # matplotlib raises many kinds, for a font or a full disk
+        reason = cli.markup(str(error).partition("\n")[0] or type(error).__name__)
+        console.print(f"warning: {cli.markup(folder / 'loss.png')} cannot be drawn ({reason})")
 
 
 def plot_loss(folder: Path) -> None:
@@ -29,11 +44,11 @@ def plot_loss(folder: Path) -> None:
     if val:
         axes.plot(*zip(*val, strict=True), "o-", color="#762a83", markersize=4, label="held out")
         axes.annotate(f"{val[-1][1]:.2f}", val[-1], xytext=(4, 0), textcoords="offset points")
-    axes.set(
-        xlabel="step", ylabel="loss (nats per token)", title=folder.resolve().name, ylim=(0, None)
-    )
+    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
+    axes.set_title(escape_controls(folder.resolve().name), parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    with cli.writing(folder / "loss.png"):
-        figure.savefig(folder / "loss.png", dpi=150)
+    with files.replacing(folder / "loss.png") as new, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+        figure.savefig(new, dpi=150, format="png")

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ysnake import cli, parallel
+from ysnake import cli, manifest, memory, parallel
+from ysnake import settings as settings_of
 from ysnake.config import InputError
 from ysnake.parallel import Ranks
 from ysnake.settings import Settings
@@ -24,6 +25,7 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
     from ysnake import checkpoint
 
     folder = settings.run / "last"
+    ranks.alone(lambda: _verify_tokens(settings.run / "data"))
     last, saved, model, tokenizer = ranks.together(lambda: _read_last(settings.run))
     try:
         run = _resumed(settings, ranks, last, saved, model, tokenizer, console)
@@ -38,13 +40,20 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
         with cli.writing(settings.run):
             if last != folder:
                 checkpoint.put_back(last, folder)
+            settings_of.write(settings)  # with what this command line has changed
             _forget_metrics_after(run.folder / "metrics.jsonl", run.progress.step)
 
     if settings.resume:
         ranks.together(lambda: None)  # all have read
         ranks.alone(settle)
-        console.print(f"[bold]{run.folder}[/]: goes on after step {run.progress.step}")
+        console.print(f"[bold]{cli.markup(run.folder)}[/]: goes on after step {run.progress.step}")
     return run
+
+
+def _verify_tokens(folder: Path) -> None:
+    """Raise InputError if the tokens on disk are not those that the run began with."""
+    for path in sorted(folder.glob("*.tokens")):
+        manifest.verify(path)
 
 
 def _read_last(folder: Path) -> tuple[Path, dict[str, Any], "Model", "Tokenizer"]:
@@ -77,13 +86,14 @@ def _resumed(
         model = checkpoint.with_factors(model, saved["head"], settings.output_size)
     model.use_config(replace(model.config, chunk_size=settings.chunk_size))
     progress = Progress(**saved["progress"])
+    memory.check(settings, model.config, cli.pick_device(settings.device))
     before, now = _workers(progress.processes, progress.threads), _workers(ranks.size)
     if before != now and settings.resume:
         console.print(
             f"warning: started with {before}, goes on with {now}; the weights will differ in the "
             "last bits"
         )
-    if progress.ended == "interrupted":
+    if progress.ended in ("interrupted", "diverged"):
         progress.ended = None
     run = assemble(settings, model, tokenizer, progress, ranks)
     for side, count in zip(("train", "val"), saved.get("corpus", ()), strict=False):

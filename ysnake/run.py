@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ysnake import cli
+from ysnake import cli, terminal
 from ysnake.config import InputError
 from ysnake.sampling import Sampling
 from ysnake.shown import escape_controls
@@ -117,10 +117,13 @@ def converse(new_context, tokenizer: "Tokenizer", options: Options) -> None:
     context = new_context()
     while True:
         try:
-            prompt = input("> ")
+            prompt = terminal.ask("> ")
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            continue
         if prompt:
             context = new_context()
             read(context, tokenizer, prompt)
@@ -155,12 +158,12 @@ def main(argv: list[str]) -> int:
             context.load(options.load_state)
         return context
 
-    prompt = options.prompt
-    if prompt is None and sys.stdin.isatty() and options.save_state is None:
+    prompt = options.prompt and terminal.check_text(options.prompt, "--prompt")
+    if prompt is None and sys.stdin and sys.stdin.isatty() and options.save_state is None:
         converse(new_context, tokenizer, options)
         return cli.DONE
     if prompt is None:
-        prompt = sys.stdin.read().removesuffix("\n")  # which echo and editors add
+        prompt = terminal.read_input().removesuffix("\n")  # which echo and editors add
     context = new_context()
     read(context, tokenizer, prompt)
     if options.save_state is not None:

@@ -7,11 +7,12 @@ import argparse
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
 
-from ysnake import cli
+from ysnake import cli, files
 from ysnake.config import PRESETS, InputError, read_json
 from ysnake.memory import parse_size
 
@@ -121,15 +122,17 @@ class Settings:
     """Under torchrun: split each sequence over K processes. Say it again with --resume."""
 
 
-# What may differ when a run is resumed; the rest decides its weights.
+# What may differ when a run is resumed. The rest decides its weights. lr and warmup_steps do too,
+# but a run that has diverged needs others.
 FREE_ON_RESUME = (
-    *("run", "resume", "max_steps", "max_minutes", "stop_at_loss", "patience"),
-    *("eval_every", "checkpoint_every", "device", "threads", "recompute"),
-    *("plan", "shard", "context_parallel"),
+    *("run", "resume", "plan", "shard", "context_parallel", "device", "threads", "recompute"),
+    *("max_steps", "max_minutes", "stop_at_loss", "patience", "eval_every", "checkpoint_every"),
+    *("lr", "warmup_steps"),
 )
 # What a launch decides anew.
 OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
 LARGEST = 2**63  # what fits no number of torch's
+MOST_TOKENS = 1 << 26  # in a step of the optimiser, whose batches are all cut before it begins
 MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
 
 
@@ -150,16 +153,9 @@ def parse(argv: list[str]) -> Settings:
     if known.preset not in PRESETS:
         raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {known.preset}")
     if known.resume:
-        if known.from_:
-            raise InputError("--from: starts a new run, so it does not go with --resume")
         stored = read(known.run or cli.newest_run())
         settings = cli.parse(Settings, argv, "train", default=stored)
-        for name in {f.name for f in fields(Settings)} - set(FREE_ON_RESUME):
-            if getattr(settings, name) != getattr(stored, name):
-                raise InputError(
-                    f"{option(name)}: a run is resumed with its own, {getattr(stored, name)}; "
-                    f"got {getattr(settings, name)}"
-                )
+        _check_resumed(settings, stored)
         settings.run = stored.run
     else:
         preset = PRESETS[known.preset]
@@ -191,8 +187,43 @@ def parse(argv: list[str]) -> Settings:
     return settings
 
 
+def _check_resumed(settings: Settings, stored: Settings) -> None:
+    """Raise InputError where a command line asks for another run than the stored one.
+
+    The command line that began the run is right too, so paths are compared by what they lead to,
+    and the batch that --memory has changed by the windows of a step.
+    """
+    if settings.from_ and not _same(settings.from_, stored.from_):
+        raise InputError("--from: starts a new run, so it does not go with --resume")
+    windows, planned = (s.batch_size * s.accumulate for s in (settings, stored))
+    if stored.memory is not None and (settings.memory, windows) == (stored.memory, planned):
+        settings.batch_size, settings.accumulate = stored.batch_size, stored.accumulate
+        settings.recompute = settings.recompute or stored.recompute
+    for f in fields(Settings):
+        given, own = getattr(settings, f.name), getattr(stored, f.name)
+        if f.name not in FREE_ON_RESUME and not _same(given, own):
+            raise InputError(f"{option(f.name)}: a run is resumed with its own, {own}; got {given}")
+
+
+def _same(given: Any, own: Any) -> bool:
+    def resolved(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(resolved, value))
+        return value.resolve() if isinstance(value, Path) else value
+
+    return resolved(given) == resolved(own)
+
+
 def check(settings: Settings) -> None:
-    """Raise InputError for a value out of range, naming the option."""
+    """Raise InputError for a value of a wrong type or out of range, naming the option."""
+    for name, kind in get_type_hints(Settings).items():
+        value = getattr(settings, name)
+        if not _is_a(kind, value):
+            raise InputError(f"{option(name)}: expected {_name_of(kind)}, got {value!r}"[:300])
+    if settings.preset not in PRESETS:
+        raise InputError(
+            f"--preset: expected one of {', '.join(PRESETS)}, got {settings.preset}"[:300]
+        )
     least: dict[str, float] = {
         **dict.fromkeys(("seq_len", "batch_size", "accumulate", "max_steps", "patience"), 1),
         **dict.fromkeys(("eval_every", "checkpoint_every", "threads", "max_documents"), 1),
@@ -205,10 +236,16 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is None:
             continue
-        if not isinstance(value, int | float) or not value >= bound:
+        if not value >= bound:
             raise InputError(f"{option(name)}: expected at least {bound}, got {value}")
         if value >= LARGEST:
             raise InputError(f"{option(name)}: expected below {LARGEST}, got {value}")
+    tokens = settings.accumulate * settings.batch_size * settings.seq_len
+    if tokens > MOST_TOKENS:
+        raise InputError(
+            f"--accumulate, --batch-size, --seq-len: expected at most {MOST_TOKENS:,} tokens in a "
+            f"step, got {settings.accumulate} * {settings.batch_size} * {settings.seq_len}"
+        )
     if settings.max_minutes == 0:
         raise InputError("--max-minutes: expected above 0, got 0")
     if settings.memory is not None:
@@ -218,16 +255,42 @@ def check(settings: Settings) -> None:
         raise InputError(f"{option(name)}: fixed by the checkpoint that --from names")
 
 
+def _is_a(kind: Any, value: Any) -> bool:
+    """Whether a value, which may come from a file, is of the type that a field has."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_a(each, value) for each in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_a(get_args(kind)[0], v) for v in value)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _name_of(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    kind = get_args(kind)[0] if get_origin(kind) in (Union, UnionType) else kind
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, "a path")
+
+
 def option(name: str) -> str:
     return "--" + name.rstrip("_").replace("_", "-")
 
 
-def write(settings: Settings, folder: Path) -> None:
-    values = {
-        k: [str(p.resolve()) for p in v] if k == "data" else str(v) if isinstance(v, Path) else v
-        for k, v in asdict(settings).items()
-    }
-    (folder / "settings.json").write_text(json.dumps(values, indent=2) + "\n")
+def write(settings: Settings) -> None:
+    """Write the settings into the folder of their run, whole or not at all."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [plain(each) for each in value]
+        return str(value.resolve()) if isinstance(value, Path) else value
+
+    values = {k: plain(v) for k, v in asdict(settings).items() if k != "run"}
+    with files.replacing(settings.run / "settings.json") as path:
+        path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read(folder: Path) -> Settings:
@@ -237,6 +300,8 @@ def read(folder: Path) -> Settings:
         raise InputError(f"{path}: no such file, so there is no run to resume")
     values = read_json(path)
     try:
+        if not isinstance(values["data"], list):
+            raise InputError(f"--data: expected a list of paths, got {values['data']!r}"[:300])
         values["data"] = tuple(map(Path, values["data"]))
         values["from_"] = values["from_"] and Path(values["from_"])
         settings = Settings(**values | {"run": folder} | OF_A_LAUNCH)

@@ -9,19 +9,29 @@ import math
 import os
 import time
 from collections import deque
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ysnake import cli, parallel
+from ysnake import cli, launch, parallel, run_lock
 from ysnake import settings as settings_of
 from ysnake.new_run import plan, start
 from ysnake.parallel import Ranks
+from ysnake.plot import draw_loss
 from ysnake.progress_bar import progress_bar
 from ysnake.resume import resume
 from ysnake.settings import Settings
-from ysnake.stopping import ENDINGS, MEAN_OVER, Stop, reason_to_end
-from ysnake.training_run import Progress, Run, forget_carried, make_moments, save_last
+from ysnake.shown import escape_controls
+from ysnake.stopping import MEAN_OVER, Stop, reason_to_end, summary
+from ysnake.training_run import (
+    Progress,
+    Run,
+    forget_carried,
+    keep_good,
+    make_moments,
+    save_last,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +46,25 @@ DECAY_TO = 0.1  # the learning rate ends at this part of its peak
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
 
 
-def open_run(settings: Settings, ranks: Ranks, console: "Console") -> Run:
-    """The run that the settings mean, a new one or one to go on with, on every rank."""
+@contextmanager
+def open_run(settings: Settings, ranks: Ranks, console: "Console") -> Iterator[Run]:
+    """The run that the settings mean, on every rank: a new one, or one to go on with.
+
+    No other process trains it as long as the block runs.
+    """
+    run = None
     if not settings.resume:
         run = ranks.alone(lambda: start(settings, console))
-        if ranks.size == 1:
-            return run
         settings.run = ranks.as_first(settings.run)
-    return resume(settings, ranks, console)
+    busy = f"{settings.run}: another process is training this run"
+    with ExitStack() as held:
+
+        def own() -> None:
+            with cli.writing(settings.run):
+                held.enter_context(run_lock.lock(settings.run / run_lock.TRAINING, busy))
+
+        ranks.alone(own)
+        yield run if run and ranks.size == 1 else resume(settings, ranks, console)
 
 
 def learning_rate(settings: Settings, progress: Progress) -> float:
@@ -162,8 +183,6 @@ def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
 
 def evaluate(run: Run, console: "Console") -> float | None:
     """Held-out loss, best/ if it is the best so far, and a sample of text."""
-    from rich.markup import escape
-
     from ysnake import checkpoint
 
     progress = run.progress
@@ -173,6 +192,7 @@ def evaluate(run: Run, console: "Console") -> float | None:
         better = progress.best_val_loss is None or loss < progress.best_val_loss
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
         progress.best_val_loss = loss if better else progress.best_val_loss
+        progress.evaluations += 1
     model = run.ranks.whole(run.model)
 
     def write() -> None:
@@ -183,8 +203,9 @@ def evaluate(run: Run, console: "Console") -> float | None:
         head = f"step {progress.step}: loss {progress.mean_loss:.3f}{held_out}"
         samples = run.folder / "samples.txt"
         with cli.writing(samples), samples.open("a", encoding="utf-8") as file:
-            file.write(f"{head}\n{prompt} >>> {written}\n\n")
-        console.print(f"[bold]{head}[/]\n[dim]{escape(prompt)}[/]{escape(written)}\n")
+            file.write(escape_controls(f"{head}\n{prompt} >>> {written}\n\n", keep="\n\t"))
+        # On the screen line breaks are escaped too: a sample never scrolls the rest away.
+        console.print(f"[bold]{head}[/]\n[dim]{cli.markup(prompt)}[/]{cli.markup(written)}\n")
 
     run.ranks.alone(write)
     return loss
@@ -192,8 +213,6 @@ def evaluate(run: Run, console: "Console") -> float | None:
 
 def fit(run: Run, stop: Stop, console: "Console") -> None:
     """Train until there is a reason to end; leaves last/, metrics and picture complete."""
-    from ysnake.plot import plot_loss
-
     settings, progress = run.settings, run.progress
     speeds: deque[float] = deque(maxlen=MEAN_OVER)
     n_tokens = settings.accumulate * settings.batch_size * settings.seq_len
@@ -210,40 +229,45 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
                 os.fsync(metrics.fileno())
 
         while progress.ended is None:
-            began = time.monotonic()
+            began = time.perf_counter()
             line = train_step(run, stop)
             if line is None:
                 progress.ended = "interrupted"
                 break
-            seconds = run.ranks.as_first(time.monotonic() - began)
-            speeds.append(n_tokens / seconds)
+            seconds = run.ranks.as_first(max(0.0, time.perf_counter() - began))
+            speed = n_tokens / seconds if seconds else None  # a clock may be coarse, or stand still
+            speeds.extend([speed] if seconds else [])
             progress.elapsed += seconds
             progress.ended = reason_to_end(run)
             line = {"step": progress.step, "tokens": progress.tokens, **line}
-            line |= {"tokens_per_s": n_tokens / seconds, "skipped": progress.skipped}
+            line |= {"tokens_per_s": speed, "skipped": progress.skipped}
             if progress.step % settings.eval_every == 0 or progress.ended:
-                began = time.monotonic()
+                began = time.perf_counter()
                 line["val_loss"] = evaluate(run, console)
-                progress.elapsed += run.ranks.as_first(time.monotonic() - began)
+                progress.elapsed += run.ranks.as_first(max(0.0, time.perf_counter() - began))
                 progress.ended = progress.ended or reason_to_end(run)
             finite = {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}
             metrics.write(json.dumps(finite) + "\n")
-            show(sum(speeds) / len(speeds))
+            show(sum(speeds) / max(1, len(speeds)))
             if "val_loss" in line and run.ranks.first:
-                plot_loss(run.folder)
-            if progress.step % settings.checkpoint_every == 0 and progress.ended is None:
+                draw_loss(run.folder, console)
+            good = progress.ended is None and not progress.skipped_in_a_row
+            if progress.step % settings.checkpoint_every == 0 and good:
                 sync()
                 save_last(run)
         sync()
-    save_last(run)
-    run.ranks.alone(lambda: plot_loss(run.folder))
+    if progress.ended == "diverged":
+        run.ranks.alone(lambda: keep_good(run))
+    else:
+        save_last(run)
+    run.ranks.alone(lambda: draw_loss(run.folder, console))
 
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
-    with parallel.heard_once():
-        settings = settings_of.parse(argv)
-        parallel.check(settings)
+    with launch.heard_once():
+        settings = settings_of.parse(launch.restarted(argv))
+        launch.check(settings)
         if settings.plan:
             console = cli.console()
             console.print(plan(settings, console))
@@ -257,19 +281,12 @@ def _train(settings: Settings, ranks: Ranks) -> int:
     console = cli.console()
     console.quiet = not ranks.first
     stop = Stop()
-    run = open_run(settings, ranks, console)
-    with stop.listening():
+    with open_run(settings, ranks, console) as run, stop.listening():
         if settings.resume:
             run.progress.ended = run.progress.ended and reason_to_end(run)
         fit(run, stop, console)
     progress = run.progress
-    ending = ENDINGS[progress.ended].format(step=progress.step, loss=progress.mean_loss)
-    console.print(
-        f"[bold]{run.folder}[/]: {ending} "
-        f"({progress.elapsed / 60:.1f} minutes of training, {progress.skipped} steps skipped)\n"
-        f"picture: {run.folder / 'loss.png'}\n"
-        f'next: python -m ysnake.run {run.folder} --prompt "..."'
-    )
+    console.print(summary(run))
     return {"interrupted": cli.INTERRUPTED, "diverged": cli.FAILED}.get(progress.ended, cli.DONE)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ysnake import cli
+from ysnake.config import read_json
 from ysnake.parallel import Ranks
 from ysnake.settings import Settings
 
@@ -35,6 +36,7 @@ class Progress:
     skipped_in_a_row: int = 0
     recent: list[float] = field(default_factory=list)  # losses of the last steps
     best_val_loss: float | None = None
+    evaluations: int = 0
     evaluations_since_best: int = 0
     threads: int = 0
     processes: int = 1
@@ -129,6 +131,28 @@ def make_moments(optimizer: "torch.optim.Optimizer") -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def keep_good(run: Run) -> None:
+    """After a run has diverged, let last/ be a checkpoint from before; what is there is set aside.
+
+    The steps skipped at the end did not change the weights. So weights that were saved after the
+    last step that was not skipped are those that give no finite loss.
+    """
+    from ysnake import checkpoint
+
+    last, old = run.folder / "last", run.folder / "last.old"
+    bad_from = run.progress.step - run.progress.skipped_in_a_row
+    if saved_step(last) >= bad_from and old.is_dir() and saved_step(old) < bad_from:
+        with cli.writing(run.folder):
+            checkpoint.put_back(old, last)
+
+
+def saved_step(folder: Path) -> int:
+    """The step after which a checkpoint of a run was saved."""
+    from ysnake import checkpoint
+
+    return read_json(folder / checkpoint.PROGRESS)["step"]
 
 
 def save_last(run: Run) -> None:

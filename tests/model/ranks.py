@@ -5,6 +5,7 @@ Each task leaves a file of JSON per rank, or the run folder that a training leav
 
 import copy
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -20,9 +21,14 @@ from ysnake.config import IGNORED
 from ysnake.data import Batch
 from ysnake.parallel import Ranks
 
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
-def trained(rank, size, argv, stop_after=None, poisoned=None):
-    """Train; one rank alone is asked to stop in one pass, or has NaN for its loss in another."""
+
+def trained(rank, size, argv, stop_after=None, poisoned=None, killed_after=None):
+    """Train; one rank alone is asked to stop in one pass, or has NaN for its loss in another.
+
+    It is killed in a third, unless the launcher has started it again after that.
+    """
     real = train.batch_loss
     calls = 0
 
@@ -31,6 +37,8 @@ def trained(rank, size, argv, stop_after=None, poisoned=None):
         calls += 1
         if rank == size - 1 and calls == stop_after:
             signal.raise_signal(signal.SIGTERM)
+        if rank == size - 1 and calls == killed_after and os.environ[RESTARTS] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
         loss = real(*arguments)
         return loss * torch.nan if rank == size - 1 and calls == poisoned else loss
 

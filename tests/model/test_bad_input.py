@@ -189,7 +189,7 @@ LIST = {
     "other.state: the state of another model": (run, *MODEL, "--load-state", "other.state"),
     "shape.state: not a saved state (1.ssm is": (run, *MODEL, "--load-state", "shape.state"),
     "part.state: not a saved state (logits is": (run, *MODEL, "--load-state", "part.state"),
-    "nowhere/x: cannot be written": (run, *MODEL, "--save-state", "nowhere/x"),
+    "nowhere/x: No such file or directory": (run, *MODEL, "--save-state", "nowhere/x"),
     "--threads: expected 1 to 4096, got 0": (run, *MODEL, "--threads", "0"),
     "device: cpu:3 is not available here": (run, *MODEL, "--device", "cpu:3"),
     # evaluate
@@ -206,7 +206,7 @@ LIST = {
     # export
     "Required options": (export, "model"),
     "--gguf: expected a file to write, got .": (export, "model", "--gguf", ""),
-    "empty: Is a directory": (export, "model", "--gguf", "empty"),
+    "empty: expected a file to write, found a folder": (export, "model", "--gguf", "empty"),
     "nowhere/x.gguf: No such file or directory": (export, "model", "--gguf", "nowhere/x.gguf"),
     "llama.cpp has no such tokenizer as this model's": (export, "words", "--gguf", "x.gguf"),
     "invalid choice 'q2'": (export, "model", "--gguf", "x.gguf", "--type", "q2"),
@@ -260,8 +260,11 @@ def test_a_line_names_it_and_nothing_is_written(folder, monkeypatch, message):
 def test_what_does_not_fit_in_memory(folder, tmp_path):
     command = [*TINY, "--data", folder / "snakes.txt", "--run", tmp_path / "run"]
     code, _, errors = entry(train.main, *command, "--batch-size", str(10**12))
-    assert (code, errors.count("\n")) == (1, 1)
-    assert errors.startswith("error: not enough memory")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "--batch-size, --seq-len: expected at most 67,108,864 tokens in a step" in errors
+    code, _, errors = entry(train.main, *command, "--d-model", "65536", "--n-layers", "999")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "a smaller model takes less" in errors
 
 
 def test_a_model_without_tokens_that_frame_a_document(folder, tmp_path):

@@ -148,13 +148,27 @@ def test_where_both_are_damaged_the_newer_is_named(folder):
     assert sorted(folder.rglob("*")) == before
 
 
+def without_hashes(write):
+    """Damage to the tokens of a run that was begun before these had hashes."""
+
+    def damage(path):
+        (path.parent / "manifest.json").unlink()
+        write(path)
+
+    return damage
+
+
 OUTSIDE = {
-    ("data/train.tokens", truncate): "damaged, the run began with",
+    ("data/train.tokens", flip): "damaged or exchanged",
     ("data/train.tokens", os.unlink): "no such file",
-    ("data/val.tokens", lambda path: path.write_bytes(b"x")): "damaged, it ends within a token",
-    ("data/train.tokens", lambda path: path.write_bytes(b"\xff" * path.stat().st_size)): (
-        "damaged, token 65535 of 300"
+    ("data/train.tokens", without_hashes(truncate)): "damaged, the run began with",
+    ("data/val.tokens", without_hashes(lambda path: path.write_bytes(b"x"))): (
+        "damaged, it ends within a token"
     ),
+    (
+        "data/train.tokens",
+        without_hashes(lambda path: path.write_bytes(b"\xff" * path.stat().st_size)),
+    ): "damaged, token 65535 of 300",
     ("settings.json", empty): "not JSON",
     ("settings.json", lambda path: path.write_text("[]")): "not the settings of a run",
     ("settings.json", lambda path: path.write_text('{"data": 3}')): "not the settings of a run",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small import corpus, model, python, saved
+from small import corpus, entry, model, python, saved
 
 from ysnake import checkpoint, export, tokenizer
 from ysnake.config import InputError
@@ -180,11 +180,41 @@ def test_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "ollama create model -f Modelfile" in done.stdout
     lines = (tmp_path / "Modelfile").read_text().splitlines()
-    assert lines[:2] == ["FROM ./a.gguf", 'TEMPLATE "{{ .Prompt }}"']
+    assert lines[:3] == [export.WRITTEN_BY_US, "FROM ./a.gguf", 'TEMPLATE "{{ .Prompt }}"']
     assert 'PARAMETER stop "<|endoftext|>"' in lines
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert types["blk.0.ssm_in.weight"] == types["token_embd.weight"] == "Q8_0"
     assert types["blk.0.ssm_conv1d.weight"] == types["blk.0.ssm_norm.weight"] == "F32"
+
+
+def test_files_of_the_user_are_not_replaced(tmp_path):
+    folder = saved(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert entry(export.main, folder, "--gguf", out / "x.gguf")[0] == 0
+    assert entry(export.main, folder, "--gguf", out / "y.gguf")[0] == 0
+    assert "FROM ./y.gguf" in (out / "Modelfile").read_text()
+    for name in ("Modelfile", "modelfile"):
+        code, _, errors = entry(export.main, folder, "--gguf", out / name)
+        assert (code, errors.count("\n")) == (2, 1)
+        assert "is the name of the file that is written beside it" in errors
+    (out / "Modelfile").write_text("FROM mine\n")
+    (out / "y.gguf").unlink()
+    code, _, errors = entry(export.main, folder, "--gguf", out / "y.gguf")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"{out / 'Modelfile'}: exists, and this command did not write it" in errors
+    assert (out / "Modelfile").read_text() == "FROM mine\n"
+    assert {path.name for path in out.iterdir()} == {"Modelfile", "x.gguf"}
+
+
+def test_a_link_is_replaced_and_not_written_through(tmp_path):
+    mine, file = tmp_path / "mine", tmp_path / "x.gguf"
+    mine.write_text("mine")
+    file.symlink_to(mine)
+    write(saved(tmp_path), file)
+    assert mine.read_text() == "mine"
+    assert file.read_bytes().startswith(b"GGUF")
+    assert not file.is_symlink()
 
 
 def test_what_cannot_be_exported_is_refused_and_nothing_written(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import torch
 from small import ROOT, TINY, corpus, entry, environment
 from test_train import metrics
 
-from ysnake import checkpoint, parallel, train
+from ysnake import checkpoint, launch, train
 
 STEPS = ["--max-steps", "20", "--eval-every", "20", "--vocab-size", "300"]
 OTHER = ["--carry-state", "--accumulate", "2", "--output-size", "16"]
@@ -29,10 +29,10 @@ def torchrun(processes, *arguments, cwd, **options):
     )
 
 
-def done(processes, tasks, cwd):
+def done(processes, tasks, cwd, *options):
     """Let the ranks do the tasks of ranks.py, one after the other."""
-    script = ROOT / "tests/model/ranks.py"
-    process = torchrun(processes, script, json.dumps(tasks), cwd=cwd, stdout=subprocess.DEVNULL)
+    arguments = [*options, ROOT / "tests/model/ranks.py", json.dumps(tasks)]
+    process = torchrun(processes, *arguments, cwd=cwd, stdout=subprocess.DEVNULL)
     assert process.wait(300) == 0
 
 
@@ -62,6 +62,7 @@ def runs(tmp_path_factory):
         for run in ("two-stopped", "two-shard-stopped"):
             assert train.main(["--run", f"{run}-one", "--resume"]) == 0
         done(4, BY_FOUR, folder)
+        done(1, RESTARTED, folder, "--max-restarts", 1)
     finally:
         os.chdir(before[1])
         torch.set_num_threads(before[0])
@@ -94,8 +95,17 @@ BY_FOUR = [
         )
     ),
 ]
+RESTARTED = [training("restarted", "--checkpoint-every", 5, "--threads", 1, killed_after=12)]
 EQUAL = {
-    "one": ["two-ddp", "two-context", "four-ddp", "four-shard", "four-context", "four-all"],
+    "one": [
+        "restarted",
+        "two-ddp",
+        "two-context",
+        "four-ddp",
+        "four-shard",
+        "four-context",
+        "four-all",
+    ],
     "one-other": [
         *("two-stopped-one", "two-stopped-four", "two-shard-stopped-one", "two-shard-stopped-four"),
     ],
@@ -239,7 +249,7 @@ def test_wrong_combinations_are_said_by_one_rank(tmp_path, monkeypatch, message)
     monkeypatch.chdir(tmp_path)
     size, options = WRONG[message]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parallel, "TO_BE_NAMED", 0)
+    monkeypatch.setattr(launch, "TO_BE_NAMED", 0)
     for rank in (0,) if size is None else (0, size - 1):
         if size is not None:
             monkeypatch.setenv("WORLD_SIZE", str(size))

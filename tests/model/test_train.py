@@ -177,8 +177,11 @@ def test_stopped_between_micro_batches_and_resumed_is_the_same(tmp_path, monkeyp
     assert same_training(whole, stopped)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_interrupted_process_resumes_bit_for_bit(tmp_path, number):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_interrupted_process_resumes_bit_for_bit(tmp_path, name):
+    """With SIGHUP, as a terminal that is closed, nobody reads its output any more."""
+    if not hasattr(signal, name):
+        pytest.skip(f"no {name} here")
     options = ["--max-steps", "60", "--eval-every", "30"]
     whole = fit(tmp_path, *options)
     command = [*COMMAND, *options, "--run"]
@@ -186,13 +189,15 @@ def test_interrupted_process_resumes_bit_for_bit(tmp_path, number):
         [sys.executable, "-m", *command, "stopped"],
         cwd=tmp_path,
         env=environment(),
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE if name == "SIGHUP" else subprocess.DEVNULL,
     )
+    if name == "SIGHUP":
+        process.stdout.close()
     lines = tmp_path / "stopped/metrics.jsonl"
     while not lines.exists() or lines.read_text().count("\n") < 5:
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(number)
+    process.send_signal(getattr(signal, name))
     assert process.wait(60) == 130
     assert len(metrics(tmp_path / "stopped")) < 60
     assert train.main(["--run", str(tmp_path / "stopped"), "--resume"]) == 0
@@ -325,6 +330,54 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_stop_the_run(tmp_path, mo
     run = fit(tmp_path, "--max-steps", 50, "--eval-every", 100)
     assert len(metrics(run)) == 10
     assert "ten times in a row" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_diverged_run_keeps_its_last_good_state_and_resumes_at_a_lower_rate(
+    tmp_path, monkeypatch, capsys
+):
+    real = train.batch_loss
+    calls = 0
+
+    def from_the_sixth_step_on(*args):
+        nonlocal calls
+        calls += 1
+        return real(*args) * (torch.nan if calls > 5 else 1)
+
+    monkeypatch.setattr(train, "batch_loss", from_the_sixth_step_on)
+    run = fit(tmp_path, "--max-steps", 50, "--eval-every", 100, "--checkpoint-every", 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert len(metrics(run)) == 15
+    # The weights after step 5 are those that give no finite loss, so step 4 is the last good one.
+    assert "last/ holds step 4, from before; resume with a lower --lr" in said
+    assert "--resume --lr 0.00033" in said
+    monkeypatch.setattr(train, "batch_loss", real)
+    argv = ["--run", str(run), "--resume", "--max-steps", "7"]
+    assert train.main([*argv, "--lr", "1e-4"]) == 0
+    assert [m["step"] for m in metrics(run)] == [1, 2, 3, 4, 5, 6, 7]
+    assert metrics(run)[4]["lr"] < 1e-4
+    assert settings.read(run).lr == 1e-4
+
+
+def test_a_clock_that_stands_still_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.time, "perf_counter", lambda: 5.0)
+    run = fit(tmp_path, "--max-steps", 2)
+    assert [m["tokens_per_s"] for m in metrics(run)] == [None, None]
+
+
+def test_a_sample_takes_a_line_of_the_screen(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "sample", lambda *_: ("[red]a\x1b[2J", "\n" * 100))
+    run = fit(tmp_path, "--max-steps", 1)
+    out = capsys.readouterr().out
+    assert "[red]a\\x1b[2J" + "\\n" * 100 + "\n" in out
+    assert "\x1b" not in out + (run / "samples.txt").read_text()
+    assert (run / "samples.txt").read_text().count("\n") == 103
+
+
+def test_the_end_says_how_to_go_on(tmp_path, capsys):
+    run = fit(tmp_path, "--max-steps", 40, "--eval-every", 20, "--lr", 0.01)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"train it further: python -m ysnake.train --run {run} --resume --max-steps 80" in said
+    assert "the held-out loss was still falling" in said
 
 
 def test_a_preset_vocabulary_is_a_ceiling(tmp_path, capsys):

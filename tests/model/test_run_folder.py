@@ -1,0 +1,204 @@
+"""A run folder has one owner, and what a start or a kill leaves behind is never taken for a run."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from small import TINY, corpus, entry, environment
+
+from ysnake import cli, run_folder, run_lock, train
+from ysnake.config import InputError
+
+OPTIONS = [*TINY, "--vocab-size", "300", "--threads", "1", "--max-steps", "2"]
+HOLD = """
+import sys, time
+from pathlib import Path
+from ysnake import run_lock
+with run_lock.lock(Path(sys.argv[1]), "busy"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def another_process_holds(path):
+    """A process that has locked the file; it runs until it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return corpus(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert entry(train.main, *OPTIONS, "--data", data, "--run", folder)[0] == 0
+    return folder
+
+
+def test_a_lock_has_one_holder_and_ends_with_its_process(tmp_path):
+    path = tmp_path / "x.lock"
+    process = another_process_holds(path)
+    busy = rf"in use \(process {process.pid} on "
+    with pytest.raises(InputError, match=busy), run_lock.lock(path, "in use"):
+        pass
+    process.kill()
+    process.wait()
+    assert path.exists()
+    with run_lock.lock(path, "in use") as held:
+        assert held
+        with pytest.raises(InputError, match="in use"), run_lock.lock(path, "in use"):
+            pass
+    assert not path.exists()
+
+
+def test_a_lock_can_be_waited_for(tmp_path):
+    path = tmp_path / "x.lock"
+    process = another_process_holds(path)
+    began = time.monotonic()
+    with pytest.raises(InputError, match="in use"), run_lock.lock(path, "in use", 0.2):
+        pass
+    assert time.monotonic() - began >= 0.2
+    process.kill()
+    with run_lock.lock(path, "in use", 30):
+        pass
+
+
+def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for _ in range(2):
+        with run_lock.lock(tmp_path / "x.lock", "in use") as held:
+            assert not held
+    assert caplog.text.count("this file system has no locks") == 1
+    assert str(tmp_path) in caplog.text
+
+
+def test_a_run_in_training_is_not_taken_up_by_a_second_process(run):
+    before = (run / "metrics.jsonl").read_bytes()
+    process = another_process_holds(run / run_lock.TRAINING)
+    code, _, errors = entry(train.main, "--run", run, "--resume", "--max-steps", "4")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"{run}: another process is training this run (process {process.pid} on" in errors
+    assert (run / "metrics.jsonl").read_bytes() == before
+    process.kill()
+    process.wait()
+    assert entry(train.main, "--run", run, "--resume", "--max-steps", "4")[0] == 0
+    assert not (run / run_lock.TRAINING).exists()
+
+
+def test_runs_begun_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("time.strftime", lambda _: "20260101-000000")
+    for _ in range(2):
+        assert entry(train.main, *OPTIONS, "--data", data)[0] == 0
+    names = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert names == {"quick-20260101-000000", "quick-20260101-000000-2"}
+
+
+def test_what_a_killed_start_leaves_is_no_run_and_the_next_start_removes_it(
+    tmp_path, monkeypatch, data, run
+):
+    monkeypatch.chdir(tmp_path)
+    names = (".alive.12.new", ".killed.34.new", ".stranger.new", ".mine")
+    alive, killed, stranger, mine = (tmp_path / "runs" / name for name in names)
+    for folder in (alive, killed, stranger, mine):
+        (folder / "data").mkdir(parents=True)
+        (folder / "settings.json").write_text((run / "settings.json").read_text())
+    for folder in (alive, killed, mine):
+        (folder / run_folder.STARTING).touch()
+    with pytest.raises(InputError, match="no run there yet"):
+        cli.newest_run()
+    process = another_process_holds(alive / run_folder.STARTING)
+    assert entry(train.main, *OPTIONS, "--data", data, "--run", "runs/killed")[0] == 0
+    process.kill()
+    process.wait()
+    left = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert left == {alive.name, stranger.name, mine.name, "killed"}
+    assert cli.newest_run().name == "killed"
+    assert not (tmp_path / "runs/killed" / run_folder.STARTING).exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), InputError("no text"), OSError(28, "full")])
+def test_a_start_that_fails_leaves_nothing(tmp_path, error):
+    def fail(folder):
+        (folder / "half").touch()
+        raise error
+
+    wanted = InputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(wanted):
+        run_folder.make(None, tmp_path / "runs/new", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_appears_while_a_run_begins_is_kept(tmp_path):
+    taken = tmp_path / "runs/new"
+
+    def fill(folder):
+        taken.mkdir(exist_ok=True)
+        (taken / "mine").touch()
+
+    with pytest.raises(InputError, match="exists already"):
+        run_folder.make(taken, taken, fill)
+    folder, _ = run_folder.make(None, taken, fill)
+    assert folder == tmp_path / "runs/new-2"
+    assert (taken / "mine").exists()
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"new", "new-2"}
+
+
+def test_a_signal_while_a_run_begins_leaves_nothing(tmp_path, data, monkeypatch):
+    import signal
+
+    from ysnake import new_run
+
+    def stopped(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(new_run, "save_last", stopped)
+    code, _, _ = entry(train.main, *OPTIONS, "--data", data, "--run", tmp_path / "runs/x")
+    assert code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tokens_on_disk_have_hashes(run, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(run, tmp_path / "copy")
+    tokens = copy / "data/train.tokens"
+    content = bytearray(tokens.read_bytes())
+    content[10] ^= 1  # another token of the vocabulary
+    tokens.write_bytes(content)
+    code, _, errors = entry(train.main, "--run", copy, "--resume", "--max-steps", "9")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert f"{tokens}: damaged or exchanged" in errors
+
+
+def test_a_new_start_after_a_restart_of_the_launcher_goes_on(tmp_path, data, monkeypatch):
+    """Under torchrun --max-restarts the same command line comes again; it is the same run."""
+    from ysnake import launch
+
+    monkeypatch.chdir(tmp_path)
+    argv = [*map(str, OPTIONS), "--data", str(data)]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    run = tmp_path / "runs/mine"
+    assert entry(train.main, *argv, "--run", run)[0] == 0
+    assert launch.restarted(argv) == argv
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert launch.restarted([*argv, "--run", str(run)])[-3:] == ["--resume", "--run", str(run)]
+    assert launch.restarted(argv)[-3:] == ["--resume", "--run", os.path.join("runs", "mine")]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    assert launch.restarted(argv) == argv
+    assert json.loads((run / "settings.json").read_text())["resume"] is False

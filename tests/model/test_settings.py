@@ -1,0 +1,114 @@
+"""Settings: what is refused by type and by bound, and which command line resumes a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ysnake import memory, settings
+from ysnake.config import InputError, ModelConfig
+from ysnake.settings import MOST_TOKENS, Settings
+
+
+def stored(folder, **changes):
+    """A run folder that holds nothing but settings, edited by hand."""
+    settings.write(Settings(run=folder, max_steps=2))
+    path = folder / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_settings_come_back_as_they_were(tmp_path):
+    assert settings.read(stored(tmp_path)) == Settings(run=tmp_path, max_steps=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seed", 1.5, "--seed: expected a whole number, got 1.5"),
+        ("batch_size", 2.5, "--batch-size: expected a whole number, got 2.5"),
+        ("batch_size", True, "--batch-size: expected a whole number, got True"),
+        ("batch_size", None, "--batch-size: expected a whole number, got None"),
+        ("batch_size", 10**9, f"expected at most {MOST_TOKENS:,} tokens in a step"),
+        ("accumulate", 10**12, f"expected at most {MOST_TOKENS:,} tokens in a step"),
+        ("seq_len", 10**30, "--seq-len: expected below"),
+        ("precision", "bf16", "--precision: expected one of auto, float32, bfloat16, got 'bf16'"),
+        ("tokenizer", ["bpe"], "--tokenizer: expected one of bpe, word"),
+        ("preset", "huge", "--preset: expected one of quick,"),
+        ("carry_state", "no", "--carry-state: expected true or false, got 'no'"),
+        ("lr", "fast", "--lr: expected a number, got 'fast'"),
+        ("lr", float("nan"), "--lr: expected at least 0, got nan"),
+        ("max_steps", "9", "--max-steps: expected a whole number, got '9'"),
+        ("device", 3, "--device: expected text, got 3"),
+        ("memory", "lots", "--memory: expected a size like 8GB, got 'lots'"),
+        ("data", "corpus", "not the settings of a run"),
+        ("data", [3], "not the settings of a run"),
+        ("from_", 5, "not the settings of a run"),
+        ("speed", 5, "speed"),
+    ],
+)
+def test_a_file_edited_by_hand_is_checked_as_options_are(tmp_path, name, value, said):
+    with pytest.raises(InputError) as error:
+        settings.read(stored(tmp_path, **{name: value}))
+    if name == "data" and value == "corpus":  # each letter would be a path
+        assert "expected a list" in str(error.value)
+    assert said in str(error.value)
+    assert str(tmp_path / "settings.json") in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_a_step_larger_than_the_memory_is_refused_with_the_batch_that_fits(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 4e9)
+    config = ModelConfig(vocab_size=1024, d_model=64, n_layers=2, d_state=8, head_dim=8)
+    memory.check(Settings(batch_size=16), config, "cpu")
+    with pytest.raises(InputError, match=r"--batch-size \d+ fits") as error:
+        memory.check(Settings(batch_size=100_000), config, "cpu")
+    fits = int(str(error.value).partition("--batch-size ")[2].split()[0])
+    memory.check(Settings(batch_size=fits), config, "cpu")
+    with pytest.raises(InputError, match="a smaller model takes less"):
+        memory.check(Settings(batch_size=1, seq_len=10_000_000), config, "cpu")
+
+
+BEGUN = ["--data", "a.txt", "--run", "run", "--from", "base", "--seed", "3", "--max-steps", "2"]
+
+
+def resumed(*argv):
+    return settings.parse([*argv, "--resume"])
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    first = Settings(data=(Path("a.txt"),), run=Path("run"), from_=Path("base"), seed=3)
+    first.max_steps, first.memory = 2, "4GB"
+    first.batch_size, first.accumulate, first.recompute = 4, 4, True  # as --memory has chosen
+    settings.write(first)
+
+
+def test_the_command_line_that_began_a_run_resumes_it(begun):
+    again = resumed(*BEGUN, "--memory", "4GB", "--batch-size", "16", "--accumulate", "1")
+    assert (again.batch_size, again.accumulate, again.recompute) == (4, 4, True)
+    assert resumed("--run", "run").batch_size == 4
+
+
+def test_another_rate_and_other_limits_may_be_given(begun):
+    again = resumed("--run", "run", "--lr", "1e-5", "--warmup-steps", "7", "--max-steps", "99")
+    assert (again.lr, again.warmup_steps, again.max_steps) == (1e-5, 7, 99)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--data", "b.txt"],
+        ["--from", "other"],
+        ["--seed", "4"],
+        ["--batch-size", "5"],
+        ["--memory", "8GB"],
+        ["--preset", "ys-24m"],
+    ],
+)
+def test_another_run_is_refused(begun, options):
+    with pytest.raises(InputError, match=options[0]):
+        resumed("--run", "run", *options)

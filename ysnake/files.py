@@ -1,0 +1,38 @@
+"""Writing a file whole or not at all: a new file beside it takes its name at the end."""
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ysnake.config import InputError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new, empty file beside `path`. It takes the place of `path` when the block ends.
+
+    If the block fails, `path` is as it was. A link at `path` is replaced; its target stays.
+
+    Raises:
+        InputError: the file cannot be written; it is named.
+    """
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    try:
+        if path.exists() and not path.is_symlink() and not stat.S_ISREG(path.stat().st_mode):
+            kind = "a folder" if path.is_dir() else "a device or a pipe"
+            raise InputError(f"{path}: expected a file to write, found {kind}")
+        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            yield new
+            with new.open("rb+") as file:
+                os.fsync(file.fileno())
+            new.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                new.unlink()
+            raise
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
