@@ -8,15 +8,13 @@ import json
 import logging
 import os
 import shutil
-import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
@@ -33,6 +31,15 @@ from ysnake.config import (
 )
 from ysnake.model import FactorisedHead, Model
 from ysnake.shown import escape_controls
+from ysnake.weight_files import (
+    HEADER,
+    Shapes,
+    check_tensors,
+    list_shards,
+    read_pickled,
+    read_safetensors,
+    read_shapes,
+)
 
 WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"  # of others: the list of several such files
@@ -41,7 +48,6 @@ STATE = "training_state.pt"
 OPTIMIZER = "optimizer"  # of a sharded run: a folder of its own
 PROGRESS = "progress.json"
 LONGEST_SAVE = 600  # seconds that a save waits for another process to save the same folder
-HEADER = 1 << 22  # bytes that the list of weights in a safetensors file may have
 
 Read = TypeVar("Read")
 
@@ -237,9 +243,6 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> Model:
     return model.requires_grad_(True).to(device)
 
 
-Shapes = dict[str, tuple[int, ...]]
-
-
 def _read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     """The weights by our names, in float32 or float64, once they are known to fit `config`."""
     path = next((folder / n for n in (WEIGHTS, SHARDS, PICKLED) if (folder / n).is_file()), None)
@@ -249,17 +252,17 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
         largest = 16 * config.n_in_matrices + HEADER  # float64, a tied embedding twice, and more
         if path.stat().st_size > largest:
             raise InputError(f"{path}: larger than the model that config.json describes")
-        weights = _tensors(path, _read_pickled(path))
+        weights = check_tensors(path, read_pickled(path))
         shapes = {name: tuple(t.shape) for name, t in weights.items()}
         _check_shapes(path, shapes, config)
     else:
-        names = _shards(path) if path.name == SHARDS else [path.name]
+        names = list_shards(path) if path.name == SHARDS else [path.name]
         files = [folder / name for name in names]
-        shapes = {name: shape for file in files for name, shape in _header(file).items()}
+        shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
         _check_shapes(path, shapes, config)
         for file in files:  # not before its size is known to be right
             manifest.verify(file)
-        weights = {name: t for file in files for name, t in _read_safetensors(file).items()}
+        weights = {name: t for file in files for name, t in read_safetensors(file).items()}
     for name, weight in weights.items():
         if not weight.is_floating_point() or weight.itemsize == 1:
             raise InputError(f"{path}: {name} has dtype {weight.dtype}, expected floating point")
@@ -303,73 +306,6 @@ def _shapes(config: ModelConfig) -> Shapes:
         names = (name.replace(layer, f"backbone.layers.{i}.", 1) for i in each)
         shapes |= dict.fromkeys(names, tuple(weight.shape))
     return shapes
-
-
-def _shards(path: Path) -> list[str]:
-    """The files that an index of weights lists, all of them beside it."""
-    try:
-        names = sorted(set(read_json(path)["weight_map"].values()))
-        beside = all(Path(name).name == name and name not in ("", "..") for name in names)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({error})") from error
-    if not beside:
-        raise InputError(f"{path}: expected names of files beside it, got {', '.join(names)[:200]}")
-    return names
-
-
-def _header(path: Path) -> Shapes:
-    """The shapes of what a safetensors file holds, without reading that."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        if length > HEADER:
-            raise InputError(f"{path}: damaged (a list of weights of {length:,} bytes)")
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError) as error:  # torch maps the file
-        raise InputError(f"{path}: damaged ({error})") from error
-
-
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, RuntimeError) as error:  # torch maps the file
-        raise InputError(f"{path}: damaged ({error})") from error
-
-
-def _read_pickled(path: Path) -> Any:
-    """What torch.save wrote; nothing in the file can run code or become larger than the file."""
-    manifest.verify(path)
-    try:
-        with path.open("rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                size = sum(entry.file_size for entry in archive.infolist())
-            if size > path.stat().st_size:  # torch compresses nothing
-                raise InputError(f"{path}: damaged (content of {size:,} bytes)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of formats that are refused in the end
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise InputError(f"{path}: damaged ({type(error).__name__})") from error
-
-
-def _tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
-    """The content of a pickled file, if it is tensors by name that share no memory to speak of."""
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise InputError(f"{path}: expected tensors by name")
-    if not all(map(torch.is_tensor, content.values())):
-        raise InputError(f"{path}: expected tensors by name")
-    size = sum(t.numel() * t.itemsize for t in content.values())
-    if size > 2 * path.stat().st_size:  # twice: a tied head may be there again
-        raise InputError(f"{path}: damaged (tensors of {size:,} bytes)")
-    return content
 
 
 def load_config(folder: Path) -> ModelConfig:
@@ -416,7 +352,7 @@ def load_training(folder: Path | str) -> dict[str, Any]:
         raise InputError(f"{path}: no such file, so training cannot be resumed from here")
     for file in path.parent.glob(f"{OPTIMIZER}/*"):
         manifest.verify(file, path.parent)
-    return _read_pickled(path)
+    return read_pickled(path)
 
 
 def head_factors(model: Model) -> dict[str, torch.Tensor]:

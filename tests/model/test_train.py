@@ -349,7 +349,7 @@ def test_a_diverged_run_keeps_its_last_good_state_and_resumes_at_a_lower_rate(
     assert len(metrics(run)) == 15
     # The weights after step 5 are those that give no finite loss, so step 4 is the last good one.
     assert "last/ holds step 4, from before; resume with a lower --lr" in said
-    assert "--resume --lr 0.00033" in said
+    assert "--resume --lr 0.001" in said
     monkeypatch.setattr(train, "batch_loss", real)
     argv = ["--run", str(run), "--resume", "--max-steps", "7"]
     assert train.main([*argv, "--lr", "1e-4"]) == 0
