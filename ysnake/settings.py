@@ -269,9 +269,10 @@ def _is_a(kind: Any, value: Any) -> bool:
 
 
 def _name_of(kind: Any) -> str:
+    if get_origin(kind) in (Union, UnionType):
+        kind = get_args(kind)[0]  # the other is None
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
-    kind = get_args(kind)[0] if get_origin(kind) in (Union, UnionType) else kind
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(kind, "a path")
 
