@@ -2,8 +2,12 @@
 
 import os
 
-import torch
-from hypothesis import HealthCheck, settings
+from ysnake.waiting import sleep_soon
+
+sleep_soon()  # before torch is imported, as the commands do
+
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 if not torch.cuda.is_available():  # Triton reads it when it is imported: before any test imports it
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -15,6 +15,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from ysnake_kernels import preemption
+
 NAMES = ("reference", "eager", "fused")
 
 _override: ContextVar[str | None] = ContextVar("ysnake_backend", default=None)
@@ -62,6 +64,8 @@ def _choose(device: torch.device) -> str:
     if name is None and (forced := os.environ.get("YSNAKE_BACKEND")):
         name = _checked(forced, "YSNAKE_BACKEND")
     if name is None:
+        if not on_gpu:
+            preemption.watch.look()
         return "fused" if on_gpu and _has_triton() else "eager"
     if name == "fused":
         if not _has_triton():

@@ -1,0 +1,49 @@
+"""Notice that other programs take the cores from this process, and say once what helps.
+
+Threads that wait for each other do so in a loop, which makes a busy machine several times slower.
+How they wait is decided when torch is imported, so only a program's user can change it.
+"""
+
+import os
+import time
+import warnings
+
+try:
+    import resource
+except ImportError:  # Windows does not count
+    resource = None
+
+CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # the user has chosen already
+WINDOW = 5.0  # seconds of processor time between two looks
+MOST = 20.0  # times that a thread loses its core, per second of processor time; idle: about one
+ADVICE = (
+    "other programs take the cores from this process, and threads that wait for each other keep "
+    "theirs meanwhile; set GOMP_SPINCOUNT=2000 and KMP_BLOCKTIME=1 in the environment before the "
+    "program starts, which is several times faster on a busy machine"
+)
+
+
+class Watch:
+    """Counts how often the system takes a core from a thread of this process."""
+
+    def __init__(self, window: float = WINDOW):
+        self.window = window
+        self.over = resource is None or any(name in os.environ for name in CHOICES)
+        self.seconds, self.losses = self._used()
+
+    def look(self) -> None:
+        """Warn if cores were taken often since the last look; once for each Watch."""
+        if self.over or time.process_time() - self.seconds < self.window:
+            return
+        seconds, losses = self._used()
+        if losses - self.losses > MOST * (seconds - self.seconds):
+            self.over = True
+            warnings.warn(ADVICE, stacklevel=2)
+        self.seconds, self.losses = seconds, losses
+
+    def _used(self) -> tuple[float, int]:
+        losses = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw if resource else 0
+        return time.process_time(), losses
+
+
+watch = Watch()

@@ -1,0 +1,26 @@
+"""How threads of a computation wait for each other on a CPU.
+
+Torch's OpenMP threads wait in a loop before they sleep. The default loop takes milliseconds. Where
+other programs use the cores too, it takes the very core that the awaited thread needs.
+"""
+
+import os
+import sys
+
+# Any of these is the user's own choice. `ysnake_kernels.preemption` knows the same names.
+CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+SPINS = "2000"  # about 50 microseconds, longer than most waits on an idle machine
+MILLISECONDS = "1"  # the shortest time but none that every version understands
+
+
+def sleep_soon() -> None:
+    """Have threads that wait sleep soon, unless the user has chosen how they wait.
+
+    The OpenMP library reads the environment once, when torch loads it. The library is GNU's on
+    Linux (GOMP_SPINCOUNT), LLVM's on macOS and Intel's on Windows (KMP_BLOCKTIME). Does nothing
+    once torch has been imported.
+    """
+    if "torch" in sys.modules or any(name in os.environ for name in CHOICES):
+        return
+    os.environ["GOMP_SPINCOUNT"] = SPINS
+    os.environ["KMP_BLOCKTIME"] = MILLISECONDS
