@@ -78,7 +78,8 @@ CALLS = {
 
 def environment(stage: Stage, options: Options) -> dict[str, str]:
     """Of a job's process."""
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests" / "kernels")]
+    folders = ("", "kernels", "tests/kernels", "tests/gpu")
+    paths = [str(ROOT / folder) for folder in folders]
     paths += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     cache = os.environ.get("TRITON_CACHE_DIR") or f"{tempfile.gettempdir()}/ysnake-gpu-cache"
     more = {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": cache}

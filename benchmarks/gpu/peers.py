@@ -97,7 +97,7 @@ def compile_share(share: int, options: Options) -> None:
                     self.fn.run(*args, grid=grid, warmup=True, **kwargs, **config.all_kwargs())
                 except Exception as error:  # too large for the card, say: it will not win
                     print(reason(error), file=sys.stderr)
-        self.nargs = None
+        self.nargs, self.best_config = None, self.configs[0]  # which callers ask for
 
     Autotuner.run = compile_some
     for op in ("scan", "mixer"):

@@ -1,7 +1,7 @@
 """Stage `precompile`: many processes launch what later stages launch, and fill Triton's cache.
 
 These are real launches of the operators, so the cache's keys are those of later launches. A dry
-run compiles some of them for sm_90, and launches nothing.
+run compiles some of them for sm_90, and launches them on a stand-in for the driver.
 """
 
 import multiprocessing
@@ -46,11 +46,8 @@ def tasks(job: str, options: Options) -> list[Task]:
         return lambda: next(work for name, work in check.model(options) if name == form)()
 
     if dry:
-        s = replace(TINY, length=64, heads=2, head_dim=64, state=64)
-        return [
-            ("scan", of_shape("scan", BOTH, s, torch.bfloat16)),
-            ("step", of_shape("step", FORWARD, replace(s, length=1), torch.bfloat16)),
-        ]
+        op, mode = ("scan", BOTH) if job == "checks" else ("step", FORWARD)
+        return [(op, of_shape(op, mode, TINY, torch.bfloat16))]
 
     def layers(*shapes: Shape) -> list[Task]:
         return [
@@ -167,21 +164,12 @@ def take(todo: list[Task], following, options: Options) -> None:
 
 
 def dry_run(job: str, options: Options) -> None:
-    """Compile for sm_90 what the tasks would launch."""
-    from unittest.mock import patch
+    """Compile for sm_90 what the tasks launch, and launch it on a stand-in for the driver."""
+    from stand_in_driver import gpu, missing
 
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    from benchmarks.compile import compile_launch
-
-    target, compiled = GPUTarget("cuda", 90, 32), []
-
-    def compile_only(kernel: JITFunction, *args, grid, warmup, **kwargs):
-        compiled.append(compile_launch(kernel, args, kwargs, target))
-
-    os.environ["TRITON_INTERPRET"] = "1"  # after the imports: kernels compile, and CPUs are allowed
-    for name, call in tasks(job, options):
-        with patch.object(JITFunction, "run", compile_only), ours.backend("fused"):
+    if missing():
+        raise RuntimeError(missing())
+    with gpu() as launches:
+        for name, call in tasks(job, options):
             call()
-        options.write("precompile", task=name, kernels=len(compiled))
+            options.write("precompile", task=name, launches=launches())
