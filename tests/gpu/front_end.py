@@ -99,8 +99,11 @@ class FrontEnd:
         try:
             src.make_ir(target, options, functions, backend.get_module_map(), context)
         except Exception as error:  # whatever it is, the other cases are of interest too
-            self.failures.setdefault((name, _innermost(error)), []).append(self.case)
+            self.note(name, error)
         return LAUNCHES_NOTHING
+
+    def note(self, name: str, error: Exception) -> None:
+        self.failures.setdefault((name, _innermost(error)), []).append(self.case)
 
 
 class _LaunchesNothing(SimpleNamespace):
@@ -258,8 +261,11 @@ def main() -> None:
         for operator in OPERATORS:
             for case in cases(operator, thorough):
                 front_end.case = f"{operator.__name__} {case}"
-                operator(**case)
                 tried += 1
+                try:
+                    operator(**case)
+                except Exception as error:  # of the code around the kernels
+                    front_end.note(f"{operator.__name__}, outside its kernels", error)
     failures = [
         {"kernel": kernel, "error": error, "cases": len(where), "first": where[0]}
         for (kernel, error), where in front_end.failures.items()
