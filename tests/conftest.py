@@ -4,7 +4,7 @@ import os
 
 from ysnake.waiting import sleep_soon
 
-sleep_soon()  # before torch is imported, as the commands do
+sleep_soon()  # before torch is imported, as training does
 
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402

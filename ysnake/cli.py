@@ -12,7 +12,6 @@ import tyro
 from ysnake import terminal
 from ysnake.config import InputError
 from ysnake.shown import escape_controls
-from ysnake.waiting import sleep_soon
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +39,6 @@ def parse(
 def run(command: Callable[[list[str]], int]) -> None:
     """Run a command with the arguments of this process and end the process with its exit code."""
     terminal.prepare()
-    sleep_soon()
     try:
         code = command(sys.argv[1:])
     except InputError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from ysnake import cli
+from ysnake.waiting import sleep_soon
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -112,6 +113,7 @@ def score(
 
 def main(argv: list[str]) -> int:
     """Evaluate as the command line says; returns the exit code."""
+    sleep_soon()
     options = cli.parse(Options, argv, "evaluate")
     from ysnake import data
     from ysnake.config import InputError

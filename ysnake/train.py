@@ -32,6 +32,7 @@ from ysnake.training_run import (
     make_moments,
     save_last,
 )
+from ysnake.waiting import sleep_soon
 
 if TYPE_CHECKING:
     import torch
@@ -265,6 +266,7 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
 
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
+    sleep_soon()
     with launch.heard_once():
         settings = settings_of.parse(launch.restarted(argv))
         launch.check(settings)

@@ -1,7 +1,9 @@
 """How threads of a computation wait for each other on a CPU.
 
 Torch's OpenMP threads wait in a loop before they sleep. The default loop takes milliseconds. Where
-other programs use the cores too, it takes the very core that the awaited thread needs.
+other programs use the cores too, it takes the very core that the awaited thread needs. So training
+and evaluating wait briefly. Writing token by token keeps the default: its operations are so short
+that sleeping between them costs 7 percent on an idle machine.
 """
 
 import os

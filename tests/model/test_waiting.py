@@ -1,4 +1,4 @@
-"""Commands choose how long their threads wait awake, before torch reads it."""
+"""Training chooses how long its threads wait awake, before torch reads it."""
 
 import os
 import sys
