@@ -18,8 +18,8 @@ EOT = "<|endoftext|>"  # begins and ends every document: bos, eos and pad in one
 FILE = "tokenizer.json"
 # words and runs of punctuation keep the space before them, as in GPT-2
 _WORDS = Regex(r" ?\w+| ?[^\w\s]+|\s+")
-LONGEST_WORD = 64  # characters; a longer run, as DNA and some scripts have, is learnt in parts
-_RUN = re.compile(rf"\w{{{LONGEST_WORD}}}|[^\w\s]{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
+BLOCK = 64  # characters; a word that fills a block, as in DNA and some scripts, is learnt in parts
+_FULL = re.compile(rf"\w{{{BLOCK}}}|[^\w\s]{{{BLOCK}}}|\s{{{BLOCK}}}")
 
 
 def train(kind: str, texts: Iterable[str], max_vocab: int) -> Tokenizer:
@@ -29,12 +29,16 @@ def train(kind: str, texts: Iterable[str], max_vocab: int) -> Tokenizer:
 
 
 def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, cut where a word would be too long: each merge looks at whole words."""
+    """The texts, cut after each block that is within a word.
+
+    Learning a merge looks at whole words, so it would take quadratic time with words of any length.
+    """
     for text in map(_sayable, texts):
         start = 0
-        for run in _RUN.finditer(text):
-            yield text[start : run.end()]
-            start = run.end()
+        for at in range(0, len(text), BLOCK):
+            if _FULL.match(text, at):
+                yield text[start : at + BLOCK]
+                start = at + BLOCK
         yield text[start:]
 
 

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from tokenizers import Tokenizer, models
 from tokenizers.decoders import DecodeStream
 
 from ysnake import tokenizer as t
@@ -94,6 +95,39 @@ def test_saved_and_loaded_is_the_same(kind, request, tmp_path):
 def test_training_is_reproducible(kind):
     first, second = (t.train(kind, [TEXT, "more words"], 280).to_str() for _ in range(2))
     assert first == second
+
+
+@pytest.mark.parametrize("long", ["ACGT", "蛇在草", "-=", " \n"])
+def test_long_words_are_learnt_in_parts(long):
+    """So that learning takes time in proportion to the text; all of it counts."""
+    texts = ["short words. " * 30, "some " + long * 2000 + " more", long]
+    parts = list(t._without_long_words(texts))
+    assert "".join(parts) == "".join(texts)
+    assert max(len(word) for part in parts for word in part.split(" ")) < 3 * t.BLOCK
+    assert parts[0] == texts[0]
+    bpe = t.train("bpe", texts, 300)
+    assert t.decode(bpe, t.encode(bpe, texts[1])) == texts[1]
+    assert len(t.encode(bpe, long * 2000)) < len((long * 2000).encode()) / 8
+
+
+def test_words_that_fill_blocks_are_no_entries():
+    word = t.train("word", ["ACGT" * 500 + " boa"], 100)
+    assert max(map(len, word.get_vocab())) < 3 * t.BLOCK
+    assert t.decode(word, t.encode(word, "ACGT" * 500)) == "ACGT" * 500
+
+
+def test_half_a_surrogate_pair_is_learnt_as_a_question_mark():
+    for kind in ("bpe", "word"):
+        learnt = t.train(kind, ["a\ud800b " * 9], 300)
+        assert t.decode(learnt, t.encode(learnt, "a\ud800b")) == "a?b"
+
+
+def test_bytes_that_are_dropped_are_counted(bpe, word):
+    for text, dropped in (("", 0), (TEXT, 0), ("The 蛇sna🐍ke é", 3 + 4 + 2), ("蛇\ud800", 4)):
+        assert t.dropped_bytes(word, text, t.encode(word, text)) == dropped
+        assert t.dropped_bytes(bpe, text, t.encode(bpe, text)) == 0
+    unknown = Tokenizer(models.WordLevel({"[UNK]": 0, "boa": 1}, unk_token="[UNK]"))
+    assert t.dropped_bytes(unknown, "cobra", t.encode(unknown, "cobra")) == 5
 
 
 def test_bad_sizes_and_files_are_named(tmp_path):
