@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 
 import pytest
 import torch
@@ -103,10 +104,12 @@ def test_it_stops_when_the_held_out_loss_gets_no_better(tmp_path):
     assert checkpoint.resolve(run).name == "best"
 
 
-def test_it_stops_on_time_and_the_rate_follows_the_clock(tmp_path):
+def test_it_stops_on_time_and_the_rate_follows_the_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.time, "perf_counter", count(0, 0.05).__next__)  # 0.05 s a step
     run = fit(tmp_path, "--max-minutes", 0.05, "--warmup-steps", 0, "--eval-every", 10**6)
     rates = [m["lr"] for m in metrics(run)]
     assert rates == sorted(rates, reverse=True)
+    assert len(rates) == pytest.approx(60, abs=2)
     assert rates[-1] < 0.2 * rates[0]
     assert json.loads((run / "last/progress.json").read_text())["ended"] == "time"
 
