@@ -17,6 +17,7 @@ from ysnake_kernels import (
     rms_norm_gated,
     ssd_step,
 )
+from ysnake_kernels.backend import as_chosen_here
 from ysnake_kernels.conv import last_tokens
 from ysnake_kernels.linear import Linear, normed_linear
 
@@ -180,7 +181,7 @@ class Backbone(nn.Module):
             read = (layer, h, seq_idx, copy(own), at_end)
             if self.recompute:
                 keep = {"use_reentrant": False, "preserve_rng_state": False}
-                h, after = checkpoint(_read_on, *read, **keep)
+                h, after = checkpoint(as_chosen_here(_read_on), *read, **keep)
             else:
                 h, after = _read_on(*read)
             if own is not None:  # not the list, of which FSDP and DDP may hand on a copy

@@ -70,15 +70,16 @@ def of_dtype(job: str, options: Options) -> Checks:
 def same_bits(op: str, s: Shape, dtype: torch.dtype, device: str) -> dict:
     """Twice, on another stream, and in a CUDA graph: outputs and gradients are the same bits."""
     tensors = arguments(s, dtype, device)[op]
-    leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
     call = partial(cases.operators("fused")[op], **cases.OPTIONS[op])
     found: dict[str, list[Tensor]] = {}
     with ours.backend("fused"):
-        weight = torch.randn_like(call(**leaves))
+        weight = torch.randn_like(call(**tensors))
 
         def work() -> list[Tensor]:
+            """With leaves of its own: torch remembers on which stream a leaf was used first."""
+            leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
             y = call(**leaves)
-            return [y, *torch.autograd.grad(y, list(leaves.values()), weight)]
+            return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), weight)]
 
         first = [t.clone() for t in work()]
         found["twice"] = work()

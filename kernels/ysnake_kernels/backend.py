@@ -42,6 +42,22 @@ def backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
+def as_chosen_here(function: Callable) -> Callable:
+    """The function, run under the override that is in force now, whichever thread calls it.
+
+    For what backward computes again: on a GPU it runs in a thread that knows of no override.
+    """
+    name = _override.get()
+    if name is None or torch.compiler.is_compiling():
+        return function
+
+    def run(*arguments, **keywords):
+        with backend(name):
+            return function(*arguments, **keywords)
+
+    return run
+
+
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None

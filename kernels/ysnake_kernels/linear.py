@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ysnake_kernels.backend import choose
+from ysnake_kernels.backend import as_chosen_here, choose
 from ysnake_kernels.norm import eager as norm
 from ysnake_kernels.norm import rms_norm_gated
 
@@ -55,7 +55,8 @@ def normed_linear(
         return F.linear(rms_norm_gated(x, norm_weight, eps=eps).to(weight.dtype), weight, bias)
 
     tensors = (x, norm_weight, weight, bias)
-    return checkpoint(compute, *tensors, use_reentrant=False, preserve_rng_state=False)
+    keep = {"use_reentrant": False, "preserve_rng_state": False}
+    return checkpoint(as_chosen_here(compute), *tensors, **keep)
 
 
 class Linear(nn.Linear):

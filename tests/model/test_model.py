@@ -1,5 +1,7 @@
 """The model: its two forms agree, documents stay apart, and sizes are what the presets say."""
 
+import threading
+
 import pytest
 import torch
 from small import model
@@ -113,6 +115,27 @@ def test_a_recomputed_block_does_not_go_through_its_mixer_again(monkeypatch):
     assert len(passes) == len(m.backbone.layers)
     for parameter, grad in zip(m.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_in_another_thread_computes_again_as_forward_did(recompute):
+    """On a GPU, torch runs backward in a thread that knows of no override."""
+    m, ids = model(), torch.arange(20).view(2, 10)
+    m.backbone.recompute = recompute
+    with backend("reference"):
+        loss = m.loss(ids, ids)
+    errors = []
+
+    def backward():
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert not errors
 
 
 def test_order_of_tokens_matters_without_positions():
