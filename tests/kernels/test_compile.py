@@ -22,7 +22,8 @@ ACCEPTED = {("sm_80", "ssd columns", 128): 64, ("sm_90", "ssd columns", 128): 64
 
 def compiled(tmp_path, *arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    paths = [str(ROOT / "kernels"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     out = tmp_path / "compiled.json"
     command = [sys.executable, "-m", "benchmarks.compile", "--json", str(out), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
