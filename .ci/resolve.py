@@ -45,7 +45,16 @@ def install_uv(folder: str) -> None:
 
 def resolve(uv_folder: str, packages: str, platform: str, python: str) -> bool:
     """Resolve one line for one Python and system; print uv's reason where it cannot."""
-    command = [sys.executable, "-m", "uv", "pip", "install", "--dry-run", "--no-config"]
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-config",
+        "--system-certs",
+    ]
     command += ["--quiet", "--only-binary", ":all:", "--target", f"{uv_folder}/empty"]
     command += ["--python-version", python, "--python-platform", platform]
     environment = os.environ | {
