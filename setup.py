@@ -21,12 +21,14 @@ setup(
     python_requires=">=3.10",
     packages=[
         "ysnake",
+        "ysnake.serving",
         "ysnake_kernels",
         *(f"ysnake_kernels.{name}" for name in ("ssd", "step", "conv", "norm", "mixer", "dropin")),
     ],
     package_dir={"ysnake_kernels": "kernels/ysnake_kernels"},
     package_data={
-        "ysnake": ["py.typed", "page.html", "lists/*.txt"],
+        "ysnake": ["py.typed", "lists/*.txt"],
+        "ysnake.serving": ["page.html"],
         "ysnake_kernels": ["py.typed"],
     },
     install_requires=[

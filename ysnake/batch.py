@@ -2,13 +2,13 @@
 
 Requests come and go between steps. Joining is copying a state of constant size into a row of the
 batch, leaving is copying the last row over it. What the model remembers at the end of a prompt is
-kept for a while, so that a prompt that begins with it is read on from there.
+kept for a while, so that a later prompt of the same owner that begins alike is read on from there.
 """
 
+import logging
 import queue
 import threading
 import time
-import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ class Job:
     sampling: Sampling
     max_tokens: int
     stops: tuple[str, ...] = ()
+    owner: str = ""  # whose prompts it may read on from
     gone: bool = False  # nobody waits for it any more; set from outside
     context: Context | None = None  # while the prompt is read
     n_read: int = 0  # tokens of the prompt, those remembered included
@@ -73,7 +74,8 @@ class Batch:
         self.seen = weight.new_zeros(rows, model.config.vocab_size, dtype=torch.bool)
         self.writing: list[Job] = []  # the job of each row in use
         self.reading: deque[Job] = deque()
-        self.memory: OrderedDict[tuple[int, ...], Context] = OrderedDict()
+        # by owner and tokens: what a client has sent is of no use to another
+        self.memory: OrderedDict[tuple[str, tuple[int, ...]], Context] = OrderedDict()
         self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="batch", daemon=True)
         self.thread.start()
@@ -94,7 +96,7 @@ class Batch:
                     self._read()
                     self._write(news)
                 except Exception as error:  # whatever it was, those who wait must hear of it
-                    traceback.print_exc()
+                    logging.getLogger(__name__).exception("a step of the batch failed")
                     news += self._abandon(f"{type(error).__name__}: {error}")
                 self.deliver(news)
             self.deliver(self._abandon("the server is stopping"))
@@ -132,12 +134,16 @@ class Batch:
 
     def _remember(self, job: Job) -> None:
         """Begin from the longest beginning of the prompt that is still known."""
-        known = [ids for ids in self.memory if job.ids[: len(ids)] == ids]
+        known = [
+            (owner, ids)
+            for owner, ids in self.memory
+            if owner == job.owner and job.ids[: len(ids)] == ids
+        ]
         if known:
-            longest = max(known, key=len)
+            longest = max(known, key=lambda key: len(key[1]))
             self.memory.move_to_end(longest)
             job.context = self.memory[longest].copy()
-            job.n_read = job.n_remembered = len(longest)
+            job.n_read = job.n_remembered = len(longest[1])
         else:
             job.context = Context(self.decoder, self.n_tokens)
 
@@ -149,8 +155,8 @@ class Batch:
         self.seen[row] = context.seen
         self.writing.append(job)
         job.read = time.perf_counter_ns()
-        self.memory[job.ids] = context
-        self.memory.move_to_end(job.ids)
+        self.memory[job.owner, job.ids] = context
+        self.memory.move_to_end((job.owner, job.ids))
         while len(self.memory) > self.remembered:
             self.memory.popitem(last=False)
 

@@ -77,7 +77,7 @@ class Context:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("model") != self._fingerprint():
                     raise InputError(f"{path}: the state of another model")
-                tensors = {name: file.get_tensor(name).to(self.device) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a saved state ({error})") from error
         expected = {"seen": self.seen, "logits": self.seen.float()}
@@ -89,7 +89,7 @@ class Context:
                 raise InputError(
                     f"{path}: not a saved state ({name} is missing or of another kind)"
                 )
-        self.logits, self.seen = tensors["logits"], tensors["seen"]
+        self.logits, self.seen = (tensors[name].to(self.device) for name in ("logits", "seen"))
         for i, layer in enumerate(self.state):  # in the order in memory that they have
             layer.conv.copy_(tensors[f"{i}.conv"])
             layer.ssm.copy_(tensors[f"{i}.ssm"])

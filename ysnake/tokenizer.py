@@ -12,12 +12,12 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ysnake.config import LARGEST_JSON, InputError
+from ysnake import tokenizer_check
+from ysnake.config import InputError, read_json
 
 EOT = "<|endoftext|>"  # begins and ends every document: bos, eos and pad in one
 FILE = "tokenizer.json"
-# words and runs of punctuation keep the space before them, as in GPT-2
-_WORDS = Regex(r" ?\w+| ?[^\w\s]+|\s+")
+_WORDS = Regex(tokenizer_check.WORDS)
 BLOCK = 64  # characters; a word that fills a block, as in DNA and some scripts, is learnt in parts
 _FULL = re.compile(rf"\w{{{BLOCK}}}|[^\w\s]{{{BLOCK}}}|\s{{{BLOCK}}}")
 
@@ -153,10 +153,13 @@ def load(folder: Path) -> Tokenizer:
     path = Path(folder) / FILE
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    if path.stat().st_size > LARGEST_JSON:
-        raise InputError(f"{path}: expected at most {LARGEST_JSON:,} bytes")
+    content = read_json(path)
     try:
-        tokenizer = _ready(Tokenizer.from_file(str(path)))
+        tokenizer_check.check(content)
+    except InputError as error:
+        raise InputError(f"{path}: not a tokenizer that this project runs ({error})") from error
+    try:
+        tokenizer = _ready(Tokenizer.from_str(json.dumps(content)))
         tokenizer.no_truncation()  # a text has all its tokens, and no others
         tokenizer.no_padding()
     except Exception as error:  # the library raises bare Exception for every bad file

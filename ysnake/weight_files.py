@@ -45,7 +45,7 @@ def read_shapes(path: Path) -> Shapes:
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:  # torch maps the file
         raise InputError(f"{path}: damaged ({error})") from error
 

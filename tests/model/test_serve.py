@@ -26,13 +26,14 @@ from ysnake.batch import Batch, Job
 from ysnake.decoding import Decoder
 from ysnake.generate import Context, choose, draw, luck
 from ysnake.sampling import Sampling
+from ysnake.shown import escape_controls
 from ysnake.tokenizer import decode
 
 NAME = "snake"
 
 
 @contextmanager
-def serving(folder, *options):
+def serving(folder, *options, **more):
     """A server in a process of its own; gives its address and the process."""
     command = [sys.executable, "-m", "ysnake.serve", str(folder), "--port", "0", "--name", NAME]
     process = subprocess.Popen(
@@ -42,6 +43,7 @@ def serving(folder, *options):
         text=True,
         env=environment(),
         cwd=folder.parent,
+        **more,
     )
     try:
         line = process.stdout.readline()
@@ -90,7 +92,7 @@ def test_the_ollama_client_generates(client, folder):
     assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
     settings = ("--seed", "3", "--max-tokens", "12")
     done = python("ysnake.run", folder, "--prompt", "The adder", *settings, cwd=folder.parent)
-    assert done.stdout == whole.response + "\n"
+    assert done.stdout == escape_controls(whole.response, keep="\n\t") + "\n"
 
 
 def test_the_ollama_client_chats(client):
@@ -138,9 +140,8 @@ def test_openai_completions(address, client):
     assert lines[-2:] == ["data: [DONE]", ""]
     *parts, usage = (json.loads(line.removeprefix("data: ")) for line in lines[:-2])
     assert "".join(part["choices"][0]["text"] for part in parts) == choice["text"]
-    assert (
-        usage["usage"]["prompt_tokens_details"]["cached_tokens"] == usage["usage"]["prompt_tokens"]
-    )
+    assert usage["usage"]["completion_tokens"] == 12
+    assert "prompt_tokens_details" not in usage["usage"]  # it would tell what others have sent
     models = httpx.get(f"{address}/v1/models").json()
     assert [m["id"] for m in models["data"]] == [NAME]
     assert httpx.get(f"{address}/v1/models/{NAME}").json()["object"] == "model"
@@ -261,8 +262,142 @@ def test_malformed_requests_are_refused_and_the_server_lives(address):
 
 
 def test_a_page_from_elsewhere_cannot_reach_a_local_server(address):
-    assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
-    assert httpx.get(address, headers={"Host": "localhost:1"}).status_code == 200
+    def ask(**headers):
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        content = json.dumps(VALID["/api/generate"])  # as text/plain, which needs no preflight
+        return httpx.post(f"{address}/api/generate", content=content, headers=headers)
+
+    for strange in (
+        {"Host": "evil.example"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Sec_Fetch_Site": "cross-site"},
+    ):
+        answer = ask(**strange)
+        assert answer.status_code == 403, strange
+        assert isinstance(answer.json()["error"], str)
+    port = address.rsplit(":", 1)[1]
+    for own in ({}, {"Origin": address}, {"Host": f"localhost:{port}"}):
+        assert ask(**own).status_code == 200, own
+
+
+@pytest.mark.parametrize(
+    "unknown", [{"min_p": 0.5}, {"typical_p": 0.5}, {"mirostat": 2}, {"presence_penalty": 1}]
+)
+def test_what_is_not_built_is_refused_alike(address, unknown):
+    for path, body in VALID.items():
+        if path == "/api/show":
+            continue
+        options = body.get("options", {})
+        wrong = body | ({"options": options | unknown} if path.startswith("/api") else unknown)
+        for content in (wrong, body | {"no_such_field": 1}):
+            answer = httpx.post(address + path, json=content)
+            assert answer.status_code == 400, (path, content)
+            assert next(iter(unknown)) in answer.text or "no_such_field" in answer.text
+
+
+def test_the_penalty_is_for_all_tokens(address):
+    def ask(**settings):
+        settings = {"num_predict": 1, **settings}
+        body = {"model": NAME, "prompt": "x", "options": settings}
+        return httpx.post(f"{address}/api/generate", json=body)
+
+    assert ask(repeat_last_n=0, repeat_penalty=1.5).status_code == 400
+    assert ask(repeat_last_n=-1, repeat_penalty=1.5).status_code == 200
+    assert ask(repeat_last_n=64).status_code == 200
+
+
+# ------------------------------------------------------------------ strangers
+
+
+def descriptors(count):
+    """What a process does before it starts, to have so many file descriptors at most."""
+    resource = pytest.importorskip("resource")
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A server at IPv6's own address, with a key, few descriptors and weights to play with."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    folder = saved(tmp_path_factory.mktemp("guarded"))
+    options = ["--host", "::1", "--api-key", "secret", "--share-prompts"]
+    options += ["--allow-origin", "https://friend.example"]
+    with serving(folder, *options, preexec_fn=descriptors(256)) as (address, process):
+        yield folder, address, process
+
+
+KEY = {"Authorization": "Bearer secret"}
+
+
+def test_the_key_is_asked_for(guarded):
+    _, address, _ = guarded
+    assert httpx.get(address).status_code == 200  # the page, which asks for the key
+    for headers in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "secret\xff"}):
+        headers = {name: value.encode("latin-1") for name, value in headers.items()}
+        answer = httpx.get(f"{address}/v1/models", headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+    with ollama.Client(address, headers=KEY) as client:
+        assert client.generate(NAME, "The", options=options(num_predict=2)).eval_count == 2
+
+
+def test_a_page_that_is_allowed(guarded):
+    _, address, _ = guarded
+    friend = {"Origin": "https://friend.example"}
+    asked = friend | {"Access-Control-Request-Method": "POST"}
+    asked |= {"Access-Control-Request-Headers": "authorization"}
+    answer = httpx.options(f"{address}/api/generate", headers=asked)
+    assert answer.status_code == 200
+    assert answer.headers["Access-Control-Allow-Origin"] == friend["Origin"]
+    assert httpx.get(f"{address}/api/tags", headers=friend | KEY).status_code == 200
+    assert httpx.get(f"{address}/api/tags", headers=friend).status_code == 401
+    other = {"Origin": "https://other.example"}
+    assert httpx.get(f"{address}/api/tags", headers=other | KEY).status_code == 403
+
+
+def test_cached_tokens_are_counted_where_the_operator_asks(guarded):
+    _, address, _ = guarded
+    body = {"model": NAME, "prompt": "The boa and the krait", "max_tokens": 1}
+    for cached in (False, True):
+        usage = httpx.post(f"{address}/v1/completions", json=body, headers=KEY).json()["usage"]
+        expected = usage["prompt_tokens"] if cached else 1  # every prompt begins with the same one
+        assert usage["prompt_tokens_details"]["cached_tokens"] in (0, expected)
+
+
+def test_half_sent_requests_leave_room_for_others(guarded):
+    _, address, process = guarded
+    port = int(address.rsplit(":", 1)[1])
+    half = []
+    try:
+        for i in range(300):
+            half.append(socket.create_connection(("::1", port)))
+            half[-1].sendall(b"POST /api/generate HTTP/1.1\r\nHost: [::1]\r\nContent-Le")
+            if i % 60 == 0:
+                assert httpx.get(f"{address}/api/tags", headers=KEY).status_code == 200
+    finally:
+        for connection in half:
+            connection.close()
+    assert process.poll() is None
+
+
+def test_weights_that_change_under_the_server(guarded):
+    """The file is cut short, as `cp` does: a process that has it mapped ends with SIGBUS."""
+    folder, address, process = guarded
+    os.truncate(folder / "model.safetensors", 1000)
+    with ollama.Client(address, headers=KEY) as client:
+        assert client.generate(NAME, "A new prompt", options=options()).eval_count == 12
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert process.stderr.read() == ""
+
+
+def test_other_machines_need_a_key(folder):
+    done = python("ysnake.serve", folder, "--host", "0.0.0.0", "--port", "0", cwd=folder.parent)
+    assert done.returncode == 2
+    assert "--api-key: expected a key, as --host 0.0.0.0 lets other machines in" in done.stderr
 
 
 # ------------------------------------------------------------------ limits, places, memory
@@ -421,7 +556,15 @@ def test_what_begins_like_an_earlier_prompt_is_read_from_there(folder):
     assert texts == finished(tokenizer, m, jobs(), remembered=0)
 
 
-def test_an_error_in_the_model_ends_requests_not_the_batch(folder, capfd):
+def test_a_prompt_of_another_owner_is_not_read_on_from(folder):
+    tokenizer, m = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
+    jobs = [Job((0, 5, 6, 7), Sampling(seed=1), 3, owner=owner) for owner in "abab"]
+    texts = finished(tokenizer, m, jobs)
+    assert [job.n_remembered for job in jobs] == [0, 0, 4, 4]
+    assert len(set(texts)) == 1
+
+
+def test_an_error_in_the_model_ends_requests_not_the_batch(folder, caplog):
     tokenizer, m = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
     bad, good = Job((0, 100_000), Sampling(), 4), Job((0, 5), Sampling(), 4)
     ended = []
@@ -439,7 +582,7 @@ def test_an_error_in_the_model_ends_requests_not_the_batch(folder, capfd):
     batch.close()
     batch.thread.join(60)
     assert (bad.reason, good.error) == ("error", None)
-    assert "IndexError" in capfd.readouterr().err
+    assert "IndexError" in caplog.text
 
 
 # ------------------------------------------------------------------ the command

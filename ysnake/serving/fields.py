@@ -1,0 +1,162 @@
+"""The fields of a request: each read as the kind that it must be, or refused by name."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ysnake.config import InputError
+from ysnake.sampling import Sampling
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+Body = dict[str, Any]
+LARGE = 1 << 16  # bytes of a request that are kept however many requests there are
+
+
+class Refused(Exception):
+    """A request that is answered with an error; the message says what is wrong with it."""
+
+    def __init__(self, message: str, status: int = 400, code: str | None = None):
+        super().__init__(message)
+        self.message, self.status, self.code = message, status, code
+
+
+KINDS = {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}
+KINDS |= {list: "a list", dict: "an object"}
+
+
+def take(body: Body, name: str, kind: type, default: Any = None) -> Any:
+    """A field of a request, of the kind asked for; one that is null or missing is the default."""
+    value = body.get(name)
+    if value is None:
+        return default
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise Refused(f"{name}: expected {KINDS[kind]}, got {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, dict)):
+        return KINDS[type(value)]
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def check_fields(body: Body, used: set[str], neutral: dict[str, tuple], ignored: set[str]) -> None:
+    """Refuse what is not known, and what would change the text and is not built.
+
+    Args:
+        body: the fields of a request, or of a part of it. What is null counts as left out.
+        used: fields that the caller reads.
+        neutral: fields that are not built, each with the values that change nothing.
+        ignored: fields that change nothing here, whatever they are.
+    """
+    for name, value in body.items():
+        if value is None or name in used or name in ignored:
+            continue
+        if name not in neutral:
+            raise Refused(f"{_shown(name)}: not a field that this server knows")
+        kind = isinstance(value, bool)
+        if not any(value == same and isinstance(same, bool) == kind for same in neutral[name]):
+            raise Refused(f"{name}: this model does not support it, got {_shown(value)}")
+
+
+SAMPLING = {"temperature", "top_k", "top_p", "seed", "stop", "repeat_last_n"}
+SAMPLING_NEUTRAL = {"min_p": (0,), "typical_p": (1,), "tfs_z": (1,), "mirostat": (0,)}
+SAMPLING_NEUTRAL |= {"presence_penalty": (0,), "frequency_penalty": (0,)}
+SAMPLING_IGNORED = {"mirostat_tau", "mirostat_eta"}  # without mirostat
+
+
+def sampling_of(body: Body, penalty: str) -> Sampling:
+    """How to draw, from the fields of a request; what is left out is as in `ysnake.run`."""
+    default = Sampling()
+    seed = take(body, "seed", int, -1)
+    if not -1 <= seed < 2**63:
+        raise Refused(f"seed: expected at least 0, or -1 for none, got {seed}")
+    try:
+        sampling = Sampling(
+            temperature=float(take(body, "temperature", float, default.temperature)),
+            top_k=take(body, "top_k", int, default.top_k),
+            top_p=float(take(body, "top_p", float, default.top_p)),
+            repetition_penalty=float(take(body, penalty, float, default.repetition_penalty)),
+            seed=None if seed == -1 else seed,
+        )
+    except InputError as error:
+        name, rest = str(error).split(":", 1)
+        name = name.removeprefix("--").replace("-", "_").replace("repetition_penalty", penalty)
+        raise Refused(f"{name}:{rest}") from error
+    except OverflowError as error:
+        raise Refused(f"temperature, top_p: {error}") from error
+    last = take(body, "repeat_last_n", int, -1)
+    if last != -1 and sampling.repetition_penalty != 1:
+        raise Refused(f"repeat_last_n: expected -1, as the penalty is for all tokens, got {last}")
+    return sampling
+
+
+def stops_of(body: Body) -> tuple[str, ...]:
+    """The stop texts of a request: one, or a list of at most 16."""
+    stop = body.get("stop")
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else take(body, "stop", list)
+    if len(stops) > 16 or not all(isinstance(s, str) and 0 < len(s) <= 1000 for s in stops):
+        raise Refused("stop: expected at most 16 texts of 1 to 1000 characters")
+    return tuple(stops)
+
+
+def max_tokens_of(body: Body, name: str, default: int, most: int) -> int:
+    """How many tokens a request asks for; -1 and -2 mean all that are allowed."""
+    n = take(body, name, int, default)
+    if n in (-1, -2):
+        return most
+    if not 1 <= n <= most:
+        raise Refused(f"{name}: expected 1 to {most}, got {n}")
+    return n
+
+
+async def body_of(
+    request: "Request", most: int, when_large: Callable[[], Any] = lambda: None
+) -> Body:
+    """The JSON object that a request carries, of at most `most` bytes.
+
+    `when_large` is called once, before more than `LARGE` bytes are kept; it may refuse.
+    """
+    from starlette.requests import ClientDisconnect
+
+    read = bytearray()
+    try:
+        async for piece in request.stream():
+            if len(read) <= LARGE < len(read) + len(piece):
+                when_large()
+            read += piece
+            if len(read) > most:
+                raise Refused(f"body: expected at most {most} bytes", 413)
+    except ClientDisconnect as error:
+        raise Refused("body: broken off") from error
+    try:
+        body = json.loads(read, parse_constant=_not_json, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"body: not JSON ({error})") from error
+    if not isinstance(body, dict):
+        raise Refused("body: expected a JSON object")
+    return body
+
+
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+def error_body(path: str, message: str, status: int, code: str | None = None) -> Body:
+    """An error in the shape that clients of the API at this path read."""
+    if not path.startswith("/v1/"):
+        return {"error": message}
+    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = (kinds | {500: "server_error"}).get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}

@@ -1,0 +1,96 @@
+"""Who may use the server: names of this machine, its own page, and clients that know the key.
+
+A browser sends along which page a request comes from (`Origin`, `Sec-Fetch-Site`). Without this
+guard any page that its user opens could have the server write, or reach it by a name of its own.
+"""
+
+import hmac
+import ipaddress
+import re
+import socket
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+
+from ysnake.serving.fields import Refused, error_body
+
+if TYPE_CHECKING:
+    from ysnake.serve import Options
+
+_HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.%]+\]|[^\s:/?#@\[\]\\]+)(:\d+)?")
+OPEN = ("/",)  # the page asks for the key itself
+
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches a server that listens at `host`."""
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+class Guard:
+    """ASGI middleware that answers strangers with 403, and requests without the key with 401."""
+
+    def __init__(self, app: App, options: "Options"):
+        self.app, self.options = app, options
+        self.local = is_local(options.host)
+        names = {"localhost", options.host, *options.allow_host}
+        if not self.local:
+            names |= {socket.gethostname(), socket.gethostname() + ".local"}
+        self.names = {name.lower() for name in names}
+        self.origins = {origin.lower().rstrip("/") for origin in options.allow_origin}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            try:
+                self.check(scope["method"], scope["path"], Headers(scope=scope))
+            except Refused as refused:
+                body = error_body(scope["path"], refused.message, refused.status, refused.code)
+                headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
+                return await JSONResponse(body, refused.status, headers)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def check(self, method: str, path: str, headers: Headers) -> None:
+        """Raise Refused unless a request may go on."""
+        host = headers.get("host", "")
+        if not self.knows(host):
+            raise Refused(f"host {host[:100]!r}: not this machine's; see --allow-host", 403)
+        self.check_page(method, path, headers, host)
+        key = self.options.api_key
+        if key is None or path in OPEN or method == "OPTIONS":  # which browsers send without a key
+            return
+        told = headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(told.encode(), key.encode()):
+            raise Refused("api key: expected `Authorization: Bearer KEY`", 401, "invalid_api_key")
+
+    def check_page(self, method: str, path: str, headers: Headers, host: str) -> None:
+        """Raise Refused if a page of another site had the browser send the request."""
+        origin, site = headers.get("origin", "").lower(), headers.get("sec-fetch-site", "")
+        if {origin, "*"} & self.origins:
+            return
+        if origin and origin.partition("://")[2] != host.lower():
+            raise Refused(f"origin {origin[:100]!r}: another site's; see --allow-origin", 403)
+        opened = method == "GET" and path == "/" and headers.get("sec-fetch-mode") == "navigate"
+        if site in ("cross-site", "same-site") and not opened:  # a link to the page is harmless
+            raise Refused("sec-fetch-site: a page of another site; see --allow-origin", 403)
+
+    def knows(self, host: str) -> bool:
+        """Whether a Host header names this machine."""
+        found = _HOST.fullmatch(host)
+        if not found:
+            return False
+        name = found["name"].lower().strip("[]")
+        if name in self.names or name.endswith(".localhost"):
+            return True
+        # An address cannot be made to mean another machine, as a name can.
+        return _is_address(name) and (not self.local or ipaddress.ip_address(name).is_loopback)

@@ -1,0 +1,158 @@
+"""The model as its clients know it, and the requests that are under way."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import torch
+from tokenizers import Tokenizer
+
+from ysnake import checkpoint, cli
+from ysnake.batch import Batch, Job, News
+from ysnake.decoding import Decoder
+from ysnake.serving.fields import Body, Refused, take
+
+if TYPE_CHECKING:
+    from ysnake.serve import Options
+
+MOST_LARGE = 64  # large requests that are read at once
+SHORT = 4096  # characters that are split into tokens at once, in a few milliseconds
+
+
+@dataclass
+class Service:
+    """The model, its batch, and a queue of text for each request."""
+
+    options: "Options"
+    name: str
+    decoder: Decoder
+    n_parameters: int
+    size: int  # of the weights, in bytes
+    tokenizer: Tokenizer
+    modified: datetime
+    digest: str
+    longest: int  # bytes that a token stands for at most
+    batch: Batch | None = None  # while the application runs
+    queues: dict[Job, asyncio.Queue] = field(default_factory=dict)
+    n_large: int = 0
+
+    def start(self) -> None:
+        """Start the batch; its news come to the event loop that runs now."""
+        loop = asyncio.get_running_loop()
+
+        def deliver(news: News) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self.hand_out, news)
+
+        o = self.options
+        self.batch = Batch(self.decoder, self.tokenizer, deliver, o.parallel, o.remember)
+
+    def stop(self) -> None:
+        """End every request with an error."""
+        if self.batch is not None:
+            self.batch.close()
+
+    def hand_out(self, news: News) -> None:
+        """Give each request its text; None ends it."""
+        for job, text, ended in news:
+            if job in self.queues:
+                self.queues[job].put_nowait(text)
+                if ended:
+                    self.queues[job].put_nowait(None)
+
+    def submit(self, job: Job) -> None:
+        """Let a job take its place, which it has until `release`."""
+        if len(self.queues) >= self.options.parallel + self.options.waiting:
+            raise Refused("server busy: too many requests are waiting, try again", 429)
+        self.queues[job] = asyncio.Queue()
+        self.batch.submit(job)
+
+    def release(self, job: Job) -> None:
+        """Free the place of a job, whether it ended or nobody waits for it any more."""
+        job.gone = True
+        del self.queues[job]
+
+    async def text(self, job: Job) -> AsyncIterator[str]:
+        """The text of a job as it is written; what has come since is one piece."""
+        queue, ended = self.queues[job], False
+        while not ended:
+            pieces = [await queue.get()]
+            while not queue.empty():
+                pieces.append(queue.get_nowait())
+            ended = pieces[-1] is None
+            if text := "".join(pieces[:-1] if ended else pieces):
+                yield text
+
+    async def prompt_ids(self, text: str) -> tuple[int, ...]:
+        """The tokens of a prompt, behind the one that begins a document.
+
+        A text of too many bytes is refused before it is split into tokens.
+        """
+        most, bos = self.options.max_prompt, self.decoder.model.config.bos_id
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair becomes a "?"
+        expected, code = f"prompt: expected at most {most} tokens", "context_length_exceeded"
+        if (size := len(text.encode())) > most * self.longest:
+            raise Refused(f"{expected}, got {size} bytes, which are more", code=code)
+
+        def encode() -> list[int]:
+            # only this form of encoding lets other threads go on
+            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+        ids = encode() if len(text) <= SHORT else await asyncio.to_thread(encode)
+        if len(ids) > most:
+            raise Refused(f"{expected}, got {len(ids)}", code=code)
+        return tuple(ids) if bos is None else (bos, *ids)
+
+    @contextmanager
+    def large_request(self) -> Iterator[None]:
+        """Hold a place among the large requests that are being read, so that memory suffices."""
+        if self.n_large >= MOST_LARGE:
+            raise Refused("server busy: too many large requests at once, try again", 429)
+        self.n_large += 1
+        try:
+            yield
+        finally:
+            self.n_large -= 1
+
+    def owner(self, client: str) -> str:
+        """Who may use what is remembered of a client's prompts: the client, or everybody."""
+        return "" if self.options.share_prompts else client
+
+    def check_name(self, body: Body) -> None:
+        """Refuse a request for another model."""
+        asked = take(body, "model", str) or take(body, "name", str)
+        if not asked:
+            raise Refused("model: expected the name of a model")
+        if asked.removesuffix(":latest") != self.name:
+            raise Refused(f"model '{asked}' not found", 404, "model_not_found")
+
+
+def load(options: "Options") -> Service:
+    """Read the model and what is told about it."""
+    path = options.path or cli.newest_run()
+    cli.tune_memory()
+    cli.use_threads(options.threads)
+    device = cli.pick_device(options.device)
+    folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint, device)
+    digest = sha256()
+    for weight in model.parameters():
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    full = folder.resolve()
+    own_name = full.parent.name if full.name in ("best", "last") else full.name
+    about = {
+        "name": (options.name or own_name).removesuffix(":latest"),
+        "n_parameters": model.n_parameters(),
+        "size": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "modified": datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc),
+        "digest": digest.hexdigest(),
+        "longest": max((len(token.encode()) for token in tokenizer.get_vocab()), default=1),
+    }
+    decoder = Decoder(model, options.weights, options.compile)
+    if options.compile:  # what it makes for two and more rows, before anybody waits for it
+        for rows in range(2, min(options.parallel, 3) + 1):
+            decoder.step(torch.zeros(rows, dtype=torch.int64))
+    return Service(options, decoder=decoder, tokenizer=tokenizer, **about)
