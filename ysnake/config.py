@@ -73,6 +73,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             _check_kind(f.name, getattr(self, f.name), f.type)
+            if f.type is float:  # a file may hold a whole number, too large for torch
+                object.__setattr__(self, f.name, _as_float(f.name, getattr(self, f.name)))
         for name in ("vocab_size", "d_model", "n_layers", "d_state", "head_dim", "expand"):
             _at_least(name, getattr(self, name), 1)
         _at_least("n_groups", self.n_groups, 1)
@@ -104,6 +106,8 @@ class ModelConfig:
         for name in ("bos_id", "eos_id"):
             if (token := getattr(self, name)) is not None and token >= self.vocab_size:
                 raise InputError(f"{name}: expected below vocab_size, got {token}")
+        if self.bos_id is not None and self.bos_id < 0:
+            raise InputError(f"bos_id: expected a token of the model or null, got {self.bos_id}")
 
     @property
     def d_inner(self) -> int:
@@ -146,6 +150,13 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
         said = {int: "a whole number", float: "a number", bool: "true or false"}
         said = said.get(kind, "a whole number or null")
         raise InputError(f"{name}: expected {said}, got {json.dumps(value)[:40]}")
+
+
+def _as_float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"{name}: expected a number below 1e308, got more") from None
 
 
 def _at_least(name: str, value: int, least: int) -> None:

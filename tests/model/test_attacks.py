@@ -212,6 +212,24 @@ def nested(depth):
     return inner
 
 
+def sequence(parts):
+    return {"type": "Sequence", "normalizers": parts}
+
+
+def replacement(old, new):
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def split(pattern):
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+
+
+def template(names):
+    single = [{"Sequence": {"id": name, "type_id": 0}} for name in names]
+    return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {}}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 BPE = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False}
 TOKENIZERS = {
     "nested deep": (
@@ -244,13 +262,66 @@ TOKENIZERS = {
     "a pattern that is none": (
         lambda f: edit_tokenizer(
             f,
-            pre_tokenizer={
-                "type": "Split",
-                "pattern": {"Regex": "(" * 5000},
-                "behavior": "Isolated",
-                "invert": False,
-            },
+            pre_tokenizer=split({"Regex": "(" * 5000}),
         ),
+        "tokenizer.json: not a tokenizer",
+    ),
+    "a replacement repeated": (
+        lambda f: edit_tokenizer(f, normalizer=sequence([replacement("a", "aa")] * 8)),
+        "normalizer: makes a text 256 times as long",
+    ),
+    "very many replacements": (
+        lambda f: edit_tokenizer(f, normalizer=sequence([replacement("a", "aa")] * 34)),
+        "normalizer: expected a sequence of at most 8 parts",
+    ),
+    "a replacement of nothing": (
+        lambda f: edit_tokenizer(f, normalizer=replacement("", "x")),
+        "normalizer: Replace of {'String': ''}",
+    ),
+    "a pattern in a replacement": (
+        lambda f: edit_tokenizer(f, decoder=replacement("", "x") | {"pattern": {"Regex": "(a+)+"}}),
+        "decoder: Replace of {'Regex': '(a+)+'}",
+    ),
+    "a pattern that backtracks for ever": (
+        lambda f: edit_tokenizer(
+            f, pre_tokenizer=split({"Regex": r"(\w+\s?)+$"}), normalizer={"type": "NFC"}
+        ),
+        "pre_tokenizer: the pattern",
+    ),
+    "bytes twice": (
+        lambda f: edit_tokenizer(
+            f, pre_tokenizer={"type": "Sequence", "pretokenizers": [BYTES, BYTES]}
+        ),
+        "pre_tokenizer: ByteLevel twice",
+    ),
+    "a part that is not known": (
+        lambda f: edit_tokenizer(f, normalizer={"type": "Precompiled", "precompiled_charsmap": ""}),
+        "normalizer 'Precompiled'",
+    ),
+    "a template that repeats the text": (
+        lambda f: edit_tokenizer(f, post_processor=template(["A"] * 5)),
+        "post_processor: expected a template with the text once",
+    ),
+    "a prefix that ends in a panic": (
+        lambda f: edit_tokenizer(
+            f,
+            model=BPE
+            | {"continuing_subword_prefix": "long", "vocab": {"a": 0}, "merges": [["a", "a"]]},
+        ),
+        "model: continuing_subword_prefix 'long'",
+    ),
+    "an unknown token that is not there": (
+        lambda f: edit_tokenizer(
+            f, model=BPE | {"unk_token": "?", "vocab": {"a": 0}, "merges": []}
+        ),
+        "model: unk_token '?' is not in its vocab",
+    ),
+    "another kind of model": (
+        lambda f: edit_tokenizer(f, model={"type": "Unigram", "unk_id": 9, "vocab": [["a", 0.0]]}),
+        "expected a model of type BPE, got 'Unigram'",
+    ),
+    "an added token that is no object": (
+        lambda f: edit_tokenizer(f, added_tokens=[5]),
         "tokenizer.json: not a tokenizer",
     ),
     "a link to a device": (
@@ -305,6 +376,33 @@ def test_weights(folder, attack, message):
 def test_tokenizers(folder, attack, message):
     attack(folder)
     refused(checkpoint.load_tokenizer, folder, message)
+
+
+def known(folder, **parts):
+    """The tokens of a text, by a tokenizer of these parts."""
+    edit_tokenizer(folder, **parts)
+    return checkpoint.load_tokenizer(folder).encode("The boa sleeps.").tokens
+
+
+def test_tokenizers_of_others_are_read(folder):
+    """As GPT-NeoX, Llama 3 and Llama 2 have them."""
+    plain = checkpoint.load_tokenizer(folder).encode("The boa sleeps.").tokens
+    assert known(folder, normalizer={"type": "NFC"}, post_processor=BYTES) == plain
+    lines = {"type": "Sequence", "pretokenizers": [split({"Regex": LLAMA_3}), BYTES]}
+    assert "".join(known(folder, pre_tokenizer=lines, post_processor=template("A"))) == "".join(
+        plain
+    )
+    spaces = sequence([{"type": "Prepend", "prepend": "\u2581"}, replacement(" ", "\u2581")])
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    fuse = [replacement("\u2581", " "), {"type": "ByteFallback"}, {"type": "Fuse"}, strip]
+    decoder = {"type": "Sequence", "decoders": fuse}
+    assert known(folder, normalizer=spaces, pre_tokenizer=None, decoder=decoder)
+
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def test_a_tokenizer_neither_cuts_nor_pads_a_text(folder):

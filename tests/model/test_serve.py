@@ -361,10 +361,9 @@ def test_a_page_that_is_allowed(guarded):
 def test_cached_tokens_are_counted_where_the_operator_asks(guarded):
     _, address, _ = guarded
     body = {"model": NAME, "prompt": "The boa and the krait", "max_tokens": 1}
-    for cached in (False, True):
+    for _ in range(2):
         usage = httpx.post(f"{address}/v1/completions", json=body, headers=KEY).json()["usage"]
-        expected = usage["prompt_tokens"] if cached else 1  # every prompt begins with the same one
-        assert usage["prompt_tokens_details"]["cached_tokens"] in (0, expected)
+    assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"]
 
 
 def test_half_sent_requests_leave_room_for_others(guarded):
