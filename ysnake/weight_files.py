@@ -43,6 +43,7 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in memory of their own: a mapped file that is cut short ends the process."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
