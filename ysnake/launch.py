@@ -30,12 +30,13 @@ def launched() -> bool:
 
 
 def identity() -> str | None:
-    """What names this launch of torchrun, in the first life of its processes and in later ones."""
+    """What names this launch of torchrun: the same in all its processes, also after a restart."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name is None:
-        return None
-    # torchrun without --rdzv-id calls every launch "none", and is the parent of its processes
-    return f"process {os.getppid()} on {socket.gethostname()}" if name == "none" else name
+    if name != "none":  # what torchrun calls every launch without --rdzv-id
+        return name
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # torchrun is the parent of all
+        return f"process {os.getppid()} on {socket.gethostname()}"
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def sign(folder: Path) -> None:
