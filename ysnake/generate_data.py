@@ -217,23 +217,21 @@ def lock(file: BinaryIO, path: Path) -> None:
 
 
 def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]]:
-    """Cut off what a killed process left half-written; returns the lines of the ledger."""
+    """Cut off what a killed process left half-written; returns the lines of the ledger.
+
+    Raises:
+        InputError: the ledger or the file is of another hand. Both stay as they are.
+    """
     ledger.seek(0)
     *whole, torn = ledger.read().split(b"\n")
-    if torn:
-        ledger.truncate(sum(len(line) + 1 for line in whole))
     try:
         records = [json.loads(line) for line in whole]
-        kept = [record for record in records if record["verdict"] == KEPT]
-        start, end = (kept[-1]["at"], kept[-1]["at"] + kept[-1]["bytes"]) if kept else (0, 0)
-        asked = [(record["entry"], record["prompt"]) for record in records]
-        if not all(isinstance(a, str) and isinstance(b, int) for a, b in asked):
-            raise TypeError("an entry or a prompt of another kind")
+        ends = document_ends(records)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: what was asked, in {ledger.name}, is damaged") from error
-    size = file.seek(0, os.SEEK_END)
-    if records and records[-1]["verdict"] == KEPT and start <= size < end:
-        file.truncate(start)
+    size, end = file.seek(0, os.SEEK_END), ends[-1]
+    if records and records[-1]["verdict"] == KEPT and ends[-2] <= size < end:
+        file.truncate(ends[-2])
         ledger.truncate(sum(len(line) + 1 for line in whole[:-1]))
         return records[:-1]
     if size != end:
@@ -241,7 +239,31 @@ def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]
             f"{path}: expected {end} bytes, as last written by this command, got {size}; "
             "to leave it as it is, give another --out"
         )
+    if torn:
+        ledger.truncate(sum(len(line) + 1 for line in whole))
     return records
+
+
+def document_ends(records: list[Any]) -> list[int]:
+    """Where the file ends before the first answer of a ledger, and after each.
+
+    Raises:
+        ValueError, LookupError, TypeError: this command did not write these records.
+    """
+    ends = [0]
+    for record in records:
+        entry, prompt, verdict = record["entry"], record["prompt"], record["verdict"]
+        if not isinstance(entry, str) or type(prompt) is not int:
+            raise TypeError("an entry or a prompt of another kind")
+        size = 0
+        if verdict == KEPT:
+            at, size = record["at"], record["bytes"]
+            if type(at) is not int or type(size) is not int or at != ends[-1] or size <= 0:
+                raise ValueError("a document that does not follow the one before it")
+        elif verdict not in DROPPED:
+            raise ValueError("a verdict that is not known")
+        ends.append(ends[-1] + size)
+    return ends
 
 
 def next_task(shelves: list[Shelf]) -> tuple[Shelf, Task] | None:

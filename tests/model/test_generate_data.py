@@ -382,6 +382,37 @@ def test_a_damaged_ledger_is_named(tmp_path):
         shelf(tmp_path)
 
 
+ANSWER = {"entry": "boa", "prompt": 0, "verdict": "kept", "at": 0, "bytes": 13}
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [5],
+        [ANSWER | {"prompt": True}],
+        [ANSWER | {"entry": None}],
+        [ANSWER | {"verdict": "liked"}],
+        [ANSWER | {"verdict": ["kept"]}],
+        [ANSWER | {"at": -1}],
+        [ANSWER | {"at": 5}],
+        [ANSWER | {"bytes": 0}],
+        [ANSWER | {"bytes": 13.0}],
+        [ANSWER | {"bytes": "13"}],
+        [ANSWER | {"bytes": 6}, ANSWER | {"at": 4, "bytes": 10**30}],
+        [ANSWER, {"entry": "adder"}],
+    ],
+)
+def test_a_ledger_of_another_hand_is_refused(tmp_path, records):
+    """And neither file is changed, though the last line of the ledger has no end."""
+    text = "".join(json.dumps(record) + "\n" for record in records) + "torn"
+    (tmp_path / ".words.jsonl").write_text(text)
+    (tmp_path / "words.txt").write_text("my own words\n")
+    with pytest.raises(InputError, match=r"words\.txt: .*\.words\.jsonl, is damaged"):
+        shelf(tmp_path)
+    assert (tmp_path / ".words.jsonl").read_text() == text
+    assert (tmp_path / "words.txt").read_text() == "my own words\n"
+
+
 def test_one_process_at_a_time(tmp_path):
     opened = shelf(tmp_path)
     with pytest.raises(InputError, match=r"words\.txt: another process is writing it"):
