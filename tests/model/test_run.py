@@ -207,6 +207,23 @@ def test_evaluate_equals_the_loss_of_whole_documents(folder, tmp_path):
     assert total.nats == pytest.approx(nats, rel=1e-5)
 
 
+def test_text_that_the_tokenizer_drops_counts_and_is_told():
+    from ysnake import evaluate
+    from ysnake import tokenizer as tokenizers
+
+    words = tokenizers.train("word", ["The boa sleeps in the grass. " * 9], 300)
+    decoder = Decoder(model(vocab=words.get_vocab_size()).eval())
+    known, half, none = (
+        evaluate.score(decoder, words, [(text, True)], lambda n: None)
+        for text in ("The boa sleeps. " * 20, "The boa 蛇蛇 sleeps. " * 20, "蛇" * 100)
+    )
+    assert (known.dropped, half.dropped, none.dropped) == (0, 6 * 20, 300)
+    assert known.bits_per_byte < half.bits_per_byte < none.bits_per_byte
+    assert none.bits_per_byte >= 8
+    assert known.warning() is None
+    assert "drops 100.0% of the text (300 of 300 bytes)" in none.warning()
+
+
 def test_evaluate_command(folder, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "The boa number 5 sleeps."}) + "\n")
     done = python("ysnake.evaluate", folder, "--data", "a.jsonl", cwd=tmp_path)
