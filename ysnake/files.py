@@ -36,3 +36,10 @@ def replacing(path: Path) -> Iterator[Path]:
             raise
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the new files that a killed process left in a folder that is this process's own."""
+    for path in folder.glob("*.????????.new"):
+        if path.is_file():
+            path.unlink()

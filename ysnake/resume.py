@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ysnake import cli, manifest, memory, parallel
+from ysnake import cli, files, manifest, memory, parallel
 from ysnake import settings as settings_of
 from ysnake.config import InputError
 from ysnake.parallel import Ranks
@@ -40,6 +40,7 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
         with cli.writing(settings.run):
             if last != folder:
                 checkpoint.put_back(last, folder)
+            files.remove_unfinished(settings.run)
             settings_of.write(settings)  # with what this command line has changed
             _forget_metrics_after(run.folder / "metrics.jsonl", run.progress.step)
 

@@ -96,7 +96,9 @@ def test_a_run_in_training_is_not_taken_up_by_a_second_process(run):
     assert (run / "metrics.jsonl").read_bytes() == before
     process.kill()
     process.wait()
+    (run / "loss.png.0123abcd.new").touch()  # of a process that was killed while it drew
     assert entry(train.main, "--run", run, "--resume", "--max-steps", "4")[0] == 0
+    assert not list(run.glob("*.new"))
     assert not (run / run_lock.TRAINING).exists()
 
 
