@@ -98,7 +98,8 @@ def _growth(name: str, part: dict[str, Any], known: set[str]) -> float:
             raise InputError(f"{name}: Replace of {_shown(pattern)}")
         return max(1.0, len(new) / len(old))
     if part["type"] == "Prepend" and name == "normalizer":
-        if not isinstance(part.get("prepend"), str) or len(part["prepend"]) > SHORT:
+        text = part.get("prepend")
+        if not isinstance(text, str) or not 1 <= len(text) <= SHORT:  # the library fails at none
             raise InputError(f"{name}: Prepend of {_shown(part.get('prepend'))}")
     elif part["type"] == "Strip" and name == "decoder":
         if not all(part.get(end) in range(SHORT) for end in ("start", "stop")):

@@ -278,6 +278,10 @@ TOKENIZERS = {
         lambda f: edit_tokenizer(f, normalizer=replacement("", "x")),
         "normalizer: Replace of {'String': ''}",
     ),
+    "nothing before a text, which ends in a panic": (
+        lambda f: edit_tokenizer(f, normalizer={"type": "Prepend", "prepend": ""}),
+        "normalizer: Prepend of ''",
+    ),
     "a pattern in a replacement": (
         lambda f: edit_tokenizer(f, decoder=replacement("", "x") | {"pattern": {"Regex": "(a+)+"}}),
         "decoder: Replace of {'Regex': '(a+)+'}",
