@@ -280,7 +280,7 @@ def main() -> None:
         jobs += [job for job in other if job[1] in shapes]
     if args.json:
         rows = compile_all(jobs, args.processes)
-        args.json.write_text(json.dumps([asdict(r) for r in rows]))
+        args.json.write_text(json.dumps([asdict(r) | {"programs": programs(r)} for r in rows]))
         return
     with tempfile.TemporaryDirectory() as empty, patch.object(triton.knobs.cache, "dir", empty):
         text = table(compile_all(jobs, args.processes))

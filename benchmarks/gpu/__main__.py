@@ -50,9 +50,9 @@ STAGES = {
     "peers": Stage("peers", 60, ("compile", "scan", "mixer"), dry_jobs=("scan",)),
     "train": Stage(
         "train",
-        75,
+        150,
         tuple(f"{model}: {name}" for model in MODELS for name in CONTESTANTS),
-        at_once=8,
+        at_once=4,
         dry_jobs=("130m: ours", "130m: transformers, drop-in"),
     ),
     "decode": Stage("decode", 30, MODELS, 2, dry_jobs=MODELS[:1]),

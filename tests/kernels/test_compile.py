@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[2]
 SCAN = ("decays", "forward", "decays", "states", "rows", "columns", "steps")
 FIRST = [f"ssd {name}" for name in SCAN]
 REST = ["conv forward", "conv backward", "norm forward", "norm backward", "conv step", "step"]
-# bytes a thread that the launch table accepts, and says why: (target, kernel, state) -> at most
-ACCEPTED = {("sm_80", "ssd columns", 128): 64, ("sm_90", "ssd columns", 128): 64}
+# bytes a thread that may spill: two programs on a multiprocessor were worth more than none
+ACCEPTED = {"ssd rows": 320, "ssd columns": 700}
 
 
 def compiled(tmp_path, *arguments):
@@ -36,8 +36,9 @@ def check(rows):
         assert row["shared"] <= row["limit"], row
         usual = row["dtype"] == "bfloat16" and row["head_dim"] == 64 and not row["z"]
         if usual and row["form"] == "plain" and row["target"] in ("sm_80", "sm_90"):
-            accepted = ACCEPTED.get((row["target"], row["kernel"], row["state"]), 0)
-            assert row["spilled"] <= accepted, row
+            assert row["spilled"] <= ACCEPTED.get(row["kernel"], 0), row
+            if row["target"] == "sm_90" and row["kernel"] in ("ssd forward", "ssd states"):
+                assert row["programs"] >= 2, row
 
 
 @pytest.mark.parametrize(

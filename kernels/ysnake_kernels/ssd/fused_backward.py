@@ -254,8 +254,7 @@ def steps_kernel(
         return
     raw, bias, used = ft.load_dt(dt, dt_bias, dt_token, chunk, head, K)  # [Q, H]
     step, slope = ft.step_sizes(raw, bias, used, K)
-    at = ft.row_at(numbers, chunk, head[:, None], K.HEADS, 0)  # [H, Q]
-    at = tl.trans(at)
+    at = ft.first_row_at(numbers, chunk, head, K.HEADS)  # [Q, H]
     into = tl.load(at + INTO * padded, mask=used, other=0.0)
     into -= tl.load(at + SENT * padded, mask=used, other=0.0)
     earlier = used & (chunk.q > 0)[:, None]

@@ -48,8 +48,8 @@ def decays_kernel(
     sends = step > 0
     source = decay - tl.where(sends, tl.log2(tl.where(sends, step, 1.0)), float("-inf"))
     numbers = ft.Rows(rows, padded, COUNT)
-    at = tl.trans(ft.row_at(numbers, chunk, head[:, None], K.HEADS, DECAY))
-    tl.store(at, decay, mask=used)
+    at = ft.first_row_at(numbers, chunk, head, K.HEADS)  # [Q, H]
+    tl.store(at + DECAY * padded, decay, mask=used)
     tl.store(at + SOURCE * padded, source, mask=used)
     if COUNT > STEP:
         tl.store(at + STEP * padded, step, mask=used)

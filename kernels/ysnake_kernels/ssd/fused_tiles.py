@@ -225,9 +225,16 @@ def store_tile(values, v, tile, head, c, WIDTH: tl.constexpr):
 
 @triton.jit
 def row_at(rows, tile, head, HEADS: tl.constexpr, ROW: tl.constexpr):
-    """Pointers to one number of each token of a tile, of a head or of heads [H, 1]."""
+    """Pointers to one number of each token of a tile [Q]."""
     row = (tile.row.to(tl.int64) * HEADS + head) * rows.COUNT + ROW
     return rows.data + row * rows.padded + tile.t0 + tile.q
+
+
+@triton.jit
+def first_row_at(rows, tile, head, HEADS: tl.constexpr):
+    """Pointers to the first number of each token of a tile and of heads [Q, H]."""
+    row = (tile.row.to(tl.int64) * HEADS + head[None, :]) * rows.COUNT
+    return rows.data + row * rows.padded + tile.t0 + tile.q[:, None]
 
 
 @triton.jit
@@ -442,12 +449,16 @@ def device(place: torch.device) -> tuple[str, int]:
 TABLE = {
     ("forward", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=3),
     ("states", 2, "usual"): Config(tile=64, p_slice=64, warps=4, stages=2, chunk=64),
-    ("rows", 2, "usual"): Config(tile=64, p_slice=64, warps=8, stages=2),
+    ("rows", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=1),
     ("columns", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=1),
+    # the fastest on an H200; rows and columns spill, but two programs share a multiprocessor
+    ("states", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=8, stages=2, chunk=64),
+    ("rows", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=4, stages=2),
+    ("columns", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=4, stages=1),
     ("forward", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=1),
-    ("states", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=1, chunk=64),
+    ("states", 2, "wide"): Config(tile=64, p_slice=64, warps=8, stages=2, chunk=64),
     ("rows", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=2),
-    ("columns", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=2),
+    ("columns", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=1),
     ("forward", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=2),
     ("states", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=2, chunk=32),
     ("rows", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=1),
