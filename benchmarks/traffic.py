@@ -84,20 +84,30 @@ def tensors(s: Shape) -> dict[str, int]:
     }
 
 
+def decays(s: Shape, rows: int) -> Kernel:
+    """What turns dt into `rows` numbers of four bytes for each token and head."""
+    size = tensors(s)
+    reads = {"dt": size["dt"], "A": size["A"]}
+    return Kernel("decays", reads, {"decays": rows * s.token_heads * 4})
+
+
 def forward(s: Shape) -> list[Kernel]:
     """The single pass: every argument and result once; in segments, their ends before it."""
     size = tensors(s)
     writes = {name: size.pop(name) for name in ("y", "final states")}
     NP, Q = s.state * s.head_dim, s.tile
     products = 2 * (2 * NP + Q * (s.state + s.head_dim))  # C S, B x; C B^T, (C B^T) x
+    first = decays(s, 2)
+    reads = {name: size[name] for name in ("x", "B", "C", "z") if name in size} | first.writes
     if s.segments == 1:
-        return [Kernel("single pass", size, writes, products * s.token_heads)]
+        return [first, Kernel("single pass", reads, writes, products * s.token_heads)]
     ends = ends_of_segments(s, s.segments)
-    reads = {name: size[name] for name in ("x", "dt", "A", "B")}
+    before = {name: reads[name] for name in ("x", "B", "decays")}
     entering = {name: v * (s.segments - 1) / s.segments for name, v in ends.items()}
     return [
-        Kernel("ends of segments", reads, ends, 2 * NP * s.token_heads),
-        Kernel("pass per segment", size | entering, writes, products * s.token_heads),
+        first,
+        Kernel("ends of segments", before, ends, 2 * NP * s.token_heads),
+        Kernel("pass per segment", reads | entering, writes, products * s.token_heads),
     ]
 
 
@@ -144,41 +154,47 @@ def chain(s: Shape) -> list[Kernel]:
 
 
 def backward(s: Shape) -> list[Kernel]:
-    """The split form: states between chunks in both directions, all gradients, then dt's."""
+    """The split form: states between chunks in both directions, rows and columns of the quadratic
+    form, then dt's gradient. What torch does for a gate, before and after, is not counted."""
     size, n, NP, K = tensors(s), s.token_heads, s.state * s.head_dim, s.chunk
     row = n * 4
     chunks = s.batch * -(-s.length // K) * s.heads
-    states = {name: chunks * NP * s.state_item for name in ("S", "dS")}
-    gate = {"z": size["z"]} if s.z else {}
-    inputs = {name: size[name] for name in ("x", "B", "C")} | gate | {"dy": size["y"]}
+    S, dS = ({name: chunks * NP * s.state_item} for name in ("S", "dS"))
+    inputs = {name: size[name] for name in ("x", "B", "C")} | {"dy": size["y"]}
     summed = {"dB": size["B"], "dC": size["C"]}
     partial = {name: v * s.splits * 4 / s.item for name, v in summed.items()}  # in float32
-    per_program = s.heads / s.groups / s.splits
-    steps = {"dt": size["dt"], "A": size["A"]}
+    written = summed if s.splits == 1 else partial
+    shared = 4 * K * s.state * s.splits * s.groups / s.heads  # products of B and C, per head
     through, sums = {"flow through chunks": chunks * 4}, {"shares of dA": chunks * 8}
-    kernels, entering = [], {}
+    kernels, entering = [decays(s, 3)], {}
     if s.back_segments > 1:
         ends = ends_of_segments(s, s.back_segments)
         inside = (s.back_segments - 1) / s.back_segments
         entering = {"ends": 2 * inside * ends["ends"], "whole decays": ends["whole decays"]}
         ends["ends"] *= 2
-        kernels = [Kernel("ends of segments", inputs | steps, ends, 4 * NP * n)]
+        kernels.append(Kernel("ends of segments", inputs | {"decays": 2 * row}, ends, 4 * NP * n))
+    gated = {"y": size["y"]} if s.z else {}
     kernels += [
         Kernel(
-            "states between chunks",
-            inputs | steps | entering,
-            states | {"dt, decay": 2 * row},
-            4 * NP * n,
+            "states between chunks", inputs | {"decays": 2 * row} | entering, S | dS, 4 * NP * n
         ),
         Kernel(
-            "gradients",
-            inputs | states | {"dt, decay": 2 * row},
-            (summed if s.splits == 1 else partial)
-            | {"dx": size["x"], "flows": 4 * row, **through}
-            | ({"dz": size["z"]} if s.z else {}),
-            (8 * NP + (8 if s.z else 6) * K * s.head_dim + 8 * K * s.state / per_program) * n,
+            "rows",
+            inputs | S | {"decays": 2 * row},
+            {"dC": written["dC"], "flows": row, **gated},
+            (4 * NP + (4 if s.z else 2) * K * s.head_dim + shared) * n,
         ),
-        Kernel("steps", steps | through | {"flows": 4 * row}, {"ddt": size["dt"], **sums}),
+        Kernel(
+            "columns",
+            inputs | S | dS | {"decays, steps": 3 * row},
+            {"dx": size["x"], "dB": written["dB"], "flows": 3 * row, **through},
+            (4 * NP + 4 * K * s.head_dim + shared) * n,
+        ),
+        Kernel(
+            "steps",  # of one of the flows it does not read a chunk's last token
+            {"dt": size["dt"], "A": size["A"], "flows": 4 * row - 4 * chunks, **through},
+            {"ddt": size["dt"], **sums},
+        ),
     ]
     if s.splits > 1:
         kernels.append(Kernel("sums of dB and dC", partial, summed))
