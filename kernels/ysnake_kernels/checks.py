@@ -87,11 +87,13 @@ def check_seq_idx(seq_idx: Tensor) -> None:
 
 
 def check_indices(name: str, indices: Tensor, x: Tensor, rows: int) -> None:
-    """Raise unless `indices` has a row of a state of `rows` rows for each of x's batch."""
+    """Raise unless `indices` has a row of a state of `rows` rows for each of x's batch, or -1."""
     check(name, indices, (x.shape[0],), x, dtypes=INTEGERS)
     if not values_can_be_checked(indices):
         return
-    if bool((indices < 0).any()) or bool((indices >= rows).any()):
-        raise ValueError(f"{name}: expected rows from 0 to {rows - 1}, got {indices.tolist()}")
-    if len(indices.unique()) < len(indices):
+    if bool((indices < -1).any()) or bool((indices >= rows).any()):
+        expected = f"rows from 0 to {rows - 1}, or -1 for padding"
+        raise ValueError(f"{name}: expected {expected}, got {indices.tolist()}")
+    used = indices[indices >= 0]
+    if len(used.unique()) < len(used):
         raise ValueError(f"{name}: expected no row twice, got {indices.tolist()}")

@@ -103,7 +103,7 @@ LIST = [
             "dt_limit: expected two numbers": {"dt_limit": 3},
             "state_batch_indices: expected a tensor, got list": {"state_batch_indices": [0, 1]},
             "state_batch_indices: expected rows from 0 to 1": {
-                "state_batch_indices": torch.tensor([-1, 1])
+                "state_batch_indices": torch.tensor([-2, 1])
             },
         }.items()
     ),

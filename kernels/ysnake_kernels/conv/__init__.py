@@ -6,6 +6,7 @@ from torch import Tensor
 from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import INTEGERS, check, check_indices, check_rank, check_seq_idx
 from ysnake_kernels.conv import eager, reference
+from ysnake_kernels.padding import skip_padding
 
 
 def causal_conv1d(
@@ -120,7 +121,8 @@ def causal_conv1d_step(
             `conv_state_indices` (rows, channels, width - 1), any number of rows.
         weight, bias, activation: as in `causal_conv1d`.
         conv_state_indices: (batch,) int32 or int64, the row of `conv_state` that belongs to each
-            x, no row twice; the other rows stay as they are.
+            x, no row twice; the other rows stay as they are. An x whose row is -1 is padding: its y
+            is zero.
 
     Returns:
         y with the shape and dtype of x.
@@ -143,7 +145,12 @@ def causal_conv1d_step(
             from ysnake_kernels.conv import fused  # here, since it needs triton
 
             return fused.conv_step(*arguments)
-        return (reference if name == "reference" else eager).conv_step(*arguments)
+        step = (reference if name == "reference" else eager).conv_step
+
+        def run(indices: Tensor | None, x: Tensor) -> Tensor:
+            return step(x, conv_state, weight, bias, activation, indices)
+
+        return skip_padding(run, conv_state_indices, x)
 
 
 def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> int:

@@ -302,19 +302,21 @@ def _step_kernel(
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)  # [C]
     inside = c < channels
     row = batch if indices is None else tl.load(indices + batch).to(tl.int64)
+    used = row >= 0  # -1 is padding
     state += row * state_row + c * state_channel
     new = tl.load(x + batch * x_batch + c * x_channel, inside, other=0.0)
     v = new.to(ACC) * tl.load(weight + c * W + W - 1, inside, other=0.0).to(ACC)
     if bias is not None:
         v += tl.load(bias + c, inside, other=0.0).to(ACC)
     for k in tl.static_range(W - 1):
-        old = tl.load(state + k * state_token, inside, other=0.0)
+        old = tl.load(state + k * state_token, inside & used, other=0.0)
         v += old.to(ACC) * tl.load(weight + c * W + k, inside, other=0.0).to(ACC)
         if k > 0:
-            tl.store(state + (k - 1) * state_token, old, inside)
-    tl.store(state + (W - 2) * state_token, new.to(state.dtype.element_ty), inside)
+            tl.store(state + (k - 1) * state_token, old, inside & used)
+    tl.store(state + (W - 2) * state_token, new.to(state.dtype.element_ty), inside & used)
     if SILU:
         v *= tl.sigmoid(v)
+    v = tl.where(used, v, 0.0)
     tl.store(y + batch * channels + c, v.to(y.dtype.element_ty), inside)
 
 

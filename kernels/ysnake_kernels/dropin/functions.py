@@ -14,6 +14,7 @@ from ysnake_kernels import conv, mixer
 from ysnake_kernels.checks import INTEGERS, check, check_indices, check_rank
 from ysnake_kernels.norm import rms_norm_gated
 from ysnake_kernels.numerics import accumulator, step_sizes
+from ysnake_kernels.padding import documents_before_padding, skip_padding
 from ysnake_kernels.ssd import ssd_scan
 from ysnake_kernels.step import ssd_step
 
@@ -28,13 +29,19 @@ def causal_conv1d_fn(
     final_states_out: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`ysnake_kernels.causal_conv1d`; `final_states_out` receives the final states."""
-    y = conv.causal_conv1d(
-        x, weight, bias, seq_idx, initial_states, return_final_states, activation
-    )
-    if not return_final_states or final_states_out is None:
+    """`ysnake_kernels.causal_conv1d`; `final_states_out` receives the final states. Tokens whose
+    seq_idx is -1, at the end, are padding: their outputs are zero."""
+    padding = None
+    if isinstance(seq_idx, Tensor) and seq_idx.dtype in INTEGERS:
+        seq_idx, padding = documents_before_padding(seq_idx)
+    options = (initial_states, return_final_states, activation)
+    out = conv.causal_conv1d(x, weight, bias, seq_idx, *options)
+    y, states = out if return_final_states else (out, None)
+    if padding is not None:
+        y = y.masked_fill(padding[:, None], 0)
+    if not return_final_states:
         return y
-    return y[0], final_states_out.copy_(y[1])
+    return y, states if final_states_out is None else final_states_out.copy_(states)
 
 
 @torch.no_grad()
@@ -55,7 +62,8 @@ def causal_conv1d_update(
         weight, bias, activation: as in `causal_conv1d`.
         cache_seqlens: (batch,), how many tokens came before: conv_state then is a ring, in which
             token t lies at t % size.
-        conv_state_indices: (batch,), the row of conv_state that belongs to each x.
+        conv_state_indices: (batch,), the row of conv_state that belongs to each x; -1 is padding,
+            whose y is zero.
     """
     check_rank("conv_state", conv_state, "batch, channels, size")
     check_rank("weight", weight, "channels, width")
@@ -75,22 +83,33 @@ def causal_conv1d_update(
     check("conv_state", conv_state, (rows, channels, size), tokens)
     if cache_seqlens is not None:
         check("cache_seqlens", cache_seqlens, (batch,), tokens, dtypes=INTEGERS)
-    state = conv_state if conv_state_indices is None else conv_state[conv_state_indices]
+
+    def run(indices: Tensor | None, tokens: Tensor, seqlens: Tensor | None) -> Tensor:
+        return _update(tokens, conv_state, weight, bias, activation, seqlens, indices)
+
+    y = skip_padding(run, conv_state_indices, tokens, cache_seqlens)
+    return y[..., 0] if x.ndim == 2 else y
+
+
+def _update(tokens, conv_state, weight, bias, activation, cache_seqlens, indices) -> Tensor:
+    """`causal_conv1d_update` of tokens (batch, channels, tokens), none of them padding."""
+    size, width = conv_state.shape[-1], weight.shape[-1]
+    state = conv_state if indices is None else conv_state[indices]
     if cache_seqlens is None:
         history = state[..., size - width + 1 :]
         state = torch.cat([state, tokens.to(state.dtype)], dim=2)[..., -size:]
     else:
-        times = torch.arange(1 - width, tokens.shape[2], device=x.device)
-        places = ((cache_seqlens[:, None] + times) % size)[:, None].expand(-1, x.shape[1], -1)
+        times = torch.arange(1 - width, tokens.shape[2], device=tokens.device)
+        places = ((cache_seqlens[:, None] + times) % size)[:, None].expand(-1, tokens.shape[1], -1)
         history = state.gather(2, places[..., : width - 1])
         new = min(size, tokens.shape[2])  # older ones are overwritten at once
         state = state.scatter(2, places[..., -new:], tokens[..., -new:].to(state.dtype))
     y = conv.causal_conv1d(tokens, weight, bias, None, history, activation=activation)
-    if conv_state_indices is None:
+    if indices is None:
         conv_state.copy_(state)
     else:
-        conv_state[conv_state_indices] = state
-    return y[..., 0] if x.ndim == 2 else y
+        conv_state[indices] = state
+    return y
 
 
 def mamba_chunk_scan_combined(
@@ -221,7 +240,8 @@ def selective_state_update(
         A: (heads, P, N), likewise; Mamba-1: (channels, N).
         B, C: (batch, groups, N); Mamba-1: (batch, N), or with groups.
         D, dt_bias: (heads, P); Mamba-1: (channels,).
-        state_batch_indices: (batch,), the row of `state` that belongs to each x.
+        state_batch_indices: (batch,), the row of `state` that belongs to each x; -1 is padding,
+            whose y is zero.
 
     Returns:
         y with the shape and dtype of x.
@@ -245,7 +265,16 @@ def selective_state_update(
         if contiguous is not state:
             state.copy_(contiguous)
         return y
-    rows = state if state_batch_indices is None else state[state_batch_indices]
+
+    def run(indices, x, dt, B, C, z) -> Tensor:
+        return _update_any(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, indices)
+
+    return skip_padding(run, state_batch_indices, x, dt, B, C, z)
+
+
+def _update_any(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, indices) -> Tensor:
+    """`selective_state_update` with rates and steps for each channel, without padding."""
+    rows = state if indices is None else state[indices]
     acc = accumulator(state, x)
     dt = step_sizes(dt, dt_bias, dt_softplus, (-torch.inf, torch.inf), acc)
     u = x.to(acc)
@@ -263,10 +292,10 @@ def selective_state_update(
         y = y + u * D.to(acc)
     if z is not None:
         y = y * F.silu(z.to(acc))
-    if state_batch_indices is None:
+    if indices is None:
         state.copy_(S)
     else:
-        state[state_batch_indices] = S.to(state.dtype)
+        state[indices] = S.to(state.dtype)
     return y.to(x.dtype)
 
 

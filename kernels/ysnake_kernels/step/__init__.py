@@ -14,6 +14,7 @@ from ysnake_kernels.checks import (
     check_rank,
     check_skip,
 )
+from ysnake_kernels.padding import skip_padding
 from ysnake_kernels.step import eager, reference
 
 
@@ -56,7 +57,8 @@ def ssd_step(
         dt_bias: (heads,).
         dt_softplus, dt_limit: as in `ssd_scan`.
         state_batch_indices: (batch,) int32 or int64, the row of `state` that belongs to each x, no
-            row twice; the other rows stay as they are. For batching in which sequences come and go.
+            row twice; the other rows stay as they are. An x whose row is -1 is padding: its y is
+            zero. For batching in which sequences come and go.
 
     Returns:
         y with the shape and dtype of x.
@@ -72,12 +74,12 @@ def ssd_step(
     groups, n = B.shape[1:]
     if groups < 1 or heads % groups:
         raise ValueError(f"B: expected a number of groups dividing {heads} heads, got {groups}")
-    rows = batch
+    of_state = batch
     if state_batch_indices is not None:
         check_rank("state", state, "rows, heads, P, N")
-        rows = state.shape[0]
-        check_indices("state_batch_indices", state_batch_indices, x, rows)
-    check("state", state, (rows, heads, head_dim, n), x)
+        of_state = state.shape[0]
+        check_indices("state_batch_indices", state_batch_indices, x, of_state)
+    check("state", state, (of_state, heads, head_dim, n), x)
     if not state.is_contiguous():
         raise ValueError("state: expected a contiguous tensor, got a strided one")
     check("dt", dt, (batch, heads), x)
@@ -91,7 +93,16 @@ def ssd_step(
     if dt_bias is not None:
         check("dt_bias", dt_bias, (heads,), x)
     check_limit(dt_limit)
-    step = _implementation(choose(x))
-    options = (D, z, dt_bias, dt_softplus, dt_limit, state_batch_indices)
+    name = choose(x)
+    step = _implementation(name)
+
+    def run(
+        indices: Tensor | None, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None
+    ) -> Tensor:
+        return step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, indices)
+
+    rows = x, dt, B, C, z
     with torch.autocast(x.device.type, enabled=False):
-        return step(state, x, dt, A, B, C, *options)
+        if name == "fused":  # its kernel skips padding by itself
+            return run(state_batch_indices, *rows)
+        return skip_padding(run, state_batch_indices, *rows)

@@ -99,7 +99,8 @@ def _step_kernel(
     Cs = tl.load(C + batch * C_batch + group * C_group + n, n < N, other=0.0).to(ACC)
     row = batch if indices is None else tl.load(indices + batch).to(tl.int64)
     at = state + (row * heads + head) * (P * N) + p[:, None] * N + n[None, :]
-    inside = (p < P)[:, None] & (n < N)[None, :]
+    used = row >= 0  # -1 is padding
+    inside = (p < P)[:, None] & (n < N)[None, :] & used
     S = tl.load(at, inside, other=0.0).to(ACC) * decay  # [P N]
     S += (step * xs)[:, None] * Bs[None, :]
     tl.store(at, S.to(state.dtype.element_ty), inside)
@@ -113,6 +114,7 @@ def _step_kernel(
     if z is not None:
         zs = tl.load(z + batch * z_batch + head * z_head + p, p < P, other=0.0).to(ACC)
         out *= zs * tl.sigmoid(zs)
+    out = tl.where(used, out, 0.0)
     tl.store(y + (batch * heads + head) * P + p, out.to(y.dtype.element_ty), p < P)
 
 
