@@ -94,7 +94,8 @@ class ModelConfig:
         if self.output_size is not None and self.tied:
             raise InputError("output_size: a factorised head cannot be tied to the embedding")
         if not 0 < self.dt_min <= self.dt_max < math.inf:
-            raise InputError(f"dt_min, dt_max: expected a range, got {self.dt_min}, {self.dt_max}")
+            given = f"{self.dt_min:g}, {self.dt_max:g}"
+            raise InputError(f"dt_min, dt_max: expected a range, got {given}")
         if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
             raise InputError(f"dt_limit: expected 0 <= low <= high, got {self.dt_limit}")
         if not self.norm_eps >= 0:

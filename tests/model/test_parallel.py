@@ -142,7 +142,8 @@ def test_all_skip_the_step_that_one_rank_cannot_take(runs):
 def test_the_first_rank_alone_writes(runs):
     files = {p.name for p in (runs / "one").rglob("*")}
     for many in ("two-ddp", "four-context"):
-        assert {p.name for p in (runs / many).rglob("*")} == files
+        # launch.txt names the launch of torchrun, by which restarted processes know their run
+        assert {p.name for p in (runs / many).rglob("*")} == files | {"launch.txt"}
     text = (runs / "four-all/samples.txt").read_text()
     assert text.count(" >>> ") == 1
     shards = {p.name for p in (runs / "four-all/last/optimizer").iterdir()}
