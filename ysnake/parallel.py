@@ -1,8 +1,8 @@
 """Many processes: who this one is among them, how they share the work, and what they agree on.
 
-The one file that knows of processes. `torchrun` starts them all with the same command line; a
-`Ranks` says which one this is, spreads a model over them from outside, and gives each its part of
-every batch, so that together they take the steps of one process. Started alone, all of it is idle.
+`torchrun` starts them all with the same command line. A `Ranks` says which one this is, spreads a
+model over all of them and gives each its part of every batch, so that together they take the steps
+of one process. In a process that was started alone a `Ranks` does nothing.
 """
 
 import os
