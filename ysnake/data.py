@@ -37,9 +37,9 @@ class Part(NamedTuple):
 def split(pieces: Iterable[Piece]) -> Iterator[Part]:
     """The pieces, a twentieth of their text held out.
 
-    Many small documents: some of them are held out, whole. A document that is long, in itself or
-    beside the text before it, loses a passage: the end of each of its pieces. So no large document
-    is held out whole, and how much is depends on no text that comes later.
+    Of many small documents some are held out whole. A document that is long, in itself or beside
+    the text before it, loses the end of each of its pieces. So no large document is held out whole,
+    and what is held out does not depend on text that comes later.
     """
     read, owed, inside = 0, 0, False  # owed: characters to hold out, times HELD_OUT_EVERY
     for text, ends in pieces:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 FIRST_WAIT = 0.5  # seconds before a request is tried again; doubled each time
-CONNECT, SILENCE = 10.0, 600.0  # seconds to wait for a connection, and for a word of an answer
+CONNECT, SILENCE = 10.0, 600.0  # seconds to wait for a connection, and for any part of an answer
 LARGEST_REPLY = 1 << 26  # bytes of a reply that is not an answer to a prompt
 TOKEN_BYTES = 4096  # bytes of an answer for each token asked for; a token takes about 200
 

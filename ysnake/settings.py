@@ -132,7 +132,7 @@ FREE_ON_RESUME = (
 # What a launch decides anew.
 OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
 LARGEST = 2**63  # what fits no number of torch's
-MOST_TOKENS = 1 << 26  # in a step of the optimiser, whose batches are all cut before it begins
+MOST_TOKENS = 1 << 26  # in a step of the optimiser; all its batches are cut before it begins
 MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
 
 

@@ -1,7 +1,7 @@
-"""What a language model says between its thoughts and the markers of its turn.
+"""The text of a language model's answer, without its thoughts and the markers of its turn.
 
-Reasoning models write their thoughts before the text, each family between markers of its own, and
-some templates open a thought so that an answer only closes it.
+Reasoning models write their thoughts before the text. Each family has markers of its own for them.
+Some templates open a thought in the prompt, so that an answer only closes it.
 """
 
 import re

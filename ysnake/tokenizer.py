@@ -31,7 +31,7 @@ def train(kind: str, texts: Iterable[str], max_vocab: int) -> Tokenizer:
 def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
     """The texts, cut after each block that is within a word.
 
-    Learning a merge looks at whole words, so it would take quadratic time with words of any length.
+    Learning a merge looks at whole words, so long words would make it take quadratic time.
     """
     for text in map(_sayable, texts):
         start = 0

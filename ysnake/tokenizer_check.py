@@ -1,8 +1,8 @@
-"""Whether a tokenizer.json of a stranger is one to run: its parts are known, and bounded.
+"""Whether a stranger's tokenizer.json is safe to run: all its parts are known and bounded.
 
-A few kilobytes can make a text grow without end, have a pattern backtrack for ever, or end the
-library in a panic. So only parts are accepted whose time and memory grow with the text alone: those
-that this project writes, and those of the Mamba-2 models of others.
+A few kilobytes can make a text grow without end, make a pattern backtrack for ever, or make the
+library panic. So only parts are accepted whose time and memory grow with the text alone: those that
+this project writes, and those of well-known models.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace"}
 
 
 def check(content: Any) -> None:
-    """Raise InputError unless a tokenizer.json of this content is one to run; it names the part."""
+    """Raise InputError, naming the part, unless a tokenizer.json of this content is safe to run."""
     if not isinstance(content, dict):
         raise InputError("expected an object")
     _check_model(content.get("model"))
@@ -90,7 +90,7 @@ def _check_model(model: Any) -> None:
 
 
 def _growth(name: str, part: dict[str, Any], known: set[str]) -> float:
-    """How many characters a part makes of one at most; those that a part adds once do not count."""
+    """The most characters that a part makes of one. Characters that it adds once do not count."""
     if part["type"] == "Replace":
         pattern, new = part.get("pattern"), part.get("content")
         old = pattern.get("String") if isinstance(pattern, dict) else None

@@ -121,7 +121,7 @@ def make_optimizer(model: "Model", weight_decay: float) -> "torch.optim.Optimize
 
 
 def make_moments(optimizer: "torch.optim.Optimizer") -> None:
-    """What AdamW would make in its first step, among the gaps that backward has left."""
+    """Make AdamW's moments before the first step, so that they lie in no gaps left by backward."""
     import torch
 
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):

@@ -12,7 +12,7 @@ import sys
 # Any of these is the user's own choice. `ysnake_kernels.preemption` knows the same names.
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 SPINS = "2000"  # about 50 microseconds, longer than most waits on an idle machine
-MILLISECONDS = "1"  # the shortest time but none that every version understands
+MILLISECONDS = "1"  # the shortest time above zero that every version understands
 
 
 def sleep_soon() -> None:

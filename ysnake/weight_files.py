@@ -43,7 +43,7 @@ def read_shapes(path: Path) -> Shapes:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in memory of their own: a mapped file that is cut short ends the process."""
+    """The tensors, copied: while a file is mapped, cutting it short would end the process."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -72,7 +72,7 @@ def read_pickled(path: Path) -> Any:
 
 
 def check_tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
-    """The content of a pickled file, if it is tensors by name that share no memory to speak of."""
+    """The content of a pickled file: tensors by name, together at most twice the file's size."""
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise InputError(f"{path}: expected tensors by name")
     if not all(map(torch.is_tensor, content.values())):

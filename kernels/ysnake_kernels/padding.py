@@ -1,4 +1,4 @@
-"""Rows that stand for nobody: servers fill a batch up with rows whose index is -1."""
+"""Padding: servers fill a batch up with rows whose index is -1, which no sequence belongs to."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def skip_padding(call: Callable[..., Tensor], indices: Tensor | None, *rows: Ten
 
 
 def documents_before_padding(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """Documents in which the padding at the end (-1) is a document of its own; and which tokens
-    are padding, (batch, length)."""
+    """seq_idx with the padding at the end (-1) as a document of its own, and a mask of the padding,
+    both (batch, length)."""
     padding = seq_idx < 0
     return seq_idx.masked_fill(padding, torch.iinfo(seq_idx.dtype).max), padding

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST = 4000  # connections at once
 RESERVED = 192  # file descriptors for everything else
-BACKLOG = 16  # connections that are taken in before those that make room for them are closed
+BACKLOG = 16  # connections that are accepted at a time, before others are closed to make room
 WHOLE_WITHIN = 30.0  # seconds in which a request must be whole
 TAKEN_WITHIN = 60.0  # seconds in which a client must take something of its reply
 
@@ -96,7 +96,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(1024)  # the system keeps so many until BACKLOG at a time are taken in
+            listener.listen(1024)  # so many may wait in the system to be accepted
 
     def handle_exit(self, *args) -> None:
         self.stop()  # streams end, so that the server need not wait for them

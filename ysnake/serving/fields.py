@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 Body = dict[str, Any]
-LARGE = 1 << 16  # bytes of a request that are kept however many requests there are
+LARGE = 1 << 16  # bytes; the number of larger requests that are read at once is bounded
 
 
 class Refused(Exception):

@@ -1,7 +1,7 @@
 """Who may use the server: names of this machine, its own page, and clients that know the key.
 
-A browser sends along which page a request comes from (`Origin`, `Sec-Fetch-Site`). Without this
-guard any page that its user opens could have the server write, or reach it by a name of its own.
+A browser names the page that a request comes from (`Origin`, `Sec-Fetch-Site`). Without this guard
+every page that a user opens could use the server, also by a host name that leads to this machine.
 """
 
 import hmac
