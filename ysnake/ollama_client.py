@@ -128,7 +128,7 @@ def prepare(model: str, may_pull: bool, console: "Console") -> None:
     except (httpx.TransportError, ConnectionError, ollama.ResponseError) as error:
         raise ServerError(explain(error)) from error
     except (*_NOT_OLLAMA, httpx.RequestError, httpx.InvalidURL) as error:
-        said = escape_controls(str(error).splitlines()[0][:200])
+        said = escape_controls((str(error) or type(error).__name__).splitlines()[0][:200])
         raise ServerError(f"{host()}: does not answer as Ollama does ({said})") from error
 
 

@@ -246,6 +246,8 @@ def check(settings: Settings) -> None:
             f"--accumulate, --batch-size, --seq-len: expected at most {MOST_TOKENS:,} tokens in a "
             f"step, got {settings.accumulate} * {settings.batch_size} * {settings.seq_len}"
         )
+    if settings.max_steps is None and settings.max_minutes is None:
+        raise InputError("--max-steps, --max-minutes: expected at least one of them, got neither")
     if settings.max_minutes == 0:
         raise InputError("--max-minutes: expected above 0, got 0")
     if settings.memory is not None:

@@ -48,9 +48,13 @@ def moved(op: str, mode: str, s: Shape, processors: int) -> float:
 
     small = {name: sum(k.bytes for k in ks) for name, ks in traffic.others(s).items()}
     conv, conv_back, norm, norm_back, step = small.values()
-    chunk = fused_tiles.TABLE["states", 2, "usual"].chunk
-    halves = [fused_tiles.TABLE[kind, 2, "usual"].tile for kind in ("rows", "columns")]
-    tiles = s.batch * -(-s.length // chunk) * sum(chunk // tile for tile in halves)
+    family, _ = fused_tiles.device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    states, *halves = (
+        fused_tiles.TABLE[fused_tiles.table_key(kind, 2, "usual", family)]
+        for kind in ("states", "rows", "columns")
+    )
+    chunk = states.chunk
+    tiles = s.batch * -(-s.length // chunk) * sum(chunk // half.tile for half in halves)
     tokens = s.batch * s.length
     forward, back = (
         fused_tiles.segments(s.batch, directions * s.heads, 1, tokens, processors)

@@ -112,7 +112,11 @@ def shapes(entry: Entry, dry: bool) -> tuple[Shape, ...]:
 
 
 def lines(entry: Entry, candidate: Config | dict) -> dict[tuple, Config]:
-    return candidate if isinstance(candidate, dict) else {entry.key: candidate}
+    """The lines of the table that a candidate stands for, as this machine looks them up."""
+    given = candidate if isinstance(candidate, dict) else {entry.key: candidate}
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family, _ = fused_tiles.device(place)
+    return {fused_tiles.table_key(*key, family): config for key, config in given.items()}
 
 
 @contextmanager

@@ -9,12 +9,16 @@ from torch import Tensor
 def skip_padding(call: Callable[..., Tensor], indices: Tensor | None, *rows: Tensor | None):
     """call(indices, *rows) for the rows in use; zeros for the rows whose index is -1.
 
+    Looks at the values, for which a GPU has to be waited for. torch.compile cannot do that: what it
+    compiled takes rows in use only.
+
     Args:
         call: takes indices and rows of a smaller batch, and returns a result for each row.
         indices: (batch,), or None.
         rows: tensors (batch, ...), or None.
     """
-    if indices is None or not bool((indices < 0).any()):
+    compiling = torch.compiler.is_compiling()
+    if indices is None or compiling or not bool((indices < 0).any()):
         return call(indices, *rows)
     used = (indices >= 0).nonzero()[:, 0]
     some = call(indices[used], *(None if t is None else t[used] for t in rows))

@@ -115,6 +115,12 @@ def test_the_sweep_changes_the_table_and_puts_it_back():
     assert today == sweep.fused_tiles.TABLE
 
 
+def test_the_sweep_changes_the_line_that_the_card_looks_up(monkeypatch):
+    monkeypatch.setattr(sweep.fused_tiles, "device", lambda place: ("sm_90", 132))
+    entry = next(e for e in sweep.ENTRIES if e.key == ("rows", 2, "usual"))
+    assert list(sweep.lines(entry, entry.configs[0])) == [("rows", 2, "usual", "sm_90")]
+
+
 def test_the_sweep_reports_the_fastest_line_that_is_right(tmp_path):
     entry = sweep.ENTRIES[0]
     tables = sweep.candidates(entry)

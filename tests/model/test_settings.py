@@ -40,6 +40,7 @@ def test_settings_come_back_as_they_were(tmp_path):
         ("lr", "fast", "--lr: expected a number, got 'fast'"),
         ("lr", float("nan"), "--lr: expected at least 0, got nan"),
         ("max_steps", "9", "--max-steps: expected a whole number, got '9'"),
+        ("max_steps", None, "--max-steps, --max-minutes: expected at least one of them"),
         ("device", 3, "--device: expected text, got 3"),
         ("memory", "lots", "--memory: expected a size like 8GB, got 'lots'"),
         ("data", "corpus", "not the settings of a run"),
@@ -96,6 +97,11 @@ def test_the_command_line_that_began_a_run_resumes_it(begun):
 def test_another_rate_and_other_limits_may_be_given(begun):
     again = resumed("--run", "run", "--lr", "1e-5", "--warmup-steps", "7", "--max-steps", "99")
     assert (again.lr, again.warmup_steps, again.max_steps) == (1e-5, 7, 99)
+
+
+def test_a_resumed_run_keeps_a_limit(begun):
+    with pytest.raises(InputError, match="--max-steps, --max-minutes: expected at least one"):
+        resumed("--run", "run", "--max-steps", "None")
 
 
 @pytest.mark.parametrize(

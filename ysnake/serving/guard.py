@@ -69,7 +69,8 @@ class Guard:
         key = self.options.api_key
         if key is None or path in OPEN or method == "OPTIONS":  # which browsers send without a key
             return
-        told = headers.get("authorization", "").removeprefix("Bearer ")
+        scheme, _, told = headers.get("authorization", "").partition(" ")
+        told = told if scheme.lower() == "bearer" else ""
         if not hmac.compare_digest(told.encode(), key.encode()):
             raise Refused("api key: expected `Authorization: Bearer KEY`", 401, "invalid_api_key")
 

@@ -241,7 +241,10 @@ def steps_kernel(
     The log decay of a token scales all that flows from before it to itself or later. The flows are
     summed so that none is counted and taken off again.
     """
-    place, numbers = ft.Place(None, cu_seqlens, sequences, length), ft.Rows(rows, padded, 7)
+    place, numbers = (
+        ft.Place(None, cu_seqlens, sequences, length),
+        ft.Rows(rows, padded, ft.BACKWARD_ROWS),
+    )
     blocks = tl.cdiv(K.HEADS, HEADS)
     slot = tl.program_id(0) // blocks
     head = tl.program_id(0) % blocks * HEADS + tl.arange(0, HEADS)

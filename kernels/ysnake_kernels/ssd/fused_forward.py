@@ -88,7 +88,7 @@ def forward_kernel(
     """A program owns one segment of a sequence, one head, one slice of its channels."""
     xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
     Cs, zs = ft.View(C, C_token * K.UNIT), ft.View(z, z_token * K.UNIT)
-    ys, decays = ft.View(y, K.HEADS * K.P), ft.Rows(rows, padded, 2)
+    ys, decays = ft.View(y, K.HEADS * K.P), ft.Rows(rows, padded, ft.FORWARD_ROWS)
     place = ft.Place(seq_idx, cu_seqlens, sequences, length)
     p, head, seg, seq = ft.owned(tl.program_id(0), SEGMENTS, K)
     group = head // K.PER_GROUP

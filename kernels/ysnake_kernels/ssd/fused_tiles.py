@@ -478,9 +478,14 @@ def configured(kind: str, family: str, K: Constants, chunk: int) -> tuple[Consta
     """Of a kernel that works in chunks of `chunk` tokens (0: its tiles): its argument K, and its
     line of the table."""
     size = "wide" if K.N2 > 128 else "narrow" if K.P2 < 64 else "usual"
-    key = (kind, K.DOT.primitive_bitwidth // 8, size)
-    config = TABLE.get((*key, family)) or TABLE.get(key) or TABLE[(*key[:2], "usual")]
+    config = TABLE[table_key(kind, K.DOT.primitive_bitwidth // 8, size, family)]
     return in_tiles(K, config.tile, chunk or config.tile, min(config.p_slice, K.P2)), config
+
+
+def table_key(kind: str, item: int, size: str, family: str) -> tuple:
+    """The line of the table for a kernel: the family's own, else the size's, else the usual."""
+    keys = (kind, item, size, family), (kind, item, size), (kind, item, "usual")
+    return next(key for key in keys if key in TABLE)
 
 
 @cache
