@@ -302,7 +302,7 @@ def _step_kernel(
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)  # [C]
     inside = c < channels
     row = batch if indices is None else tl.load(indices + batch).to(tl.int64)
-    used = row >= 0  # -1 is padding
+    used = row + c * 0 >= 0  # -1 is padding
     state += row * state_row + c * state_channel
     new = tl.load(x + batch * x_batch + c * x_channel, inside, other=0.0)
     v = new.to(ACC) * tl.load(weight + c * W + W - 1, inside, other=0.0).to(ACC)

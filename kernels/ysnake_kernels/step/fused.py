@@ -99,8 +99,8 @@ def _step_kernel(
     Cs = tl.load(C + batch * C_batch + group * C_group + n, n < N, other=0.0).to(ACC)
     row = batch if indices is None else tl.load(indices + batch).to(tl.int64)
     at = state + (row * heads + head) * (P * N) + p[:, None] * N + n[None, :]
-    used = row >= 0  # -1 is padding
-    inside = (p < P)[:, None] & (n < N)[None, :] & used
+    used = row + p * 0 >= 0  # -1 is padding
+    inside = (used & (p < P))[:, None] & (n < N)[None, :]
     S = tl.load(at, inside, other=0.0).to(ACC) * decay  # [P N]
     S += (step * xs)[:, None] * Bs[None, :]
     tl.store(at, S.to(state.dtype.element_ty), inside)
