@@ -5,7 +5,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -89,12 +88,7 @@ def seconds(calls: Sequence[Callable[[], object]], device: str, budget: float = 
         for call in calls:
             call()
 
-    try:
-        replay = captured(work).replay
-    except Exception as error:  # better the time between events than none
-        print(f"cannot be captured: {reason(error)}", file=sys.stderr)
-        torch.cuda.synchronize()
-        replay = work
+    replay = captured(work).replay
     replay()
     torch.cuda.synchronize()
     start = time.perf_counter()

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from small import environment, python
+from ysnake_kernels import preemption
 
 from ysnake.waiting import CHOICES, SPINS
 
@@ -41,3 +42,7 @@ def test_nothing_is_set_once_torch_is_there(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     sleep_soon()
     assert not [name for name in CHOICES if name in os.environ]
+
+
+def test_the_operators_know_the_same_choices():
+    assert CHOICES == preemption.CHOICES

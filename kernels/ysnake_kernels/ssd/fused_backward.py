@@ -33,7 +33,7 @@ from ysnake_kernels.ssd.fused_tiles import (
     device,
     segments,
 )
-from ysnake_kernels.triton_launch import launcher
+from ysnake_kernels.triton_launch import Launcher, launcher
 
 
 @triton.jit
@@ -286,29 +286,51 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
     """Gradients of the first nine fields of a Scan, None for what is absent; the arguments are
     those of `forward`."""
     given, options = ft.Scan(*arguments[:11]), arguments[11:]
+    z, exact = given.z, accumulator(*given[:9])
+    if z is None:
+        return _ungated(dy, dfinal, None, given, options, exact)
+    # The gate comes off before the kernels. From y before the gate, its own gradient follows.
+    G = (dy.to(exact) * F.silu(z.to(exact))).to(dy.dtype)
+    y = torch.empty(given.x.shape, dtype=given.x.dtype, device=given.x.device)
+    *others, _, dinitial, ddt_bias = _ungated(G, dfinal, y, given, options, exact)
+    dz = torch.ops.aten.silu_backward(dy.to(exact) * y.to(exact), z.to(exact)).to(z.dtype)
+    return *others, dz, dinitial, ddt_bias
+
+
+def _ungated(
+    G: Tensor,
+    dfinal: Tensor | None,
+    y: Tensor | None,
+    given: ft.Scan,
+    options: tuple[bool, float, float],
+    exact: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """`backward` from the gradient G of y before the gate, with None for dz. Writes y, if given."""
     batch, length, heads, P = given.x.shape
     groups, N = given.B.shape[2:]
     packed = given.cu_seqlens is not None
     sequences = len(given.cu_seqlens) - 1 if packed else batch
-    exact = accumulator(*given[:9])
-    z, G = given.z, dy
-    if z is not None:
-        G = (dy.to(exact) * F.silu(z.to(exact))).to(dy.dtype)
     x, B, C, G = (ft.side_by_side(t) for t in (given.x, given.B, given.C, G))
-    dt, D = ft.side_by_side(given.dt), given.D
+    dt, D, bias = ft.side_by_side(given.dt), given.D, given.dt_bias
     unit, tokens = ft.strides(x, B, C, G)
     family, multiprocessors = device(x.device)
     K = ft.constants(given, unit, family, *options)
     chunk = ft.configured("states", family, K, 0)[1].chunk
-    plans = [ft.configured(kind, family, K, chunk) for kind in ("states", "rows", "columns")]
-    (sweep, _), (rows_K, _), (columns_K, _) = plans
-    slots, slices = ft.slots(sequences, batch, length, packed, chunk), K.P2 // sweep.PS
+    sweep, rows, columns = (
+        ft.configured(kind, family, K, chunk) for kind in ("states", "rows", "columns")
+    )
+    slots, slices = ft.slots(sequences, batch, length, packed, chunk), K.P2 // sweep[0].PS
     count = segments(sequences, 2 * heads, slices, batch * length, multiprocessors)
-    row_tiles, column_tiles = slots * (chunk // rows_K.Q), slots * (chunk // columns_K.Q)
+    row_tiles, column_tiles = slots * (chunk // rows[0].Q), slots * (chunk // columns[0].Q)
     splits = splits_of_group((row_tiles + column_tiles) * groups, heads // groups, multiprocessors)
+    shares = splits, heads // groups // splits  # of a group, and heads of a share
 
     def empty(*shape: int, dtype: torch.dtype = exact) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
+
+    def launch(kernel, plan: tuple[ft.Constants, ft.Config], *more: int) -> Launcher:
+        K, config = plan
+        return launcher(kernel, (K, *more), config.warps, config.stages)
 
     ends = dends = whole = None
     if count > 1:
@@ -319,45 +341,35 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
     through, sums = empty(slots, heads), empty(2, slots, heads)
     dD = None if D is None else empty(column_tiles, *D.shape)
     dx, ddt = empty(*x.shape, dtype=x.dtype), empty(*dt.shape, dtype=dt.dtype)
-    y = None if z is None else empty(*x.shape, dtype=x.dtype)
-    initial = given.initial_states
+    initial, where = given.initial_states, (given.seq_idx, given.cu_seqlens)
     dinitial = None if initial is None else torch.empty_like(initial)
-    shares = (batch, length, splits * groups, N)
-    dB, dC = (empty(*shares, dtype=t.dtype if splits == 1 else exact) for t in (B, C))
-    where = given.seq_idx, given.cu_seqlens
+    dB, dC = (
+        empty(batch, length, splits * groups, N, dtype=t.dtype if splits == 1 else exact)
+        for t in (B, C)
+    )
 
     with torch.cuda.device_of(x):
         numbers, padded = compute_decays(given, sequences, K, chunk, ft.BACKWARD_ROWS)
         sizes = (*tokens, length, padded, sequences)
-        shares_ = splits, heads // groups // splits
-        launchers = [
-            launcher(kernel, (K, *more), config.warps, config.stages)
-            for (K, config), kernel, more in zip(
-                plans,
-                (states_kernel, rows_kernel, columns_kernel),
-                ((count, ft.BACKWARD_ROWS), (), ()),
-                strict=True,
-            )
-        ]
         for stored in [True] if count == 1 else [False, True]:
             between = (states, dstates) if stored else (None, None)
-            launchers[0](
+            launch(states_kernel, sweep, count, ft.BACKWARD_ROWS)(
                 (2 * sequences * count * heads * slices,),
                 (x, B, C, G, numbers, initial, dfinal, *where, dinitial, ends, dends, whole,
                  *between),
                 sizes,
             )  # fmt: skip
         read = (x, B, C, D, G, numbers, *where, states)
-        launchers[1]((row_tiles * groups * splits,), (*read, dC, y), (*sizes, *shares_))
-        launchers[2](
+        launch(rows_kernel, rows)((row_tiles * groups * splits,), (*read, dC, y), (*sizes, *shares))
+        launch(columns_kernel, columns)(
             (column_tiles * groups * splits,),
             (*read, dstates, dx, dB, dD, through),
-            (*sizes, *shares_),
+            (*sizes, *shares),
         )
         at_once = heads_at_once(heads)
         launcher(steps_kernel, (ft.in_tiles(K, 0, chunk, 0), at_once))(
             (slots * ceil_divide(heads, at_once),),
-            (dt, given.A, given.dt_bias, numbers, given.cu_seqlens, ddt, through, *sums),
+            (dt, given.A, bias, numbers, given.cu_seqlens, ddt, through, *sums),
             (dt.stride(1), length, padded, sequences),
         )
 
@@ -365,11 +377,7 @@ def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
         dB, dC = (
             d.unflatten(2, (splits, groups)).sum(2).to(t.dtype) for d, t in ((dB, B), (dC, C))
         )
-    dz = None
-    if z is not None:
-        dgate = dy.to(exact) * y.to(exact)
-        dz = torch.ops.aten.silu_backward(dgate, z.to(exact)).to(z.dtype)
-    dA, bias = sums[0].sum(0).to(given.A.dtype), given.dt_bias
+    dA = sums[0].sum(0).to(given.A.dtype)
     ddt_bias = None if bias is None else sums[1].sum(0).to(bias.dtype)
     dD = None if D is None else dD.sum(0).to(D.dtype)
-    return dx, ddt, dA, dB, dC, dD, dz, dinitial, ddt_bias
+    return dx, ddt, dA, dB, dC, dD, None, dinitial, ddt_bias

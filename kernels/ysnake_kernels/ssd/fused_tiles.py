@@ -442,7 +442,7 @@ def device(place: torch.device) -> tuple[str, int]:
 
 
 # (kernel, bytes of a factor of its products, size[, family]) -> configuration; a state above 128 is
-# wide, a head below 64 narrow, and what has no line of its own is usual.
+# wide, and what has no line of its own is usual.
 #
 # `forward` and `states` carry a state of p_slice x N2 numbers in registers, `rows` and `columns` a
 # sum of tile x N2 and two of tile x chunk. Registers decide.
@@ -477,7 +477,7 @@ TABLE = {
 def configured(kind: str, family: str, K: Constants, chunk: int) -> tuple[Constants, Config]:
     """Of a kernel that works in chunks of `chunk` tokens (0: its tiles): its argument K, and its
     line of the table."""
-    size = "wide" if K.N2 > 128 else "narrow" if K.P2 < 64 else "usual"
+    size = "wide" if K.N2 > 128 else "usual"
     config = TABLE[table_key(kind, K.DOT.primitive_bitwidth // 8, size, family)]
     return in_tiles(K, config.tile, chunk or config.tile, min(config.p_slice, K.P2)), config
 
