@@ -117,10 +117,34 @@ for statement in (
 ):
     try:
         exec(statement)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         assert "not offered by ysnake_kernels.dropin" in str(error), error
+        assert error.name in ("mamba_ssm", "causal_conv1d")
     else:
         raise AssertionError(statement)
+
+for name in ("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined", "causal_conv1d"):
+    module = importlib.import_module(name)
+    assert not hasattr(module, "Mamba0") and getattr(module, "Mamba0", 3) == 3
+    try:
+        module.Mamba0
+    except AttributeError as error:
+        assert f"{name}.Mamba0: not offered by ysnake_kernels.dropin" in str(error), error
+""")
+
+
+def test_programs_that_look_through_all_modules_still_work():
+    """pickle does, to find out where a function without a module comes from."""
+    python("""
+import inspect, pickle, sys, types
+import ysnake_kernels.dropin
+ysnake_kernels.dropin.install()
+late = sys.modules["late"] = types.ModuleType("late")
+exec("def function(): pass", late.__dict__)
+late.function.__module__ = None
+assert pickle.loads(pickle.dumps(late.function)) is late.function
+for name in [n for n in sys.modules if n.startswith(("mamba_ssm", "causal_conv1d"))]:
+    inspect.getmembers(sys.modules[name])
 """)
 
 

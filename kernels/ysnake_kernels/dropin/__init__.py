@@ -34,8 +34,8 @@ _OFFERED: dict[str, tuple[str, ...]] = {
 def install(force: bool = False, keep_freed_memory: bool = True) -> None:
     """Make `mamba_ssm` and `causal_conv1d` importable, each where the real one is not installed.
 
-    Whatever else is imported from them raises an ImportError that says so. Installing again changes
-    nothing.
+    Importing anything else from them raises a ModuleNotFoundError that says so. Installing again
+    changes nothing.
 
     Args:
         force: stand in for the real packages even where they are installed.
@@ -87,9 +87,7 @@ def _add_module(name: str) -> None:
         setattr(module, offered, getattr(functions, offered, None) or getattr(modules, offered))
 
     def refuse(attribute: str) -> None:
-        if attribute.startswith("_"):  # asked for by Python itself, and by tools that look around
-            raise AttributeError(f"module {name!r} has no attribute {attribute!r}")
-        raise ImportError(_not_offered(f"{name}.{attribute}"), name=name)
+        raise AttributeError(_not_offered(f"{name}.{attribute}"), name=attribute, obj=module)
 
     module.__getattr__ = refuse
     sys.modules[name] = module
@@ -99,13 +97,17 @@ def _add_module(name: str) -> None:
 
 
 class _Refuser:
-    """A finder on sys.meta_path: says why a module of a package that we stand in for is missing."""
+    """A finder on sys.meta_path. It says why a part of a package that we stand in for is missing.
+
+    Python also asks it about `from package import name`. There Python drops an error whose name is
+    that of the missing part, and its message with it. So the error names the package.
+    """
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> None:
         package, _, rest = name.partition(".")
         if rest and package in _VERSIONS and _is_ours(package):
-            raise ModuleNotFoundError(_not_offered(name), name=name)
+            raise ModuleNotFoundError(_not_offered(name), name=package)
 
 
 def _not_offered(name: str) -> str:
