@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ysnake_kernels.backend import as_chosen_here, choose
+from ysnake_kernels.memory import as_base
 from ysnake_kernels.norm import eager as norm
 from ysnake_kernels.norm import rms_norm_gated
 
@@ -107,10 +108,10 @@ class _NormedLinear(torch.autograd.Function):
 
 
 def _shifted(rows: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """rows + bias, in place, in the shape of x but for its last dimension."""
+    """rows + bias, in the memory of rows, in the shape of x but for its last dimension."""
     if bias is not None:
         rows += bias
-    return rows.view(*x.shape[:-1], rows.shape[-1])
+    return as_base(rows.view(*x.shape[:-1], rows.shape[-1]))
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -19,3 +19,4 @@ def _poisoned(make):
 def poison_empty_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch, "empty_strided", _poisoned(torch.empty_strided))

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.backend import uncompiled
+from ysnake_kernels.memory import empty_like
 from ysnake_kernels.numerics import accumulator
 
 BLOCK_ELEMENTS = 256 * 1024  # of a block: a megabyte in float32
@@ -57,7 +58,7 @@ class _Conv(torch.autograd.Function):
     def forward(ctx, x, weight, bias, seq_idx, initial_states, activation):
         ctx.save_for_backward(x, weight, bias, seq_idx, initial_states)
         ctx.activation = activation
-        y = _like(x)
+        y = empty_like(x)
         forward(*_channel_last(x, weight, bias, seq_idx, initial_states, y), activation)
         return y
 
@@ -65,21 +66,13 @@ class _Conv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight, bias, seq_idx, initial_states = ctx.saved_tensors
-        dx = _like(x)
+        dx = empty_like(x)
         *arguments, dx_last = _channel_last(x, weight, bias, seq_idx, initial_states, dx)
         dy = dy.transpose(1, 2)
         dweight, dbias, dinitial = backward(*arguments, dy, dx_last, ctx.activation)
         if dinitial is not None:
             dinitial = dinitial.transpose(1, 2)
         return dx, dweight, dbias, None, dinitial, None
-
-
-def _like(x: Tensor) -> Tensor:
-    """An empty tensor of x's shape, channel-last in memory if x is."""
-    batch, channels, length = x.shape
-    if x.stride(1) == 1:
-        return torch.empty(batch, length, channels, dtype=x.dtype, device=x.device).transpose(1, 2)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _channel_last(x, weight, bias, seq_idx, initial_states, y):

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.custom_op import Differentiable, InPlace
+from ysnake_kernels.memory import empty_like
 from ysnake_kernels.numerics import accumulator, ceil_divide, common_unit
 from ysnake_kernels.triton_launch import launcher
 
@@ -320,14 +321,6 @@ def _step_kernel(
     tl.store(y + batch * channels + c, v.to(y.dtype.element_ty), inside)
 
 
-def _like(x: Tensor) -> Tensor:
-    """An empty tensor of x's shape, channel-last in memory if x is."""
-    batch, channels, length = x.shape
-    if x.stride(1) == 1:
-        return torch.empty(batch, length, channels, dtype=x.dtype, device=x.device).transpose(1, 2)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
@@ -386,7 +379,7 @@ def _forward(
 
 def _empty_outputs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     shape = (*x.shape[:2], weight.shape[1] - 1)
-    return _like(x), torch.empty(shape, dtype=x.dtype, device=x.device)
+    return empty_like(x), torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 def _backward(
@@ -431,7 +424,7 @@ def _backward(
 def _empty_gradients(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
     """Contiguous but for x's; of no elements for an argument that was not given, since an operator
     in torch's library returns no None."""
-    return _like(x), *(
+    return empty_like(x), *(
         x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
         for t in others
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.backend import uncompiled
+from ysnake_kernels.memory import as_base
 from ysnake_kernels.numerics import accumulator
 
 BLOCK_ELEMENTS = 128 * 1024  # of a temporary: half a megabyte in float32
@@ -83,7 +84,8 @@ def _rows(*tensors: Tensor | None) -> list[list[Tensor | None]]:
 
 
 def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.numel() + SLACK, dtype=x.dtype, device=x.device)[: x.numel()].view(x.shape)
+    memory = torch.empty(x.numel() + SLACK, dtype=x.dtype, device=x.device)
+    return as_base(memory[: x.numel()].view(x.shape))
 
 
 def unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

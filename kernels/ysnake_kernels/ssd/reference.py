@@ -49,4 +49,4 @@ def scan(
         y = y + xs * (D.to(acc) if D.ndim == 2 else rearrange(D.to(acc), "h -> h 1"))
     if z is not None:
         y = y * F.silu(z.to(acc))
-    return y.to(x.dtype), S
+    return y.to(x.dtype), S.clone()  # a caller may change it in place; the last y needs it as it is
