@@ -47,13 +47,20 @@ STAGES = {
     "sanitize": Stage("sanitize", 45, ("memcheck", "racecheck"), 2, dry_jobs=("memcheck",)),
     "sweep": Stage("sweep", 45),
     "time": Stage("measure", 50, ("fused", "eager", "first call"), dry_jobs=("fused", "eager")),
-    "peers": Stage("peers", 60, ("compile", "scan", "mixer"), dry_jobs=("scan",)),
+    "peers": Stage("peers", 100, ("compile", "scan", "mixer"), dry_jobs=("scan",)),
     "train": Stage(
         "train",
         150,
         tuple(f"{model}: {name}" for model in MODELS for name in CONTESTANTS),
         at_once=4,
         dry_jobs=("130m: ours", "130m: transformers, drop-in"),
+    ),
+    "breakdown": Stage(
+        "breakdown",
+        60,
+        ("130m: ours", "130m: transformers, mamba_ssm", "130m: a token of batch 64"),
+        at_once=3,
+        dry_jobs=("130m: ours", "130m: a token of batch 64"),
     ),
     "decode": Stage("decode", 30, MODELS, 2, dry_jobs=MODELS[:1]),
     "ncu": Stage("ncu", 42),
@@ -69,6 +76,7 @@ CALLS = {
         "peers",
         "train",
         "decode",
+        "breakdown",
         "ncu",
         "quick",
     ],
@@ -98,6 +106,7 @@ def run_stage(name: str, options: Options, limit: float) -> bool:
     """Run a stage's jobs; whether all went well. What fails becomes a row."""
     stage, began = STAGES[name], time.monotonic()
     waiting = list(stage.dry_jobs if options.dry and stage.dry_jobs else stage.jobs)
+    waiting = [job for job in waiting if options.only in job]
     options.write(name, begins=time.strftime("%H:%M:%S"), jobs=len(waiting))
     deadline = began + min(stage.seconds * (5 if options.dry else 1), limit)
     running: dict[str, subprocess.Popen] = {}
@@ -153,6 +162,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="where the results go")
     parser.add_argument("--seconds", type=float, default=3600, help="stop after so many seconds")
     parser.add_argument("--peers", type=Path, help="folder with mamba_ssm and causal_conv1d")
+    parser.add_argument("--only", default="", help="only jobs whose name contains this text")
     parser.add_argument("--processes", type=int, default=16, help="that compile at once")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: does it run?")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
@@ -163,7 +173,7 @@ def main() -> int:
     """Exit code 0: all went well; 1: some of it did not; 2: no GPU."""
     args = parse()
     peers = args.peers and args.peers.resolve()
-    options = Options(args.out.resolve(), args.dry_run, peers, args.processes)
+    options = Options(args.out.resolve(), args.dry_run, peers, args.processes, args.only)
     if args.worker:
         return work(*args.worker, options)
     if peers and not peers.is_dir():

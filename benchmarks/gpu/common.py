@@ -29,6 +29,8 @@ class Options:
     peers: Path | None = None
     """A folder with mamba_ssm and causal_conv1d, where they are not installed."""
     processes: int = 16
+    only: str = ""
+    """Only jobs whose name contains this."""
 
     @property
     def device(self) -> str:
@@ -58,6 +60,14 @@ def multiprocessors(device: str) -> int:
     import torch
 
     return 1 if device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has done all that was launched."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 @contextmanager

@@ -8,9 +8,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from benchmarks.gpu.common import Options, card_alone, copy_bandwidth, reason, seconds
+from benchmarks.gpu.common import Options, card_alone, copy_bandwidth, reason, seconds, synchronize
 from benchmarks.gpu.train import SIZES, ours
+from ysnake.decoding import Decoder
+from ysnake.model import State
 
 
 def run(job: str, options: Options) -> None:
@@ -27,20 +30,25 @@ def run(job: str, options: Options) -> None:
                     options.write("decode", **row, failed=reason(error))
 
 
-def measure(
-    model: torch.nn.Module, batch: int, row: dict, bandwidth: float, options: Options
-) -> None:
-    from ysnake.decoding import Decoder
-
-    device = options.device
+def step_of(model: torch.nn.Module, batch: int) -> tuple[Callable[[], None], Tensor, State]:
+    """A step that writes the likeliest token of each row, the tokens, and the state."""
     decoder = Decoder(model)
     state = model.empty_state(batch)
-    ids = torch.zeros(batch, dtype=torch.int64, device=device)
+    ids = torch.zeros(batch, dtype=torch.int64, device=model.backbone.embeddings.weight.device)
 
+    @torch.no_grad()
     def step() -> None:
         logits, _ = decoder.step(ids, state)
         ids.copy_(logits.argmax(-1))
 
+    return step, ids, state
+
+
+def measure(
+    model: torch.nn.Module, batch: int, row: dict, bandwidth: float, options: Options
+) -> None:
+    device = options.device
+    step, _, state = step_of(model, batch)
     weights = sum(p.nbytes for p in model.parameters())
     states = sum(2 * t.nbytes for layer in state for t in (layer.conv, layer.ssm))
 
@@ -49,23 +57,19 @@ def measure(
         more |= {"bytes": weights + states, "share": (weights + states) / spent / bandwidth}
         options.write("decode", **row, **more)
 
-    with torch.no_grad():
-        write("no graph", plain_seconds(step, device))
-        if device == "cuda":
-            write("graph", seconds([step], device))
+    write("no graph", plain_seconds(step, device))
+    if device == "cuda":
+        write("graph", seconds([step], device))
 
 
 def plain_seconds(step: Callable[[], None], device: str, count: int = 20) -> float:
     """A step as a program without graphs sees it."""
     step()
     step()
-    if device == "cpu":
-        count = 1
-    else:
-        torch.cuda.synchronize()
+    count = 1 if device == "cpu" else count
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(count):
         step()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return (time.perf_counter() - start) / count

@@ -10,10 +10,11 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, train
 from benchmarks.gpu.cases import BOTH, FORWARD, TINY, arguments
 from benchmarks.gpu.common import Options, reason, seconds
 from benchmarks.traffic import Shape
@@ -100,10 +101,22 @@ def compile_share(share: int, options: Options) -> None:
         self.nargs, self.best_config = None, self.configs[0]  # which callers ask for
 
     Autotuner.run = compile_some
-    for op in ("scan", "mixer"):
+
+    def layer(op: str) -> None:
+        given = arguments(Shape(), torch.bfloat16, options.device)[op]
+        cases.work("mamba_ssm", op, BOTH, given)()
+
+    def model(size: str) -> None:
+        """Under autocast the kernels get other dtypes than in `layer`."""
+        sizes = train.SIZES[size] | {"n_layers": 1, "vocab_size": 64}
+        built, loss_of = train.contestant("transformers, mamba_ssm", sizes, options)
+        for batch, length in train.BATCHES[size]:
+            train.step_of(built, loss_of, batch, length, False, options)[0]()
+
+    works = {f"a model, {size}": partial(model, size) for size in ("130m", "ys-24m")}
+    for name, work in ({op: partial(layer, op) for op in ("scan", "mixer")} | works).items():
         try:
-            given = arguments(Shape(), torch.bfloat16, options.device)[op]
-            cases.work("mamba_ssm", op, BOTH, given)()
+            work()
         except Exception as error:
             if share == 0:
-                options.write("peers", job=f"compile {op}", failed=reason(error))
+                options.write("peers", job=f"compile {name}", failed=reason(error))

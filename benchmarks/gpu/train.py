@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.gpu import peers
 from benchmarks.gpu.common import PEAK, Options, captured, card_alone, reason
 
 SIZES = {
@@ -23,22 +22,12 @@ BATCHES = {"130m": [(8, 4096)], "ys-24m": [(16, 256), (128, 256)], "dry": [(2, 1
 
 def run(job: str, options: Options) -> None:
     size, _, name = job.partition(": ")
-    if name == "transformers, mamba_ssm":
-        peers.make_importable(options)
-        import causal_conv1d  # noqa: F401  without it transformers would not use mamba_ssm
-        import mamba_ssm  # noqa: F401
-    elif name == "transformers, drop-in":
-        from ysnake_kernels import dropin
-
-        dropin.install(force=True)
-    build = transformers if name.startswith("transformers") else ours
     shown = size
     if options.dry:
         size = "dry"
-    torch.manual_seed(0)
-    model, loss_of = build(SIZES[size])
+    model, loss_of = contestant(name, SIZES[size], options)
     with card_alone():
-        model = model.to(options.device).train()
+        model = model.to(options.device)
         for batch, length in BATCHES[size]:
             row = {"model": shown, "by": name, "batch": batch, "length": length}
             try:
@@ -49,6 +38,27 @@ def run(job: str, options: Options) -> None:
             row["tokens per second"] = batch * length / row["seconds"]
             row["flops"] = flops_of_a_token(SIZES[size]) * row["tokens per second"]
             options.write("train", **row, utilisation=row["flops"] / PEAK)
+
+
+def contestant(name: str, sizes: dict, options: Options) -> tuple[torch.nn.Module, Callable]:
+    """A model on the CPU, in training mode, and its loss as a function of model, ids, targets.
+
+    transformers looks for mamba_ssm when it is imported: one contestant for each process.
+    """
+    if name == "transformers, mamba_ssm":
+        from benchmarks.gpu import peers
+
+        peers.make_importable(options)
+        import causal_conv1d  # noqa: F401  without it transformers would not use mamba_ssm
+        import mamba_ssm  # noqa: F401
+    elif name == "transformers, drop-in":
+        from ysnake_kernels import dropin
+
+        dropin.install(force=True)
+    torch.manual_seed(0)
+    build = transformers if name.startswith("transformers") else ours
+    model, loss_of = build(sizes)
+    return model.train(), loss_of
 
 
 def ours(sizes: dict) -> tuple[torch.nn.Module, Callable]:
@@ -78,19 +88,20 @@ def transformers(sizes: dict) -> tuple[torch.nn.Module, Callable]:
     return model, lambda model, ids, targets: model(ids, labels=ids, use_cache=False).loss
 
 
-def measure(
+def step_of(
     model: torch.nn.Module,
     loss_of: Callable,
     batch: int,
     length: int,
-    graph: bool,
+    capturable: bool,
     options: Options,
-) -> dict:
-    """Seconds of a step, the loss before and after, and the most memory."""
+) -> tuple[Callable[[], None], list[torch.Tensor]]:
+    """A training step, and a list that holds its loss afterwards. Moves the model."""
     device = options.device
+    model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
-        capturable=graph,
+        capturable=capturable,
     )  # fmt: skip
     vocabulary = model.get_input_embeddings if hasattr(model, "get_input_embeddings") else None
     rows = (vocabulary() if vocabulary else model.backbone.embeddings).weight.shape[0]
@@ -106,9 +117,22 @@ def measure(
         optimizer.step()
         found[:] = [loss.detach()]
 
+    return step, found
+
+
+def measure(
+    model: torch.nn.Module,
+    loss_of: Callable,
+    batch: int,
+    length: int,
+    graph: bool,
+    options: Options,
+) -> dict:
+    """Seconds of a step, the loss before and after, and the most memory."""
+    step, found = step_of(model, loss_of, batch, length, graph, options)
     step()
     first = found[0].item()
-    if device == "cpu":
+    if options.dry:
         start = time.perf_counter()
         step()
         return {"seconds": time.perf_counter() - start, "first loss": first}
