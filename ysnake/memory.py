@@ -74,7 +74,7 @@ def predict(
     group = rows * seq_len * (3 * c.d_conv + 2 * c.d_inner) + states
     chunk = rows * q * (12 * c.d_inner + 4 * c.n_heads * q)
     working = tokens * (projected + 3 * c.d_model) + group + chunk
-    logits = min(slice_rows(c.vocab_size), tokens) * c.vocab_size  # of a slice
+    logits = min(slice_rows(c.vocab_size, "cpu"), tokens) * c.vocab_size  # of a slice
     working += 2 * logits + head  # and the head's gradient
     return Plan(parameters, 16.0 * parameters, FLOAT * kept, FLOAT * working)
 

@@ -1,10 +1,11 @@
 """State-space-duality operators for PyTorch: the Mamba-2 scan, its one-token step, the causal
-convolution and the gated norm around them, and the whole mixer. Each has a `reference`, an `eager`
-path for any device, and a `fused` path in Triton for GPUs.
+convolution and the gated norm around them, the whole mixer, and the loss. Each has a `reference`,
+an `eager` path for any device, and a `fused` path in Triton for GPUs.
 """
 
 from ysnake_kernels.backend import backend
 from ysnake_kernels.conv import causal_conv1d, causal_conv1d_step
+from ysnake_kernels.loss import cross_entropy_
 from ysnake_kernels.mixer import mamba_split_conv1d_scan_combined
 from ysnake_kernels.norm import rms_norm_gated
 from ysnake_kernels.ssd import ssd_scan
@@ -14,6 +15,7 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_step",
+    "cross_entropy_",
     "mamba_split_conv1d_scan_combined",
     "rms_norm_gated",
     "ssd_scan",

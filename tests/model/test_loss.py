@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from small import model
 
 from ysnake import loss
+from ysnake.config import IGNORED
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100])
@@ -16,7 +17,7 @@ def test_slices_equal_the_whole(monkeypatch, rows, dtype):
     scale = 20 if dtype == torch.float64 else 1  # confident, and often wrong
     weight = (scale * torch.randn(50, 8, dtype=dtype)).requires_grad_()
     targets = torch.randint(50, (37,))
-    targets[::5] = loss.IGNORED
+    targets[::5] = IGNORED
     monkeypatch.setattr(loss, "SLICE", 50 * rows)
     monkeypatch.setattr(loss, "LEAST_ROWS", 1)
     ours = loss.summed_loss(hidden, weight, targets)

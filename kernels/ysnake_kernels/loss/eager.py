@@ -1,0 +1,21 @@
+"""The loss and its gradient in torch, in few passes over the logits."""
+
+import torch
+from torch import Tensor
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Arguments as `ysnake_kernels.loss.cross_entropy_` has checked them."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    counts = (targets != -100)[:, None]
+    target = targets.clamp(min=0)[:, None]
+    p = logits.to(exact)  # the logits themselves in float32 and float64; probabilities later
+    greatest = p.amax(1, keepdim=True)
+    log_p = p.gather(1, target) - greatest
+    scale = p.sub_(greatest).exp_().sum(1, keepdim=True)
+    total = (counts * (scale.log() - log_p)).sum()
+    p.mul_(counts / scale)
+    p.scatter_add_(1, target, -counts.to(exact))
+    if p is not logits:
+        logits.copy_(p)
+    return total

@@ -1,0 +1,62 @@
+"""The loss and its gradient in Triton, in one kernel: a program reads a token's logits twice.
+
+The first time it finds the softmax's scale, the second time it writes the gradient over the logits.
+A token's logits are still in the cache then.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ysnake_kernels.loss import IGNORED as IGNORED_TARGET
+from ysnake_kernels.numerics import common_unit, next_power_of_2
+from ysnake_kernels.triton_launch import launcher
+
+IGNORED = tl.constexpr(IGNORED_TARGET)
+BLOCK = 4096  # logits that a program has in its registers
+PER_THREAD = 16
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def _kernel(
+    logits, targets, losses, vocab, UNIT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    vocab *= UNIT
+    at = logits + row * vocab
+    target = tl.load(targets + row)
+    counts = target != IGNORED
+    known = (target >= 0) & (target < vocab)
+    own = tl.load(at + target, counts & known, other=float("nan")).to(ACC)
+    greatest = tl.full([], float("-inf"), ACC)
+    total = tl.zeros([], ACC)  # of exp(logit - greatest)
+    for start in range(0, vocab, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        v = tl.load(at + i, i < vocab, other=float("-inf")).to(ACC)
+        before, greatest = greatest, tl.maximum(greatest, tl.max(v, 0))
+        total = total * tl.exp(before - greatest) + tl.sum(tl.exp(v - greatest), 0)
+    tl.store(losses + row, tl.where(counts, tl.log(total) + greatest - own, 0.0))
+    scale = tl.where(counts, 1 / total, 0.0)
+    for start in range(0, vocab, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        v = tl.load(at + i, i < vocab, other=float("-inf")).to(ACC)
+        gradient = tl.exp(v - greatest) * scale - tl.where(counts & (i == target), 1.0, 0.0)
+        tl.store(at + i, gradient.to(logits.dtype.element_ty), i < vocab)
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Arguments as `ysnake_kernels.loss.cross_entropy_` has checked them."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    tokens, vocab = logits.shape
+    losses = torch.empty(tokens, dtype=exact, device=logits.device)
+    if tokens:
+        block = min(BLOCK, next_power_of_2(vocab))
+        unit = common_unit(vocab)
+        acc = tl.float64 if exact == torch.float64 else tl.float32
+        warps = min(max(block // (32 * PER_THREAD), 1), 8)
+        with torch.cuda.device_of(logits):
+            launcher(_kernel, (unit, block, acc), warps)(
+                (tokens,), (logits, targets.contiguous(), losses), (vocab // unit,)
+            )
+    return losses.sum()

@@ -1,0 +1,15 @@
+"""The definition of the loss and its gradient, by torch's cross-entropy and autograd."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Arguments as `ysnake_kernels.loss.cross_entropy_` has checked them."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_()
+    with torch.enable_grad():
+        loss = F.cross_entropy(exact, targets, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, exact)
+    logits.copy_(gradient)
+    return loss.detach()
