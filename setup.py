@@ -23,7 +23,10 @@ setup(
         "ysnake",
         "ysnake.serving",
         "ysnake_kernels",
-        *(f"ysnake_kernels.{name}" for name in ("ssd", "step", "conv", "norm", "mixer", "loss", "dropin")),
+        *(
+            f"ysnake_kernels.{name}"
+            for name in ("ssd", "step", "conv", "norm", "mixer", "loss", "dropin")
+        ),
     ],
     package_dir={"ysnake_kernels": "kernels/ysnake_kernels"},
     package_data={

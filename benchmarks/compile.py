@@ -127,7 +127,7 @@ def other_launches(dtype: str, head_dim: int, state: int) -> list[tuple]:
         y, _ = conv._forward(*taps)
         conv._backward(y, None, *taps)
         gated = (z.contiguous(), gain, None, z, 1e-5, d_inner, False)
-        norm._backward(norm._forward(*gated), *gated)
+        norm._backward(norm._forward(*gated, z.dtype), *gated)
         conv._step(xBC[:, 0], torch.empty(2, channels, 3), weight, bias, None, True)
         heads = (per_head, B[:, None], C[:, None], per_head, None, per_head, None)
         step._step(S, x, dt[:, 0], *heads, True, 0.0, float("inf"))

@@ -1,4 +1,4 @@
-"""Writing token by token on a CPU: weights laid out for it, and a step of few operations.
+"""Writing token by token: on a CPU weights laid out for it, and a step of few operations.
 
 One token is a product of each weight with one row, so its speed is that of reading the weights.
 A product with one row runs on one core; cut along its features and done as a batch of as many
@@ -16,6 +16,7 @@ from ysnake_kernels.linear import Linear
 
 from ysnake.config import InputError
 from ysnake.model import Model, State
+from ysnake.replay import ReplayedStep
 
 WEIGHTS = ("float32", "int8")
 FEW = 2  # rows up to which a product cut along its features is the faster one
@@ -50,6 +51,7 @@ class Decoder:
         elif self.fast:
             _transpose(model)
         self.layers = [_Layer(block) for block in model.backbone.layers] if self.fast else []
+        self.replayed = ReplayedStep(model) if weight.device.type == "cuda" else None
         self.norm = _Norm(model.backbone.norm_f.weight, model.backbone.norm_f.eps)
         self.write = self._write
         if compile:
@@ -61,12 +63,15 @@ class Decoder:
     ) -> tuple[Tensor, State]:
         """As `Model.step`."""
         one = ids.shape[-1] == 1 if ids.ndim == 2 else True
-        if not (self.fast and one):
+        if not (one and (self.fast or self.replayed)):
             return self.model.step(ids, state, last_only)
         if state is None:
             state = self.model.empty_state(ids.shape[0])
-        memory = [s.conv for s in state], [s.ssm for s in state]
-        logits = self.write(ids.view(-1), *memory)
+        if self.replayed:
+            logits = self.replayed(ids.view(-1), state)
+        else:
+            memory = [s.conv for s in state], [s.ssm for s in state]
+            logits = self.write(ids.view(-1), *memory)
         return logits if ids.ndim == 1 or last_only else logits[:, None], state
 
     def _write(self, ids: Tensor, convs: list[Tensor], ssms: list[Tensor]) -> Tensor:

@@ -19,7 +19,8 @@ from ysnake_kernels import (
 )
 from ysnake_kernels.backend import as_chosen_here
 from ysnake_kernels.conv import last_tokens
-from ysnake_kernels.linear import Linear, normed_linear
+from ysnake_kernels.linear import Linear, normed_linear, products_dtype
+from ysnake_kernels.norm import add_and_norm
 
 from ysnake.config import ModelConfig
 from ysnake.loss import summed_loss
@@ -79,10 +80,10 @@ class Mixer(nn.Module):
         token's output only.
         """
         c, inference = self.config, not torch.is_grad_enabled()
-        A = -torch.exp(self.A_log.float())
-        taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        A = self.rates()
         if state is not None and projected.shape[1] == 1 and inference:
-            return self.out_proj(self._one_token(projected[:, 0], taps, bias, A, state))
+            return self.one_token(projected, A, state)
+        taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         out = mamba_split_conv1d_scan_combined(
             *(projected, taps, bias, self.dt_bias, A, self.D, c.chunk_size),
             initial_states=None if state is None else state.ssm,
@@ -106,11 +107,14 @@ class Mixer(nn.Module):
             out = out[:, -1:]
         return self.out_proj(out) if inference else out
 
-    def _one_token(
-        self, projected: Tensor, taps: Tensor, bias: Tensor | None, A: Tensor, state: LayerState
-    ) -> Tensor:
-        """What goes into out_proj for one token, (batch, features) -> (batch, 1, d_inner)."""
-        c = self.config
+    def rates(self) -> Tensor:
+        """A, (heads,): the log of a head's decay in a step of size 1."""
+        return -torch.exp(self.A_log.float())
+
+    def one_token(self, projected: Tensor, A: Tensor, state: LayerState) -> Tensor:
+        """`forward` of one token, (batch, 1, features); A as the scan takes it, (heads,)."""
+        c, taps, bias = self.config, self.conv1d.weight[:, 0], self.conv1d.bias
+        projected = projected[:, 0]
         z, xBC, dt = projected.split([c.d_inner, c.d_conv, c.n_heads], dim=-1)
         xBC = causal_conv1d_step(xBC, state.conv, taps, bias, "silu")
         x, B, C = xBC.split([c.d_inner, c.n_groups * c.d_state, c.n_groups * c.d_state], dim=-1)
@@ -118,11 +122,14 @@ class Mixer(nn.Module):
         B, C = (t.unflatten(-1, (c.n_groups, c.d_state)) for t in (B, C))
         heads = {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": c.dt_limit}
         y = ssd_step(state.ssm, x, dt, A, B, C, **heads)
-        return self.norm(y.flatten(1), z)[:, None]
+        return self.out_proj(self.norm(y.flatten(1), z)[:, None])
 
 
 class Block(nn.Module):
-    """h + mixer(norm(h)). For its gradient it keeps little besides h and in_proj's output."""
+    """mixer(norm(h)), whose sum with h is left to the next block: one kernel adds and norms.
+
+    For its gradient it keeps little besides h and in_proj's output.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -132,26 +139,36 @@ class Block(nn.Module):
     def forward(
         self,
         h: Tensor,
+        mixed: Tensor | None,
         seq_idx: Tensor | None,
         state: LayerState | None,
         last_only: bool,
-    ) -> Tensor:
-        mixed = self.mixer(self.project(h), seq_idx, state, last_only)
-        return h[:, -mixed.shape[1] :] + mixed
+    ) -> tuple[Tensor, Tensor]:
+        """h + mixed, where `mixed` is what the block before returned, and what this mixer adds."""
+        h, projected = self.project(h, mixed)
+        return h, self.mixer(projected, seq_idx, state, last_only)
 
-    def project(self, h: Tensor) -> Tensor:
+    def project(self, h: Tensor, mixed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h + mixed, and what the mixer takes: in_proj of its norm."""
         norm, layer = self.norm, self.mixer.in_proj
-        if not torch.is_grad_enabled():
-            return layer(norm(h).to(norm.weight.dtype))
-        return normed_linear(h, norm.weight, norm.eps, layer.weight, layer.bias)
+        if torch.is_grad_enabled():
+            return normed_linear(h, mixed, norm.weight, norm.eps, layer.weight, layer.bias)
+        dtype = products_dtype(norm.weight)
+        h, normed = add_and_norm(h, mixed, norm.weight, norm.eps, dtype)
+        return h, layer(normed)
 
 
 def _read_on(
-    block: Block, h: Tensor, seq_idx: Tensor | None, state: LayerState | None, last_only: bool
-) -> tuple[Tensor, LayerState | None]:
-    """What the block makes of h, and the state after it; the one before can be read from again."""
+    block: Block,
+    h: Tensor,
+    mixed: Tensor | None,
+    seq_idx: Tensor | None,
+    state: LayerState | None,
+    last_only: bool,
+) -> tuple[Tensor, Tensor, LayerState | None]:
+    """What the block returns, and the state after it; the one before can be read from again."""
     after = copy(state)
-    return block(h, seq_idx, after, last_only), after
+    return *block(h, mixed, seq_idx, after, last_only), after
 
 
 class Backbone(nn.Module):
@@ -172,21 +189,35 @@ class Backbone(nn.Module):
         state: State | None,
         last_only: bool = False,
     ) -> Tensor:
-        h = self.embeddings(ids)
-        if self.residual_in_fp32 and h.dtype != torch.float64:
-            h = h.float()
+        h, mixed = self.embed(ids), None
         for i, layer in enumerate(self.layers):
             own = None if state is None else state[i]
             at_end = last_only and i == len(self.layers) - 1
-            read = (layer, h, seq_idx, copy(own), at_end)
             if self.recompute:
+                if mixed is not None:
+                    h, mixed = h + mixed, None  # to keep one tensor for each block
                 keep = {"use_reentrant": False, "preserve_rng_state": False}
-                h, after = checkpoint(as_chosen_here(_read_on), *read, **keep)
+                read = as_chosen_here(_read_on)
+                h, mixed, after = checkpoint(
+                    read, layer, h, mixed, seq_idx, copy(own), at_end, **keep
+                )
             else:
-                h, after = _read_on(*read)
+                h, mixed, after = _read_on(layer, h, mixed, seq_idx, copy(own), at_end)
             if own is not None:  # not the list, of which FSDP and DDP may hand on a copy
                 own.conv, own.ssm = after.conv, after.ssm
-        return self.norm_f(h).to(self.norm_f.weight.dtype)
+        return self.normed(h, mixed)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The first hidden states."""
+        h = self.embeddings(ids)
+        return h.float() if self.residual_in_fp32 and h.dtype != torch.float64 else h
+
+    def normed(self, h: Tensor, mixed: Tensor) -> Tensor:
+        """The last hidden states, from what the last block returned."""
+        h, norm = h[:, -mixed.shape[1] :], self.norm_f
+        if torch.is_grad_enabled():
+            return norm(h + mixed).to(norm.weight.dtype)
+        return add_and_norm(h, mixed, norm.weight, norm.eps, norm.weight.dtype)[1]
 
 
 class FactorisedHead(nn.Module):

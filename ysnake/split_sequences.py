@@ -74,7 +74,7 @@ def split_sequences(mixer: "Mixer", line: Line) -> None:
             mixer.conv1d.weight[:, 0],
             mixer.conv1d.bias,
             mixer.dt_bias,
-            -mixer.A_log.float().exp(),
+            mixer.rates(),
             mixer.D,
             c.chunk_size,
             line,

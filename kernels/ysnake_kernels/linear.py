@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ysnake_kernels.backend import as_chosen_here, choose
 from ysnake_kernels.memory import as_base
+from ysnake_kernels.norm import add_and_norm, rms_norm_gated
 from ysnake_kernels.norm import eager as norm
-from ysnake_kernels.norm import rms_norm_gated
 
 PLAIN = (Tensor, nn.Parameter)  # not the tensors of a mesh of devices, say
 
@@ -39,25 +39,51 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def normed_linear(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """`linear` of x / rms(x) * norm_weight, in weight's dtype; for backward it keeps x, not that.
+    x: Tensor,
+    added: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sum x + added, and `linear` of its norm; for backward it keeps the sum, not the norm.
+
+    Under autocast the linear layer runs in autocast's dtype.
 
     Args:
         x: (..., features).
+        added: shape of x; None means zero.
         norm_weight: (features,).
         eps: added to the mean square.
         weight, bias: as in `linear`.
+
+    Returns:
+        The sum, in x's dtype; (..., outputs) in the linear layer's dtype.
     """
-    if _on_cpu(x, norm_weight, weight) and choose(x) == "eager":
-        return _NormedLinear.apply(x, norm_weight, weight, bias, eps)
+    tensors = (x, norm_weight, weight)
+    if choose(x) == "fused" and _are_plain(*tensors) and not torch.compiler.is_compiling():
+        dtype = products_dtype(weight)
+        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+        with torch.autocast(x.device.type, enabled=False):
+            return _AddedNormedLinear.apply(x, added, norm_weight, weight, bias, eps)
+    if added is not None:
+        x = x + added
+    if _on_cpu(*tensors) and choose(x) == "eager":
+        return x, _NormedLinear.apply(x, norm_weight, weight, bias, eps)
 
     def compute(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rms_norm_gated(x, norm_weight, eps=eps).to(weight.dtype), weight, bias)
 
-    tensors = (x, norm_weight, weight, bias)
     keep = {"use_reentrant": False, "preserve_rng_state": False}
-    return checkpoint(as_chosen_here(compute), *tensors, **keep)
+    return x, checkpoint(as_chosen_here(compute), x, norm_weight, weight, bias, **keep)
+
+
+def products_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer with this weight multiplies: autocast's, or its own."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 class Linear(nn.Linear):
@@ -107,6 +133,41 @@ class _NormedLinear(torch.autograd.Function):
         return dx, dnorm_weight, dmerged.mul_(norm_weight), dbias, None
 
 
+class _AddedNormedLinear(torch.autograd.Function):
+    """By the fused norm, which also adds, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, added, norm_weight, weight, bias, eps):
+        total, normed = add_and_norm(x, added, norm_weight, eps, weight.dtype)
+        ctx.save_for_backward(total, norm_weight, weight)
+        ctx.eps, ctx.added = eps, None if added is None else added.dtype
+        ctx.set_materialize_grads(False)
+        return total, F.linear(normed, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtotal, dy):
+        from ysnake_kernels.norm import fused
+
+        total, norm_weight, weight = ctx.saved_tensors
+        if dy is None:
+            dadded = None if ctx.added is None or dtotal is None else dtotal.to(ctx.added)
+            return dtotal, dadded, None, None, None, None
+        needs, options = ctx.needs_input_grad, (ctx.eps, total.shape[-1], True)
+        rows = dy.reshape(-1, len(weight))
+        dweight = None
+        if needs[3]:
+            normed = fused.add_and_norm(
+                total, None, norm_weight, None, None, *options, weight.dtype
+            )[1]
+            dweight = rows.t() @ normed.view(-1, weight.shape[1])
+        dnormed = (rows @ weight).view(total.shape)
+        dx, dadded, dnorm_weight, *_ = fused.gradients(
+            dnormed, dtotal, total, ctx.added, norm_weight, None, None, *options
+        )
+        return dx, dadded, dnorm_weight, dweight, rows.sum(0) if needs[4] else None, None
+
+
 def _shifted(rows: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """rows + bias, in the memory of rows, in the shape of x but for its last dimension."""
     if bias is not None:
@@ -135,11 +196,16 @@ def _rounded(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def _are_plain(*tensors: Tensor) -> bool:
+    return all(type(t) in PLAIN for t in tensors)
+
+
 def _on_cpu(*tensors: Tensor) -> bool:
     """Whether these are plain tensors there, of one dtype of more than 16 bits."""
     return (
         {t.dtype for t in tensors} in ({torch.float32}, {torch.float64})
-        and all(t.device.type == "cpu" and type(t) in PLAIN for t in tensors)
+        and all(t.device.type == "cpu" for t in tensors)
+        and _are_plain(*tensors)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )

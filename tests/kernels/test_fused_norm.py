@@ -63,8 +63,8 @@ def test_library_operators():
     tensors = [t.requires_grad_() for t in inputs(shape=(2, 12), dtype=torch.float32).values()]
     x, weight, bias, z = tensors
     for norm_first in (True, False):
-        torch.library.opcheck(fused._norm, (x, weight, bias, z, 1e-6, 6, norm_first))
-        torch.library.opcheck(fused._norm, (x, weight, None, None, 1e-6, 12, norm_first))
+        torch.library.opcheck(fused._norm, (x, weight, bias, z, 1e-6, 6, norm_first, x.dtype))
+        torch.library.opcheck(fused._norm, (x, weight, None, None, 1e-6, 12, norm_first, x.dtype))
 
 
 def test_compiles_whole():

@@ -1,11 +1,13 @@
 """Linear layers equal torch's, in outputs and gradients, whichever library multiplies."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
 from comparison import distance
+from ysnake_kernels import backend, rms_norm_gated
 from ysnake_kernels import linear as module
-from ysnake_kernels import rms_norm_gated
 from ysnake_kernels.linear import Linear, _rounded, linear, normed_linear
 
 ONEDNN = pytest.param(
@@ -84,19 +86,43 @@ def test_only_what_needs_a_gradient_gets_one(library):
     assert distance(bias.grad, torch.full((24,), 5.0)) < 1e-6
 
 
-def test_normed(library):
+FUSED = pytest.param(
+    "fused", marks=pytest.mark.skipif(not find_spec("triton"), reason="Triton is for Linux")
+)
+
+
+@pytest.mark.parametrize("name", ["eager", FUSED])
+@pytest.mark.parametrize("with_sum", [False, True], ids=["alone", "added"])
+def test_normed(library, name, with_sum):
     x, weight, bias = operands(3, 5, 40)
+    added = torch.randn(3, 5, 40).requires_grad_() if with_sum else None
     norm_weight = torch.linspace(0.5, 2, 40).requires_grad_()
 
-    def expected(x, norm_weight, weight, bias):
-        unit = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return F.linear(unit * norm_weight, weight, bias)
+    def ours(x, added, norm_weight, weight, bias):
+        return torch.cat(normed_linear(x, added, norm_weight, 1e-5, weight, bias), -1)
 
-    check(
-        lambda x, norm_weight, *layer: normed_linear(x, norm_weight, 1e-5, *layer),
-        expected,
-        [x, norm_weight, weight, bias],
-    )
+    def expected(x, added, norm_weight, weight, bias):
+        total = x if added is None else x + added
+        unit = total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return torch.cat([total, F.linear(unit * norm_weight, weight, bias)], -1)
+
+    with backend(name):
+        check(ours, expected, [x, added, norm_weight, weight, bias])
+
+
+@pytest.mark.parametrize("name", ["eager", FUSED])
+@pytest.mark.parametrize("used", [0, 1], ids=["the sum", "the product"])
+def test_normed_where_one_output_is_used(name, used):
+    x, weight, bias = operands(3, 40)
+    leaves = [x, torch.randn(3, 40).requires_grad_(), torch.ones(40, requires_grad=True)]
+
+    def gradients(name):
+        with backend(name):
+            output = normed_linear(*leaves, 1e-5, weight, bias)[used]
+        return torch.autograd.grad(output.sum(), leaves[:2])
+
+    for ours, theirs in zip(gradients(name), gradients("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_normed_keeps_its_input_alone(library):
@@ -104,7 +130,7 @@ def test_normed_keeps_its_input_alone(library):
     norm_weight = torch.ones(40, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        normed_linear(x, norm_weight, 1e-5, weight, bias)
+        normed_linear(x, None, norm_weight, 1e-5, weight, bias)
     ours = {t.untyped_storage().data_ptr() for t in (x, weight, bias, norm_weight)}
     assert {t.untyped_storage().data_ptr() for t in kept} <= ours
 
@@ -113,7 +139,7 @@ def test_under_autocast_in_its_dtype(library):
     x, weight, bias = operands(5, 40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = linear(x, weight, bias)
-        normed = normed_linear(x, torch.ones(40), 1e-5, weight, bias)
+        _, normed = normed_linear(x, None, torch.ones(40), 1e-5, weight, bias)
     assert y.dtype == normed.dtype == torch.bfloat16
     assert distance(y, F.linear(x, weight, bias)) < 1e-2
     unit = rms_norm_gated(x, torch.ones(40), eps=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparison import DTYPES, assert_equals_reference
-from ysnake_kernels import rms_norm_gated
+from ysnake_kernels import backend, rms_norm_gated
 from ysnake_kernels.norm import eager
 
 
@@ -61,3 +61,18 @@ def test_bad_arguments_are_named(message):
     with pytest.raises((ValueError, TypeError)) as error:
         rms_norm_gated(**inputs(dtype=torch.float32) | BAD[message])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["reference", "eager"])
+def test_result_in_another_dtype(name):
+    x, weight = torch.randn(5, 12, requires_grad=True), torch.randn(12, requires_grad=True)
+    with backend(name):
+        y, expected = (rms_norm_gated(x, weight, out_dtype=d) for d in (torch.bfloat16, None))
+    assert torch.equal(y, expected.bfloat16())
+    for a, b in zip(
+        torch.autograd.grad(y.sum(), (x, weight)),
+        torch.autograd.grad(expected.sum(), (x, weight)),
+        strict=True,
+    ):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b)

@@ -26,6 +26,7 @@ def rms_norm_gated(
     eps: float = 1e-6,
     group_size: int | None = None,
     norm_before_gate: bool = True,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """RMSNorm over groups of the last dimension, gated by silu(z) before or after.
 
@@ -42,9 +43,10 @@ def rms_norm_gated(
         eps: added to the mean square.
         group_size: features per group, dividing features; None means all of them.
         norm_before_gate: see above.
+        out_dtype: of the result; None means that of x.
 
     Returns:
-        the shape and dtype of x.
+        the shape of x.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or values.
@@ -69,6 +71,29 @@ def rms_norm_gated(
         raise TypeError(f"eps: expected a number, got {eps!r}")
     if group_size < 1 or features % group_size:
         raise ValueError(f"group_size: expected a divisor of {features} features, got {group_size}")
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if out_dtype not in FLOATS:
+        raise TypeError(f"out_dtype: expected a floating-point dtype, got {out_dtype}")
     norm = _implementation(choose(x))
     with torch.autocast(x.device.type, enabled=False):
-        return norm(x, weight, bias, z, eps, group_size, norm_before_gate)
+        return norm(x, weight, bias, z, eps, group_size, norm_before_gate, out_dtype)
+
+
+def add_and_norm(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x + added in x's dtype, and its norm in `out_dtype`. Not differentiable.
+
+    Args:
+        x: (..., features).
+        added: shape of x, or None: then the sum is x itself.
+        weight: (features,).
+        eps: added to the mean square.
+    """
+    if choose(x) == "fused" and not torch.compiler.is_compiling():
+        from ysnake_kernels.norm import fused
+
+        options = eps, x.shape[-1], True
+        return fused.add_and_norm(x, added, weight, None, None, *options, out_dtype)
+    total = x if added is None else x + added
+    return total, rms_norm_gated(total, weight, eps=eps, out_dtype=out_dtype)

@@ -28,9 +28,11 @@ def norm(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """Arguments as `rms_norm_gated` has checked them."""
-    return uncompiled(_Norm.apply)(x, weight, bias, z, (eps, group_size, norm_before_gate))
+    y = uncompiled(_Norm.apply)(x, weight, bias, z, (eps, group_size, norm_before_gate))
+    return y.to(out_dtype)
 
 
 class _Norm(torch.autograd.Function):

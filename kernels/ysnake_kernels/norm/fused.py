@@ -29,6 +29,7 @@ def norm(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """Arguments as `rms_norm_gated` has checked them.
 
@@ -39,13 +40,18 @@ def norm(
         raise ValueError(
             f"group_size: expected at most {MAX_GROUP} with backend 'fused', got {group_size}"
         )
-    return _differentiable(x, weight, bias, z, eps, group_size, norm_before_gate)
+    return _differentiable(x, weight, bias, z, eps, group_size, norm_before_gate, out_dtype)
 
 
 @triton.jit
-def _load(pointer, row, row_stride, feature, inside, UNIT: tl.constexpr, ACC: tl.constexpr):
-    offsets = row[:, None] * row_stride * UNIT + feature[None, :]  # [R F]
-    return tl.load(pointer + offsets, inside, other=0.0).to(ACC)
+def _load(
+    pointer, start, rows, row_stride, col, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows from `start` on, of this program's group, in their own dtype."""
+    row = start + tl.arange(0, ROWS).to(tl.int64)
+    offsets = row[:, None] * row_stride * UNIT + (tl.program_id(1) * GROUP + col)[None, :]
+    return tl.load(pointer + offsets, (row < rows)[:, None] & (col < GROUP)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -54,11 +60,14 @@ def _forward_kernel(
     weight,
     bias,
     z,
+    added,  # to x before the norm, or None
     y,
+    total,  # x + added
     rows,
     features,
     x_row,
     z_row,
+    added_row,
     EPS: tl.constexpr,
     GROUP: tl.constexpr,
     NORM_FIRST: tl.constexpr,
@@ -67,13 +76,20 @@ def _forward_kernel(
     UNIT: tl.constexpr,  # of the row strides
     ACC: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    start = tl.program_id(0) * ROWS
+    row = start + tl.arange(0, ROWS).to(tl.int64)
     col = tl.arange(0, COLS)
     feature = tl.program_id(1) * GROUP + col
     inside = (row < rows)[:, None] & (col < GROUP)[None, :]
-    v = _load(x, row, x_row, feature, inside, UNIT, ACC)  # [R F]
+    offsets = row[:, None] * features + feature[None, :]
+    v = _load(x, start, rows, x_row, col, GROUP, ROWS, UNIT).to(ACC)  # [R F]
+    if added is not None:
+        v += _load(added, start, rows, added_row, col, GROUP, ROWS, UNIT).to(ACC)
+        v = v.to(total.dtype.element_ty)
+        tl.store(total + offsets, v, inside)
+        v = v.to(ACC)
     if z is not None:
-        zs = _load(z, row, z_row, feature, inside, UNIT, ACC)
+        zs = _load(z, start, rows, z_row, col, GROUP, ROWS, UNIT).to(ACC)
         gate = zs * tl.sigmoid(zs)
         if not NORM_FIRST:
             v *= gate
@@ -83,7 +99,6 @@ def _forward_kernel(
         v += tl.load(bias + feature, col < GROUP, other=0.0).to(ACC)[None, :]
     if z is not None and NORM_FIRST:
         v *= gate
-    offsets = row[:, None] * features + feature[None, :]
     tl.store(y + offsets, v.to(y.dtype.element_ty), inside)
 
 
@@ -94,7 +109,9 @@ def _backward_kernel(
     bias,
     z,
     dy,
+    more,  # to be added to dx, or None
     dx,
+    dadded,  # a copy of dx in another dtype, or None
     dz,
     dweight,  # [programs features], partial sums
     dbias,
@@ -103,6 +120,7 @@ def _backward_kernel(
     x_row,
     z_row,
     dy_row,
+    more_row,
     EPS: tl.constexpr,
     GROUP: tl.constexpr,
     NORM_FIRST: tl.constexpr,
@@ -116,15 +134,24 @@ def _backward_kernel(
     w = tl.load(weight + feature, col < GROUP, other=0.0).to(ACC)[None, :]  # [1 F]
     dw = tl.zeros([ROWS, COLS], ACC)
     db = tl.zeros([ROWS, COLS], ACC)
+    # What the next rows need is loaded while these are computed.
+    start = tl.program_id(0) * ROWS
+    next_x = _load(x, start, rows, x_row, col, GROUP, ROWS, UNIT)
+    next_dy = _load(dy, start, rows, dy_row, col, GROUP, ROWS, UNIT)
+    if z is not None:
+        next_z = _load(z, start, rows, z_row, col, GROUP, ROWS, UNIT)
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < rows)[:, None] & (col < GROUP)[None, :]
         offsets = row[:, None] * features + feature[None, :]
-        xs = _load(x, row, x_row, feature, inside, UNIT, ACC)  # [R F]
-        grad = _load(dy, row, dy_row, feature, inside, UNIT, ACC)
+        xs, grad = next_x.to(ACC), next_dy.to(ACC)  # [R F]
+        following = start + tl.num_programs(0) * ROWS
+        next_x = _load(x, following, rows, x_row, col, GROUP, ROWS, UNIT)
+        next_dy = _load(dy, following, rows, dy_row, col, GROUP, ROWS, UNIT)
         v = xs
         if z is not None:
-            zs = _load(z, row, z_row, feature, inside, UNIT, ACC)
+            zs = next_z.to(ACC)
+            next_z = _load(z, following, rows, z_row, col, GROUP, ROWS, UNIT)
             sigmoid = tl.sigmoid(zs)
             gate = zs * sigmoid
             slope = sigmoid * (1 + zs * (1 - sigmoid))  # of silu
@@ -147,7 +174,11 @@ def _backward_kernel(
         if z is not None and not NORM_FIRST:
             tl.store(dz + offsets, (dv * xs * slope).to(dz.dtype.element_ty), inside)
             dv *= gate
+        if more is not None:
+            dv += _load(more, start, rows, more_row, col, GROUP, ROWS, UNIT).to(ACC)
         tl.store(dx + offsets, dv.to(dx.dtype.element_ty), inside)
+        if dadded is not None:
+            tl.store(dadded + offsets, dv.to(dadded.dtype.element_ty), inside)
     partial = tl.program_id(0) * features + feature
     tl.store(dweight + partial, tl.sum(dw, 0), col < GROUP)
     if bias is not None:
@@ -198,23 +229,40 @@ def _forward(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return add_and_norm(x, None, weight, bias, z, eps, group_size, norm_before_gate, out_dtype)[1]
+
+
+def add_and_norm(
+    x: Tensor,
+    added: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """x + added in x's dtype (x itself without `added`), and its norm in `out_dtype`."""
+    total = x if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     if y.numel() == 0:
-        return y
-    xs, zs = _rows(x), _rows(z)
+        return total, y
+    xs, zs, adds = _rows(x), _rows(z), _rows(added)
     rows, features = xs.shape
     tile = configuration(group_size, FORWARD_PER_THREAD)
     bias = None if bias is None else bias.contiguous()
-    strides, unit = _strides(xs, zs)
+    strides, unit = _strides(xs, zs, adds)
     options = eps, group_size, norm_before_gate
     with torch.cuda.device_of(x):
         _launcher(_forward_kernel, tile, options, unit, x, weight, bias, z)(
             (ceil_divide(rows, tile["ROWS"]), features // group_size),
-            (xs, weight.contiguous(), bias, zs, y),
+            (xs, weight.contiguous(), bias, zs, adds, y, None if added is None else total),
             (rows, features, *strides),
         )
-    return y
+    return total, y
 
 
 def _backward(
@@ -227,37 +275,55 @@ def _backward(
     group_size: int,
     norm_before_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dz = torch.empty(x.shape, dtype=x.dtype, device=x.device), _empty_like(z, x)
-    xs, zs, dys = _rows(x), _rows(z), _rows(dy)
+    options = eps, group_size, norm_before_gate
+    dx, _, dweight, dbias, dz = gradients(dy, None, x, None, weight, bias, z, *options)
+    dbias = x.new_empty(0) if dbias is None else dbias  # torch's library knows no None here
+    return dx, dweight, dbias, x.new_empty(0) if dz is None else dz
+
+
+def gradients(
+    dy: Tensor,
+    more: Tensor | None,
+    x: Tensor,
+    added_dtype: torch.dtype | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Those of x, of what was added to it, of weight, bias and z.
+
+    `x` is the sum, `more` its gradient from elsewhere, which is added to that of the norm.
+    """
+
+    def like(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+        return t if t is None else torch.empty(t.shape, dtype=dtype, device=t.device)
+
+    dx, dz = like(x, x.dtype), like(z, None if z is None else z.dtype)
+    dadded = None if added_dtype is None else like(x, added_dtype)
+    xs, zs, dys, mores = _rows(x), _rows(z), _rows(dy), _rows(more)
     rows, features = xs.shape
     acc = accumulator(x, weight, bias, z)
-    tile, options = (
-        configuration(group_size, BACKWARD_PER_THREAD),
-        (eps, group_size, norm_before_gate),
-    )
+    tile = configuration(group_size, BACKWARD_PER_THREAD)
     groups = features // group_size
     programs = min(ceil_divide(rows, tile["ROWS"]), ceil_divide(PROGRAMS, groups))
     dweight = torch.empty(programs, features, dtype=acc, device=x.device)
-    dbias = torch.empty(0 if bias is None else programs, features, dtype=acc, device=x.device)
-    strides, unit = _strides(xs, zs, dys)
+    dbias = None if bias is None else torch.empty_like(dweight)
+    strides, unit = _strides(xs, zs, dys, mores)
     if rows > 0:
+        options = eps, group_size, norm_before_gate
         with torch.cuda.device_of(x):
             shift = None if bias is None else bias.contiguous()
             _launcher(_backward_kernel, tile, options, unit, x, weight, bias, z)(
                 (programs, groups),
-                (xs, weight.contiguous(), shift, zs, dys, dx, dz, dweight, dbias),
+                (xs, weight.contiguous(), shift, zs, dys, mores, dx, dadded, dz, dweight, dbias),
                 (rows, features, *strides),
             )
-    dbias = _empty_like(bias, x) if bias is None else dbias.sum(0).to(bias.dtype)
-    return dx, dweight.sum(0).to(weight.dtype), dbias, dz
-
-
-def _empty_like(t: Tensor | None, x: Tensor) -> Tensor:
-    """A contiguous tensor of t's shape; without t one of no elements, since an operator in torch's
-    library returns no None."""
-    if t is None:
-        return x.new_empty(0)
-    return torch.empty(t.shape, dtype=t.dtype, device=t.device)
+    if bias is not None:
+        dbias = dbias.sum(0).to(bias.dtype)
+    return dx, dadded, dweight.sum(0).to(weight.dtype), dbias, dz
 
 
 _norm = torch.library.custom_op("ysnake::norm", _forward, mutates_args=())
@@ -265,25 +331,29 @@ _norm_backward = torch.library.custom_op("ysnake::norm_backward", _backward, mut
 
 
 @_norm.register_fake
-def _(x, weight, bias, z, eps, group_size, norm_before_gate):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _(x, weight, bias, z, eps, group_size, norm_before_gate, out_dtype):
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device)
 
 
 @_norm_backward.register_fake
 def _(dy, x, weight, bias, z, eps, group_size, norm_before_gate):
-    return _empty_like(x, x), _empty_like(weight, x), _empty_like(bias, x), _empty_like(z, x)
+    def like(t):
+        return x.new_empty(0) if t is None else t.new_empty(t.shape)
+
+    return like(x), like(weight), like(bias), like(z)
 
 
 def _save(ctx, inputs, output):
-    x, weight, bias, z, *ctx.options = inputs
+    x, weight, bias, z, *options, _ = inputs
     ctx.save_for_backward(x, weight, bias, z)
+    ctx.options = options
 
 
 def _differentiate(ctx, backward, dy):
     x, weight, bias, z = ctx.saved_tensors
     dx, dweight, dbias, dz = backward(dy, x, weight, bias, z, *ctx.options)
     dbias, dz = None if bias is None else dbias, None if z is None else dz
-    return dx, dweight, dbias, dz, None, None, None
+    return dx, dweight, dbias, dz, None, None, None, None
 
 
 _differentiable = Differentiable(_norm, _forward, _save, _differentiate, _norm_backward, _backward)

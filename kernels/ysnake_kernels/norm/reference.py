@@ -15,6 +15,7 @@ def norm(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     """Arguments as `rms_norm_gated` has checked them."""
     acc = accumulator(x, weight, bias, z)
@@ -28,4 +29,4 @@ def norm(
         y = y + bias.to(acc)
     if z is not None and norm_before_gate:
         y = y * F.silu(z.to(acc))
-    return y.to(x.dtype)
+    return y.to(out_dtype)
