@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 SERVE = ["starlette>=1.7", "uvicorn>=0.54"]
 GGUF = ["gguf>=0.17"]
@@ -19,18 +19,11 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[
-        "ysnake",
-        "ysnake.serving",
-        "ysnake_kernels",
-        *(
-            f"ysnake_kernels.{name}"
-            for name in ("ssd", "step", "conv", "norm", "mixer", "loss", "dropin")
-        ),
-    ],
+    packages=[*find_packages(include=["ysnake", "ysnake.*"]), *find_packages("kernels")],
     package_dir={"ysnake_kernels": "kernels/ysnake_kernels"},
     package_data={
-        "ysnake": ["py.typed", "lists/*.txt"],
+        "ysnake": ["py.typed"],
+        "ysnake.data_generation": ["lists/*.txt"],
         "ysnake.serving": ["page.html"],
         "ysnake_kernels": ["py.typed"],
     },

@@ -29,9 +29,11 @@ from tyro.conf import Positional, arg
 
 from benchmarks import compare_report, quality
 from benchmarks.compare_report import DROPIN, GPT2, HF, LIMIT, LIMIT_ONEDNN, YSNAKE
-from ysnake import cli, memory
-from ysnake.config import PRESETS, InputError, model_config
-from ysnake.settings import MODEL_SIZES, Settings
+from ysnake.model.config import PRESETS, model_config
+from ysnake.shared import cli
+from ysnake.shared.errors import InputError
+from ysnake.training import memory
+from ysnake.training.settings import MODEL_SIZES, Settings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

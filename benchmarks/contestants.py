@@ -111,8 +111,8 @@ def _in_turn(calls: list[Repetition]) -> Repetition:
 def step_ysnake(folder: str, sizes: dict, batch: int, length: int) -> Repetition:
     from ysnake_kernels.allocator import keep_freed_memory
 
-    from ysnake import checkpoint
-    from ysnake.config import IGNORED
+    from ysnake.checkpoints import checkpoint
+    from ysnake.model.config import IGNORED
 
     keep_freed_memory()  # as ysnake.train does
     model = checkpoint.load(saved(folder, sizes)).train()
@@ -162,7 +162,7 @@ def gpt2(sizes: dict, length: int, **more: int) -> Any:
 
 def step_limit(sizes: dict, batch: int, length: int, onednn: bool = False) -> Repetition:
     """Every linear layer, the head, and the scan of every layer; the layers share operands."""
-    from ysnake.config import ModelConfig
+    from ysnake.model.config import ModelConfig
 
     c, tokens = ModelConfig(**sizes), batch * length
     linear = _linear_products if onednn else partial(_products, 1)
@@ -303,7 +303,7 @@ def read_ysnake(folder: str, sizes: dict, context: int, times: int) -> Repetitio
 
 
 def _read(decoder: Any, sizes: dict, context: int) -> Any:
-    from ysnake.generate import Context
+    from ysnake.inference.generate import Context
 
     reader = Context(decoder, sizes["vocab_size"])
     piece = _ids(1, min(context, 1024), sizes)[0].tolist()
@@ -314,8 +314,9 @@ def _read(decoder: Any, sizes: dict, context: int) -> Any:
 
 def _decoder(folder: Path, **more: Any) -> Any:
     """A checkpoint ready to read and write as `ysnake.run` does."""
-    from ysnake import checkpoint, cli
-    from ysnake.decoding import Decoder
+    from ysnake.checkpoints import checkpoint
+    from ysnake.inference.decoding import Decoder
+    from ysnake.shared import cli
 
     cli.tune_memory()
     return Decoder(checkpoint.load(folder), **more)
@@ -351,9 +352,10 @@ def saved(folder: str, sizes: dict) -> Path:
     if not path.exists():
         import torch
 
-        from ysnake import checkpoint, tokenizer
-        from ysnake.config import ModelConfig
+        from ysnake.checkpoints import checkpoint
         from ysnake.model import Model
+        from ysnake.model.config import ModelConfig
+        from ysnake.text import tokenizer
 
         torch.manual_seed(0)
         text = ["a model of random weights has nothing to say"] * 2  # llama.cpp needs merges

@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ysnake import memory
-from ysnake.config import PRESETS, model_config
-from ysnake.settings import Settings
+from ysnake.model.config import PRESETS, model_config
+from ysnake.training import memory
+from ysnake.training.settings import Settings
 
 # preset, vocabulary, sequence, batch, chunk, --recompute, GB that the original reports
 ROWS = [

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.compare_report import GPT2, HF, YSNAKE
 from benchmarks.contestants import gpt2, memory, saved
-from ysnake.config import IGNORED, InputError
-from ysnake.settings import Settings
+from ysnake.model.config import IGNORED
+from ysnake.shared.errors import InputError
+from ysnake.training.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ysnake.data import Batch, Tokens
+    from ysnake.text.data import Batch, Tokens
 
 SEQ_LEN, BATCH_SIZE, WARMUP_STEPS, WEIGHT_DECAY = 256, 8, 100, 0.1
 EVALUATIONS = 10
@@ -52,7 +53,7 @@ def prepare(text: Path | None, folder: Path, sizes: dict[str, int], quick: bool)
         raise InputError(
             "--text: quality needs a file with several megabytes of text (.txt, .md or .jsonl)"
         )
-    from ysnake import data, tokenizer
+    from ysnake.text import data, tokenizer
     from ysnake.train import VAL_TOKENS
 
     corpus = data.Corpus(data.find_files([text]))
@@ -101,9 +102,9 @@ def train(job: dict, tell: Callable[[dict], None]) -> None:
     """Train one of the models; tells how it does from time to time, and at the end."""
     import torch
 
-    from ysnake import data
+    from ysnake.text import data
     from ysnake.train import CLIP, learning_rate
-    from ysnake.training_run import Progress, make_optimizer
+    from ysnake.training.run import Progress, make_optimizer
 
     folder, frame = Path(job["folder"]), job["frame"]
     learn, held_out = (
@@ -142,7 +143,7 @@ def train(job: dict, tell: Callable[[dict], None]) -> None:
 def _held_out(tokens: "Tokens", loss_of: Callable[["Batch"], "Tensor"], job: dict) -> float:
     import torch
 
-    from ysnake import data
+    from ysnake.text import data
 
     with torch.no_grad():
         windows = data.held_out_windows(tokens, SEQ_LEN, BATCH_SIZE, job["held_out_tokens"])
@@ -156,7 +157,7 @@ def _model(job: dict) -> tuple[Any, Callable[["Batch"], "Tensor"]]:
     import torch.nn.functional as F
     from ysnake_kernels.allocator import keep_freed_memory
 
-    from ysnake import checkpoint
+    from ysnake.checkpoints import checkpoint
 
     folder = saved(f"{job['folder']}/model", job["sizes"])
     ours = checkpoint.load(folder)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from ysnake import cli
+from ysnake.shared import cli
 
 PROMPT = "In the year {} a snake"
 

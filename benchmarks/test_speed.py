@@ -9,9 +9,9 @@ import torch
 import ysnake_kernels as ours
 from ysnake_kernels.linear import Linear
 
-from ysnake.config import ModelConfig
-from ysnake.decoding import Decoder
+from ysnake.inference.decoding import Decoder
 from ysnake.model import Model
+from ysnake.model.config import ModelConfig
 
 BATCH, LENGTH, HEADS, P, N, WIDTH = 2, 256, 8, 64, 64, 4
 INNER = HEADS * P

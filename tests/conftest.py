@@ -2,7 +2,7 @@
 
 import os
 
-from ysnake.waiting import sleep_soon
+from ysnake.shared.waiting import sleep_soon
 
 sleep_soon()  # before torch is imported, as training does
 

@@ -3,4 +3,10 @@
 Modules are imported where they are used, so that `import ysnake` costs nothing.
 """
 
+import sys
+
+from ysnake.former_paths import Finder
+
 __version__ = "0.1.0"
+
+sys.meta_path.append(Finder())

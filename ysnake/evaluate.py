@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ysnake import cli
-from ysnake.waiting import sleep_soon
+from ysnake.shared import cli
+from ysnake.shared.waiting import sleep_soon
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ysnake.data import Piece
-    from ysnake.decoding import Decoder
+    from ysnake.inference.decoding import Decoder
+    from ysnake.text.data import Piece
 
 READ = 1024  # tokens at once
 DROPPED = 8  # bits that a byte costs for which the tokenizer has no token, as any of 256 values
@@ -86,7 +86,7 @@ def score(
     import torch
     from torch.nn.functional import cross_entropy
 
-    from ysnake.tokenizer import dropped_bytes, encode
+    from ysnake.text.tokenizer import dropped_bytes, encode
 
     model = decoder.model
     device = model.backbone.embeddings.weight.device
@@ -115,8 +115,8 @@ def main(argv: list[str]) -> int:
     """Evaluate as the command line says; returns the exit code."""
     sleep_soon()
     options = cli.parse(Options, argv, "evaluate")
-    from ysnake import data
-    from ysnake.config import InputError
+    from ysnake.shared.errors import InputError
+    from ysnake.text import data
 
     if not options.data:
         raise InputError("--data: expected files or folders to evaluate on")
@@ -126,8 +126,8 @@ def main(argv: list[str]) -> int:
 
     from rich.progress import Progress
 
-    from ysnake import checkpoint
-    from ysnake.decoding import Decoder
+    from ysnake.checkpoints import checkpoint
+    from ysnake.inference.decoding import Decoder
 
     cli.tune_memory()
     cli.use_threads(options.threads)

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ysnake import cli, files
-from ysnake.config import InputError, ModelConfig
-from ysnake.sampling import Sampling
-from ysnake.shown import escape_controls
+from ysnake.inference.sampling import Sampling
+from ysnake.model.config import ModelConfig
+from ysnake.shared import cli, files
+from ysnake.shared.errors import InputError
+from ysnake.shared.shown import escape_controls
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
     from tokenizers import Tokenizer
     from torch import Tensor
 
-    from ysnake.model import Model
+    from ysnake.model.network import Model
 
 MODELFILE = "Modelfile"
 WRITTEN_BY_US = "# Written by ysnake.export, which replaces it when it writes here again."
@@ -234,7 +235,7 @@ def main(argv: list[str]) -> int:
     options = cli.parse(Options, argv, "export")
     beside = check(options.gguf)
 
-    from ysnake import checkpoint
+    from ysnake.checkpoints import checkpoint
 
     path = options.path or cli.newest_run()
     folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint)

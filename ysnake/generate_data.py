@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal
 
 from tyro.conf import arg
 
-from ysnake import cli, ollama_client
-from ysnake.config import InputError
-from ysnake.ollama_client import ServerError
+from ysnake.data_generation import ollama_client
+from ysnake.data_generation.ollama_client import ServerError
+from ysnake.shared import cli
+from ysnake.shared.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LISTS = Path(__file__).parent / "lists"
+LISTS = Path(__file__).parent / "data_generation" / "lists"
 KINDS = ("words", "topics", "dates")
 KEPT = "kept"
 DROPPED = ("refusal", "stub", "duplicate", "near duplicate")
@@ -109,8 +110,8 @@ class Shelf:
     """
 
     def __init__(self, folder: Path, kind: str, count: int | None, seed: int) -> None:
-        from ysnake.data import read_file
-        from ysnake.prose import Seen
+        from ysnake.text.data import read_file
+        from ysnake.text.prose import Seen
 
         self.kind, self.path = kind, folder / f"{kind}.txt"
         # hidden, so that training does not take it for data
@@ -148,8 +149,8 @@ class Shelf:
 
     def put(self, task: Task, answer: str, cut: bool, min_words: int) -> None:
         """Keep or drop the answer to a task; `cut` says that it is longer than the limit."""
-        from ysnake import prose, thoughts
-        from ysnake.tokenizer import EOT
+        from ysnake.text import prose, thoughts
+        from ysnake.text.tokenizer import EOT
 
         begins_in_thought = thoughts.begins_in_thought(answer)
         self.thinks |= begins_in_thought

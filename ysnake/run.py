@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ysnake import cli, terminal
-from ysnake.config import InputError
-from ysnake.sampling import Sampling
-from ysnake.shown import escape_controls
+from ysnake.inference.sampling import Sampling
+from ysnake.shared import cli, terminal
+from ysnake.shared.errors import InputError
+from ysnake.shared.shown import escape_controls
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from ysnake.generate import Context
+    from ysnake.inference.generate import Context
 
 UNKNOWN = "\ufffd"  # what bytes that are not yet a character decode to
 
@@ -87,7 +87,7 @@ def cut(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:
 
 def read(context: "Context", tokenizer: "Tokenizer", prompt: str) -> None:
     """Feed a prompt; a context that is new starts a document first."""
-    from ysnake.tokenizer import encode
+    from ysnake.text.tokenizer import encode
 
     bos = context.model.config.bos_id
     ids = [bos] if context.logits is None and bos is not None else []
@@ -140,11 +140,11 @@ def main(argv: list[str]) -> int:
     if "" in options.stop:
         raise InputError("--stop: expected texts of at least one character")
 
-    from ysnake import checkpoint
+    from ysnake.checkpoints import checkpoint
 
     path = options.path or cli.newest_run()
-    from ysnake.decoding import Decoder
-    from ysnake.generate import Context
+    from ysnake.inference.decoding import Decoder
+    from ysnake.inference.generate import Context
 
     cli.tune_memory()
     cli.use_threads(options.threads)

@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from ysnake import cli
-from ysnake.config import InputError
-from ysnake.shown import escape_controls
+from ysnake.shared import cli
+from ysnake.shared.errors import InputError
+from ysnake.shared.shown import escape_controls
 
 KEY_VARIABLE = "YSNAKE_API_KEY"
 

@@ -14,32 +14,26 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ysnake import cli, launch, parallel, run_lock
-from ysnake import settings as settings_of
-from ysnake.new_run import plan, start
-from ysnake.parallel import Ranks
-from ysnake.plot import draw_loss
-from ysnake.progress_bar import progress_bar
-from ysnake.resume import resume
-from ysnake.settings import Settings
-from ysnake.shown import escape_controls
-from ysnake.stopping import MEAN_OVER, Stop, reason_to_end, summary
-from ysnake.training_run import (
-    Progress,
-    Run,
-    forget_carried,
-    keep_good,
-    make_moments,
-    save_last,
-)
-from ysnake.waiting import sleep_soon
+from ysnake.shared import cli, run_lock
+from ysnake.shared.shown import escape_controls
+from ysnake.shared.waiting import sleep_soon
+from ysnake.training import launch, parallel
+from ysnake.training import settings as settings_of
+from ysnake.training.new_run import plan, start
+from ysnake.training.parallel import Ranks
+from ysnake.training.plot import draw_loss
+from ysnake.training.progress_bar import progress_bar
+from ysnake.training.resume import resume
+from ysnake.training.run import Progress, Run, forget_carried, keep_good, make_moments, save_last
+from ysnake.training.settings import Settings
+from ysnake.training.stopping import MEAN_OVER, Stop, reason_to_end, summary
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from ysnake.data import Batch
-    from ysnake.model import Model, State
+    from ysnake.model.network import Model, State
+    from ysnake.text.data import Batch
 
 VAL_TOKENS = 1 << 15  # held-out tokens looked at while training
 CLIP = 1.0  # largest norm of a step's gradient
@@ -101,8 +95,8 @@ def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
     """One step of the optimiser. None if a stop was asked for: then nothing has changed."""
     import torch
 
-    from ysnake import data
-    from ysnake.model import LayerState
+    from ysnake.model.network import LayerState
+    from ysnake.text import data
 
     settings, progress = run.settings, run.progress
     first = progress.step * settings.accumulate
@@ -153,7 +147,7 @@ def held_out_loss(run: Run) -> float | None:
     """Mean loss on held-out text, nats per token; None if nothing is held out."""
     import torch
 
-    from ysnake import data
+    from ysnake.text import data
 
     settings = run.settings
     loss, n_targets = torch.zeros((), dtype=torch.float64), 0
@@ -168,9 +162,9 @@ def held_out_loss(run: Run) -> float | None:
 
 def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
     """A prompt from the middle of a training document, and the model's own continuation."""
-    from ysnake import data
-    from ysnake.generate import Context, Sampling
-    from ysnake.tokenizer import decode
+    from ysnake.inference.generate import Context, Sampling
+    from ysnake.text import data
+    from ysnake.text.tokenizer import decode
 
     length = min(SAMPLE_PROMPT, max(1, len(run.train) // 8))
     middles = data.middles(run.train, length) or [run.train.ids[1 : 1 + length].tolist()]
@@ -184,7 +178,7 @@ def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
 
 def evaluate(run: Run, console: "Console") -> float | None:
     """Held-out loss, best/ if it is the best so far, and a sample of text."""
-    from ysnake import checkpoint
+    from ysnake.checkpoints import checkpoint
 
     progress = run.progress
     loss = held_out_loss(run)

@@ -153,8 +153,8 @@ def model(options: Options) -> Checks:
     """A training step in every form, and decoding, fused against eager, in float32."""
     from comparison import distance
 
-    from ysnake.config import ModelConfig
     from ysnake.model import Model
+    from ysnake.model.config import ModelConfig
 
     sizes = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "d_state": 16, "head_dim": 16}
     if not options.dry:

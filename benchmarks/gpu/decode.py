@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.gpu.common import Options, card_alone, copy_bandwidth, reason, seconds, synchronize
 from benchmarks.gpu.train import SIZES, ours
-from ysnake.decoding import Decoder
+from ysnake.inference.decoding import Decoder
 from ysnake.model import State
 
 

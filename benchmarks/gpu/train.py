@@ -62,8 +62,8 @@ def contestant(name: str, sizes: dict, options: Options) -> tuple[torch.nn.Modul
 
 
 def ours(sizes: dict) -> tuple[torch.nn.Module, Callable]:
-    from ysnake.config import ModelConfig
     from ysnake.model import Model
+    from ysnake.model.config import ModelConfig
 
     model = Model(ModelConfig(**sizes))
     return model, lambda model, ids, targets: model.loss(ids, targets) / targets.numel()

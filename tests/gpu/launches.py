@@ -16,9 +16,9 @@ import torch
 import ysnake_kernels as ours
 from torch import Tensor
 
-from ysnake.config import ModelConfig
-from ysnake.decoding import Decoder
+from ysnake.inference.decoding import Decoder
 from ysnake.model import Model
+from ysnake.model.config import ModelConfig
 
 BATCH, LENGTH, HEADS = 2, 96, 2
 LONG = 1600  # a sequence that is cut into segments

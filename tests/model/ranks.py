@@ -17,9 +17,9 @@ from small import model as tiny_model
 from torch.profiler import profile
 
 from ysnake import train
-from ysnake.config import IGNORED
-from ysnake.data import Batch
-from ysnake.parallel import Ranks
+from ysnake.model.config import IGNORED
+from ysnake.text.data import Batch
+from ysnake.training.parallel import Ranks
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
-from ysnake import checkpoint, cli, tokenizer
-from ysnake.config import ModelConfig, padded_vocab
+from ysnake.checkpoints import checkpoint
 from ysnake.model import Model
+from ysnake.model.config import ModelConfig, padded_vocab
+from ysnake.shared import cli
+from ysnake.text import tokenizer
 
 ROOT = Path(__file__).parents[2]
 # sizes of the tiny model as command-line options

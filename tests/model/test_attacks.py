@@ -17,9 +17,12 @@ from rich.console import Console
 from safetensors.torch import save_file
 from small import TINY, corpus, saved
 
-from ysnake import checkpoint, settings, train, training_run
-from ysnake.config import InputError
-from ysnake.parallel import Ranks
+from ysnake import train
+from ysnake.checkpoints import checkpoint
+from ysnake.shared.errors import InputError
+from ysnake.training import run as training_run
+from ysnake.training import settings
+from ysnake.training.parallel import Ranks
 
 REFUSED_WITHIN = 1.0  # seconds of this process; it takes a few hundredths
 MEMORY = 300_000_000  # bytes that a refusal may need

@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import TINY, entry, model, python, saved
 
-from ysnake import checkpoint, evaluate, export, generate_data, run, serve, tokenizer, train
-from ysnake.generate import Context
+from ysnake import evaluate, export, generate_data, run, serve, train
+from ysnake.checkpoints import checkpoint
+from ysnake.inference.generate import Context
+from ysnake.text import tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import corpus, model, python, saved
 
-from ysnake import checkpoint, evaluate, run, tokenizer
-from ysnake.config import (
-    InputError,
-    ModelConfig,
-    from_hugging_face,
-    from_json,
-    to_hugging_face,
-)
+from ysnake import evaluate, run
+from ysnake.checkpoints import checkpoint
+from ysnake.checkpoints.config_json import from_hugging_face, from_json, to_hugging_face
 from ysnake.model import Model
+from ysnake.model.config import ModelConfig
+from ysnake.shared.errors import InputError
+from ysnake.text import tokenizer
 
 SHAPES = {
     "tied": {},

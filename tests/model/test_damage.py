@@ -15,9 +15,12 @@ import pytest
 from rich.console import Console
 from small import TINY, corpus, entry, model
 
-from ysnake import checkpoint, evaluate, export, run, serve, settings, tokenizer, train
-from ysnake.config import InputError
-from ysnake.parallel import Ranks
+from ysnake import evaluate, export, run, serve, train
+from ysnake.checkpoints import checkpoint
+from ysnake.shared.errors import InputError
+from ysnake.text import tokenizer
+from ysnake.training import settings
+from ysnake.training.parallel import Ranks
 
 OPTIONS = [*TINY, "--vocab-size", "300", "--threads", "1", "--max-steps", "6"]
 OPTIONS += ["--eval-every", "6", "--checkpoint-every", "1"]

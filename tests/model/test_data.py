@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from small import corpus
 
-from ysnake import data
-from ysnake import tokenizer as tokenizers
-from ysnake.data import IGNORED, Tokens
+from ysnake.text import data
+from ysnake.text import tokenizer as tokenizers
+from ysnake.text.data import IGNORED, Tokens
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import torch._inductor.config
 from small import model, python, saved
 from torch.nn.functional import cross_entropy
 
-from ysnake.config import InputError
-from ysnake.decoding import WEIGHTS, Decoder
+from ysnake.inference.decoding import WEIGHTS, Decoder
+from ysnake.shared.errors import InputError
 
 FORMS = {
     "plain": {},

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from ysnake import documents as docs
-from ysnake.config import InputError
-from ysnake.documents import Corpus, Form, LeftOut, find_files, read_file
+from ysnake.shared.errors import InputError
+from ysnake.text import documents as docs
+from ysnake.text.documents import Corpus, Form, LeftOut, find_files, read_file
 
 
 def texts(path, form=None):

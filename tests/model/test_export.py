@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from small import corpus, entry, model, python, saved
 
-from ysnake import checkpoint, export, tokenizer
-from ysnake.config import InputError
-from ysnake.generate import Context
-from ysnake.sampling import Sampling
+from ysnake import export
+from ysnake.checkpoints import checkpoint
+from ysnake.inference.generate import Context
+from ysnake.inference.sampling import Sampling
+from ysnake.shared.errors import InputError
+from ysnake.text import tokenizer
 
 gguf = pytest.importorskip("gguf", reason="pip install -e '.[gguf]' has it")
 

@@ -20,9 +20,10 @@ from pathlib import Path
 import pytest
 from small import environment, python
 
-from ysnake import cli, data, prose
 from ysnake import generate_data as generator
-from ysnake.config import InputError
+from ysnake.shared import cli
+from ysnake.shared.errors import InputError
+from ysnake.text import data, prose
 
 MODEL = "llama3.1"
 VOCABULARY = generator.lines("words")

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from small import model
 
-from ysnake import loss
-from ysnake.config import IGNORED
+from ysnake.model import loss
+from ysnake.model.config import IGNORED
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100])

@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 from small import TINY, corpus, model, python
 
-from ysnake import checkpoint, memory
-from ysnake.config import InputError, ModelConfig
-from ysnake.settings import Settings
+from ysnake.checkpoints import checkpoint
+from ysnake.model.config import ModelConfig
+from ysnake.shared.errors import InputError
+from ysnake.training import memory
+from ysnake.training.settings import Settings
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SIZES = {"vocab_size": 1024, "d_model": 256, "n_layers": 3, "d_state": 64}
@@ -38,9 +40,9 @@ PEAK = """
 import sys
 import torch
 from ysnake_kernels.allocator import keep_freed_memory
-from ysnake.config import ModelConfig
+from ysnake.model.config import ModelConfig
 from ysnake.model import LayerState, Model
-from ysnake.training_run import KEPT_RECOMPUTING, make_moments, make_optimizer
+from ysnake.training.run import KEPT_RECOMPUTING, make_moments, make_optimizer
 def peak():  # resident kilobytes; ru_maxrss would begin with the parent's
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
@@ -72,7 +74,7 @@ print(peak() - before)
 )
 def test_what_reads_weights_has_huge_pages():
     code = """
-from ysnake import cli
+from ysnake.shared import cli
 cli.tune_memory()
 import os, torch
 kept = torch.ones(25_000_000)

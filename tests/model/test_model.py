@@ -8,8 +8,9 @@ from small import model
 from ysnake_kernels import backend
 from ysnake_kernels.mixer import eager as mixer
 
-from ysnake.config import PRESETS, InputError, ModelConfig, padded_vocab
 from ysnake.model import LayerState, Model, initialise
+from ysnake.model.config import PRESETS, ModelConfig, padded_vocab
+from ysnake.shared.errors import InputError
 
 SHAPES = {
     "one group": {},

@@ -14,7 +14,9 @@ import torch
 from small import ROOT, TINY, corpus, entry, environment
 from test_train import metrics
 
-from ysnake import checkpoint, launch, train
+from ysnake import train
+from ysnake.checkpoints import checkpoint
+from ysnake.training import launch
 
 STEPS = ["--max-steps", "20", "--eval-every", "20", "--vocab-size", "300"]
 OTHER = ["--carry-state", "--accumulate", "2", "--output-size", "16"]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import saved
 
-from ysnake import checkpoint
-from ysnake import tokenizer as t
-from ysnake.config import InputError
+from ysnake.checkpoints import checkpoint
+from ysnake.shared.errors import InputError
+from ysnake.text import tokenizer as t
 
 TEXT = "The snake sleeps. The snake wakes, and the snake eats; snakes like stones. " * 3
 EXAMPLES = [40, pytest.param(2000, marks=pytest.mark.slow)]

@@ -15,12 +15,13 @@ import pytest
 import torch
 from small import environment, model, python, saved
 
-from ysnake import checkpoint, run
-from ysnake.config import InputError
-from ysnake.decoding import Decoder
-from ysnake.generate import Context, choose
+from ysnake import run
+from ysnake.checkpoints import checkpoint
+from ysnake.inference.decoding import Decoder
+from ysnake.inference.generate import Context, choose
+from ysnake.inference.sampling import Sampling
 from ysnake.run import texts, until
-from ysnake.sampling import Sampling
+from ysnake.shared.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +106,10 @@ def test_memory_is_flat_over_any_length(folder, tokens):
     """The peak after all generated tokens is within 20 MB of that after 1,000."""
     script = f"""
 import resource, sys
-from ysnake import checkpoint, run
-from ysnake.generate import Context
-from ysnake.sampling import Sampling
+from ysnake import run
+from ysnake.checkpoints import checkpoint
+from ysnake.inference.generate import Context
+from ysnake.inference.sampling import Sampling
 context = Context(checkpoint.load({str(folder)!r}), 300)
 context.model.config = __import__("dataclasses").replace(context.model.config, eos_id=-1)
 context.feed([1, 2, 3])
@@ -147,7 +149,7 @@ def test_padding_is_never_drawn(folder):
 
 
 def test_a_prompt_in_pieces_equals_one_piece(monkeypatch):
-    from ysnake import generate
+    from ysnake.inference import generate
 
     ids = torch.randint(300, (50,)).tolist()
     whole, pieces = Context(model(), 300), Context(model(), 300)
@@ -180,7 +182,7 @@ def test_wrong_ways_to_draw():
 
 def test_evaluate_equals_the_loss_of_whole_documents(folder, tmp_path):
     from ysnake import evaluate
-    from ysnake.tokenizer import encode
+    from ysnake.text.tokenizer import encode
 
     m, tokenizer = checkpoint.load(folder).eval(), checkpoint.load_tokenizer(folder)
     documents = ["The viper counts to 12. " * 30, "蛇", "x y z"]
@@ -209,7 +211,7 @@ def test_evaluate_equals_the_loss_of_whole_documents(folder, tmp_path):
 
 def test_text_that_the_tokenizer_drops_counts_and_is_told():
     from ysnake import evaluate
-    from ysnake import tokenizer as tokenizers
+    from ysnake.text import tokenizer as tokenizers
 
     words = tokenizers.train("word", ["The boa sleeps in the grass. " * 9], 300)
     decoder = Decoder(model(vocab=words.get_vocab_size()).eval())

@@ -10,14 +10,16 @@ import time
 import pytest
 from small import TINY, corpus, entry, environment
 
-from ysnake import cli, run_folder, run_lock, train
-from ysnake.config import InputError
+from ysnake import train
+from ysnake.shared import cli, run_lock
+from ysnake.shared.errors import InputError
+from ysnake.training import run_folder
 
 OPTIONS = [*TINY, "--vocab-size", "300", "--threads", "1", "--max-steps", "2"]
 HOLD = """
 import sys, time
 from pathlib import Path
-from ysnake import run_lock
+from ysnake.shared import run_lock
 with run_lock.lock(Path(sys.argv[1]), "busy"):
     print("held", flush=True)
     time.sleep(60)
@@ -164,7 +166,7 @@ def test_a_folder_that_appears_while_a_run_begins_is_kept(tmp_path):
 def test_a_signal_while_a_run_begins_leaves_nothing(tmp_path, data, monkeypatch):
     import signal
 
-    from ysnake import new_run
+    from ysnake.training import new_run
 
     def stopped(*_):
         signal.raise_signal(signal.SIGTERM)
@@ -190,7 +192,7 @@ def test_the_tokens_on_disk_have_hashes(run, tmp_path):
 
 def test_a_new_start_after_a_restart_of_the_launcher_goes_on(tmp_path, data, monkeypatch):
     """Under torchrun --max-restarts the same command line comes again; it is the same run."""
-    from ysnake import launch
+    from ysnake.training import launch
 
     monkeypatch.chdir(tmp_path)
     argv = [*map(str, OPTIONS), "--data", str(data)]

@@ -21,13 +21,13 @@ import pytest
 import torch
 from small import environment, python, saved
 
-from ysnake import checkpoint
-from ysnake.batch import Batch, Job
-from ysnake.decoding import Decoder
-from ysnake.generate import Context, choose, draw, luck
-from ysnake.sampling import Sampling
-from ysnake.shown import escape_controls
-from ysnake.tokenizer import decode
+from ysnake.checkpoints import checkpoint
+from ysnake.inference.batch import Batch, Job
+from ysnake.inference.decoding import Decoder
+from ysnake.inference.generate import Context, choose, draw, luck
+from ysnake.inference.sampling import Sampling
+from ysnake.shared.shown import escape_controls
+from ysnake.text.tokenizer import decode
 
 NAME = "snake"
 
@@ -525,7 +525,7 @@ def finished(tokenizer, m, jobs, **settings):
 
 
 def test_rows_that_come_and_go_do_not_touch_each_other(folder, monkeypatch):
-    from ysnake import batch, generate
+    from ysnake.inference import batch, generate
 
     monkeypatch.setattr(batch, "PIECE", 7)  # prompts are read in turns
     monkeypatch.setattr(generate, "PIECE", 7)
@@ -596,7 +596,7 @@ def test_the_command_is_quick_to_import_and_says_what_is_missing(folder):
     done = python("ysnake.serve", "--help", cwd=folder)
     assert done.returncode == 0
     assert "127.0.0.1" in done.stdout
-    script = "import sys; sys.modules['uvicorn'] = None; from ysnake import cli, serve\n"
+    script = "import sys; sys.modules['uvicorn'] = None; from ysnake import serve; from ysnake.shared import cli\n"
     script += f"sys.argv = ['serve', {str(folder)!r}]; cli.run(serve.main)"
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from ysnake import memory, settings
-from ysnake.config import InputError, ModelConfig
-from ysnake.settings import MOST_TOKENS, Settings
+from ysnake.model.config import ModelConfig
+from ysnake.shared.errors import InputError
+from ysnake.training import memory, settings
+from ysnake.training.settings import MOST_TOKENS, Settings
 
 
 def stored(folder, **changes):

@@ -6,7 +6,7 @@ import pytest
 from small import entry, saved
 
 from ysnake import run
-from ysnake.shown import escape_controls
+from ysnake.shared.shown import escape_controls
 
 
 @pytest.mark.parametrize(

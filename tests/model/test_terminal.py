@@ -10,8 +10,10 @@ import pytest
 from rich.console import Console
 from small import TINY, entry, saved
 
-from ysnake import cli, plot, run, terminal, train
-from ysnake.config import InputError
+from ysnake import run, train
+from ysnake.shared import cli, terminal
+from ysnake.shared.errors import InputError
+from ysnake.training import plot
 
 
 def stream(data, encoding="utf-8"):
@@ -122,7 +124,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path):
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    from ysnake.files import replacing
+    from ysnake.shared.files import replacing
 
     path, mine = tmp_path / "x", tmp_path / "mine"
     mine.write_text("mine")

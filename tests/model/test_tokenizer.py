@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from tokenizers.decoders import DecodeStream
 
-from ysnake import tokenizer as t
-from ysnake.config import InputError
+from ysnake.shared.errors import InputError
+from ysnake.text import tokenizer as t
 
 TEXT = "The snake sleeps. The snake wakes, and the snake eats; snakes like stones. " * 3
 STRANGE = [

@@ -13,8 +13,11 @@ import torch
 from rich.console import Console
 from small import ROOT, TINY, corpus, environment, python
 
-from ysnake import checkpoint, new_run, settings, train, training_run
-from ysnake.config import PRESETS
+from ysnake import train
+from ysnake.checkpoints import checkpoint
+from ysnake.model.config import PRESETS
+from ysnake.training import new_run, settings
+from ysnake.training import run as training_run
 
 COMMAND = ["ysnake.train", *TINY, "--vocab-size", "300", "--threads", "1", "--data", "snakes.txt"]
 
@@ -247,7 +250,7 @@ def test_carried_state_is_the_state_of_the_text_before(tmp_path):
     argv = [*COMMAND[1:-1], str(corpus(tmp_path)), "--run", str(tmp_path / "run"), "--carry-state"]
     options = settings.parse([*argv, "--seq-len", "7", "--batch-size", "3", "--lr", "0"])
     run = train.start(options, Console(quiet=True))
-    from ysnake.data import IGNORED, consecutive_windows
+    from ysnake.text.data import IGNORED, consecutive_windows
 
     steps = 20
     windows = [consecutive_windows(run.train, 7, 3, i) for i in range(steps)]

@@ -7,7 +7,7 @@ import pytest
 from small import environment, python
 from ysnake_kernels import preemption
 
-from ysnake.waiting import CHOICES, SPINS
+from ysnake.shared.waiting import CHOICES, SPINS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks GNU's OpenMP library")
 
@@ -36,7 +36,7 @@ def test_the_users_choice_stays(tmp_path):
 
 
 def test_nothing_is_set_once_torch_is_there(monkeypatch):
-    from ysnake.waiting import sleep_soon
+    from ysnake.shared.waiting import sleep_soon
 
     for name in CHOICES:
         monkeypatch.delenv(name, raising=False)

@@ -17,7 +17,10 @@ import matplotlib.figure  # noqa: F401  (what a run imports while it runs)
 import rich.progress  # noqa: F401
 import torch._dynamo  # noqa: F401  (two seconds, for the first optimiser)
 
-from ysnake import checkpoint, cli, plot, train  # noqa: F401
+from ysnake import train
+from ysnake.checkpoints import checkpoint  # noqa: F401
+from ysnake.shared import cli
+from ysnake.training import plot  # noqa: F401
 
 
 def child(argv: list[str], errors: int) -> None:

@@ -27,7 +27,7 @@ class _Bound(logging.Filter):
 
 class _Shown(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        from ysnake.shown import escape_controls
+        from ysnake.shared.shown import escape_controls
 
         return escape_controls(super().format(record), keep="\n\t")[:LONGEST]
 

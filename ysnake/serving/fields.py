@@ -5,8 +5,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ysnake.config import InputError
-from ysnake.sampling import Sampling
+from ysnake.inference.sampling import Sampling
+from ysnake.shared.errors import InputError
 
 if TYPE_CHECKING:
     from starlette.requests import Request

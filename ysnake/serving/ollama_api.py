@@ -2,7 +2,7 @@
 
 from datetime import datetime, timezone
 
-from ysnake.batch import Job
+from ysnake.inference.batch import Job
 from ysnake.serving import fields
 from ysnake.serving.fields import Body, Refused, check_fields, take
 from ysnake.serving.replies import Asked

@@ -3,7 +3,7 @@
 import time
 from uuid import uuid4
 
-from ysnake.batch import Job
+from ysnake.inference.batch import Job
 from ysnake.serving import fields
 from ysnake.serving.fields import Body, Refused, check_fields, take
 from ysnake.serving.replies import Asked

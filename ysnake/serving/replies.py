@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ysnake.batch import Job
+from ysnake.inference.batch import Job
 from ysnake.serving.fields import Body
 
 

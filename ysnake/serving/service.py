@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 
-from ysnake import checkpoint, cli
-from ysnake.batch import Batch, Job, News
-from ysnake.decoding import Decoder
+from ysnake.checkpoints import checkpoint
+from ysnake.inference.batch import Batch, Job, News
+from ysnake.inference.decoding import Decoder
 from ysnake.serving.fields import Body, Refused, take
+from ysnake.shared import cli
 
 if TYPE_CHECKING:
     from ysnake.serve import Options

@@ -1,0 +1,395 @@
+"""Checkpoints: a folder that is a Hugging Face Mamba2 checkpoint, written whole or not at all.
+
+The one before stays beside it, for the day that it is damaged. What is read may come from anybody:
+nothing in it can run code, and its size on disk bounds the memory that it takes.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from ysnake.checkpoints.config_json import from_json, to_hugging_face, weight_name
+from ysnake.checkpoints.weight_files import (
+    HEADER,
+    Shapes,
+    check_tensors,
+    list_shards,
+    read_pickled,
+    read_safetensors,
+    read_shapes,
+)
+from ysnake.model.config import VOCAB_MULTIPLE, ModelConfig
+from ysnake.model.network import FactorisedHead, Model
+from ysnake.shared import manifest, run_lock
+from ysnake.shared.errors import InputError
+from ysnake.shared.files import read_json
+from ysnake.shared.shown import escape_controls
+from ysnake.text import tokenizer as tokenizers
+
+WEIGHTS = "model.safetensors"
+SHARDS = "model.safetensors.index.json"  # of others: the list of several such files
+PICKLED = "pytorch_model.bin"  # of others: written by torch.save
+STATE = "training_state.pt"
+OPTIMIZER = "optimizer"  # of a sharded run: a folder of its own
+PROGRESS = "progress.json"
+LONGEST_SAVE = 600  # seconds that a save waits for another process to save the same folder
+
+Read = TypeVar("Read")
+
+
+def save(
+    folder: Path | str,
+    model: Model,
+    tokenizer: Tokenizer | None = None,
+    training: dict[str, Any] | None = None,
+    progress: dict[str, Any] | None = None,
+    optimizer: Path | None = None,
+) -> None:
+    """Write a checkpoint folder once it is whole; one of that name becomes `folder`.old.
+
+    Args:
+        folder: its parent must exist.
+        model: saved in float32 or its own dtype; a factorised head as its product.
+        tokenizer: saved beside it.
+        training: what resuming needs, tensors and plain values; read back by `load_training`.
+        progress: the same for people: plain values.
+        optimizer: a folder that becomes a part of this one.
+
+    Raises:
+        InputError: a file cannot be written; it is named, and the folder is as it was.
+    """
+    folder = _named_in_utf8(folder)
+    new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
+    config, generation = to_hugging_face(model.config), _generation_config(model.config, tokenizer)
+    files: dict[str, Callable[[Path], None]] = {
+        "config.json": lambda path: _write_json(path, config),
+        "generation_config.json": lambda path: _write_json(path, generation),
+        WEIGHTS: lambda path: save_file(_weights(model), path, {"format": "pt"}),
+    }
+    if tokenizer is not None:
+        files[tokenizers.FILE] = lambda path: tokenizers.save(tokenizer, path.parent)
+    if training is not None:
+        files[STATE] = lambda path: _write_pickled(path, training)
+    if progress is not None:
+        files[PROGRESS] = lambda path: _write_json(path, progress)
+    if optimizer is not None:
+        files[OPTIMIZER] = lambda path: optimizer.rename(path)
+    files[manifest.FILE] = lambda path: manifest.write(path.parent)
+    path = new
+    busy = f"{folder}: another process is writing this checkpoint"
+    try:
+        with run_lock.lock(folder.with_name(folder.name + ".lock"), busy, LONGEST_SAVE):
+            try:
+                shutil.rmtree(new, ignore_errors=True)
+                new.mkdir()
+                for name, write in files.items():
+                    path = new / name
+                    write(path)
+                sync(new)
+                path = folder
+                if folder.exists():  # else a save was cut short here before
+                    shutil.rmtree(old, ignore_errors=True)
+                    folder.rename(old)
+                new.rename(folder)
+                sync(folder.parent, contents=False)
+            except BaseException:
+                shutil.rmtree(new, ignore_errors=True)
+                raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors: a full disk
+        raise InputError(f"{path}: cannot be written ({_reason(error)})") from error
+
+
+def sync(folder: Path, contents: bool = True) -> None:
+    """Wait until a folder, and the files in it and below, are on the disk."""
+    windows = os.name == "nt"  # syncs files that are open for writing, and no folders
+    for path in [*(folder.rglob("*") if contents else ()), folder]:
+        if windows and path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    """Why something could not be written; torch tells only in the error that its own came from."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return (cause and cause.strerror) or str(error)
+
+
+def find(folder: Path | str) -> Path:
+    """The folder itself, or the one set aside when a save was cut short between two renames."""
+    folder = _named_in_utf8(folder)
+    old = folder.with_name(folder.name + ".old")
+    if not folder.exists() and old.exists():
+        return old
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such checkpoint folder")
+    return folder
+
+
+def _named_in_utf8(folder: Path | str) -> Path:
+    """The folder, unless its path is one that safetensors and tokenizers cannot open."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{folder}: the name is not UTF-8; rename the folder") from error
+    return Path(folder)
+
+
+def newest_good(folder: Path | str, read: Callable[[Path], Read]) -> tuple[Path, Read]:
+    """A checkpoint folder and what `read` makes of it; a damaged one is passed over.
+
+    Then the one before takes its place, if `read` can read that, and a warning names what is
+    damaged.
+    """
+    folder = find(folder)
+    old = folder.with_name(folder.name + ".old")
+    try:
+        return folder, read(folder)
+    except InputError as error:
+        damage = error
+    try:
+        found = read(old)
+    except InputError:
+        raise damage from None
+    warning = escape_controls(f"warning: {damage}; goes on from {old}, the one before")
+    logging.getLogger(__name__).warning("%s", warning)
+    return old, found
+
+
+def put_back(good: Path, folder: Path) -> None:
+    """Let a checkpoint that was set aside be `folder` again; what is there becomes .damaged."""
+    damaged = folder.with_name(folder.name + ".damaged")
+    if folder.exists():
+        shutil.rmtree(damaged, ignore_errors=True)
+        folder.rename(damaged)
+    good.rename(folder)
+
+
+def resolve(path: Path | str, which: str | None = None) -> Path:
+    """The checkpoint folder that `path` means: itself, or one of a run folder's two.
+
+    Of a run it is `which`, "best" or "last"; None is best/ where patience ended it, else last/.
+    """
+    path = Path(path)
+    of_a_run = any((path / name).is_dir() for name in ("last", "last.old", "best"))
+    if (path / "config.json").is_file() or not of_a_run:
+        return find(path)
+    if which is None:
+        _, ended = newest_good(path / "last", _ended)
+        which = "best" if ended == "patience" else "last"
+    return find(path / which)
+
+
+def _ended(folder: Path) -> str | None:
+    """How the training ended that a checkpoint is of, where it says so."""
+    path = folder / PROGRESS
+    if not path.is_file():
+        return None
+    progress = read_json(path)
+    if not isinstance(progress, dict):
+        raise InputError(f"{path}: damaged (expected an object)")
+    return progress.get("ended")
+
+
+def load_all(
+    path: Path | str, which: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[Path, Tokenizer, Model]:
+    """The checkpoint that `resolve` finds, or the one before it where that is damaged."""
+    folder, (tokenizer, model) = newest_good(
+        resolve(path, which), lambda folder: (load_tokenizer(folder), load(folder, device))
+    )
+    return folder, tokenizer, model
+
+
+def load(folder: Path | str, device: torch.device | str = "cpu") -> Model:
+    """Read a model from a folder of ours, of Hugging Face's Mamba2, or of state-spaces/mamba2-*.
+
+    Weights of 16 bits become float32, exactly: a CPU is slow in anything else, and training needs
+    the precision.
+
+    Raises:
+        InputError: a file is missing, damaged, or of another shape than config.json says.
+    """
+    folder = find(folder)
+    config = load_config(folder)
+    weights = _read_weights(folder, config)
+    with torch.device("meta"):
+        model = Model(config)
+    if config.tied:
+        weights["lm_head.weight"] = weights["backbone.embeddings.weight"]
+    model.load_state_dict(weights, assign=True)
+    if config.tied:
+        model.lm_head.weight = model.backbone.embeddings.weight
+    return model.requires_grad_(True).to(device)
+
+
+def _read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The weights by our names, in float32 or float64, once they are known to fit `config`."""
+    path = next((folder / n for n in (WEIGHTS, SHARDS, PICKLED) if (folder / n).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder / WEIGHTS}: no such file")
+    if path.name == PICKLED:
+        largest = 16 * config.n_in_matrices + HEADER  # float64, a tied embedding twice, and more
+        if path.stat().st_size > largest:
+            raise InputError(f"{path}: larger than the model that config.json describes")
+        weights = check_tensors(path, read_pickled(path))
+        shapes = {name: tuple(t.shape) for name, t in weights.items()}
+        _check_shapes(path, shapes, config)
+    else:
+        names = list_shards(path) if path.name == SHARDS else [path.name]
+        files = [folder / name for name in names]
+        shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
+        _check_shapes(path, shapes, config)
+        for file in files:  # not before its size is known to be right
+            manifest.verify(file)
+        weights = {name: t for file in files for name, t in read_safetensors(file).items()}
+    for name, weight in weights.items():
+        if not weight.is_floating_point() or weight.itemsize == 1:
+            raise InputError(f"{path}: {name} has dtype {weight.dtype}, expected floating point")
+    return {
+        weight_name(name): t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+        for name, t in weights.items()
+        if not (config.tied and name == "lm_head.weight")  # it is the embedding
+    }
+
+
+def _check_shapes(path: Path, found: Shapes, config: ModelConfig) -> None:
+    """Raise InputError unless a model of `config` has weights of these names and shapes."""
+    found = {weight_name(name): shape for name, shape in found.items()}
+    if config.n_layers > len(found):
+        raise InputError(
+            f"{path}: holds {len(found)} weights, too few for the {config.n_layers} layers that "
+            "config.json asks for"
+        )
+    expected = _shapes(config)
+    if config.tied:
+        found = found | {"lm_head.weight": expected["lm_head.weight"]}
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise InputError(f"{path}: {name} is missing")
+        if name not in expected:
+            raise InputError(f"{path}: {name} does not belong to this model")
+        if found[name] != expected[name]:
+            raise InputError(
+                f"{path}: {name} has shape {found[name]}, config.json asks for {expected[name]}"
+            )
+
+
+def _shapes(config: ModelConfig) -> Shapes:
+    """The names and shapes of a model's weights, at no cost."""
+    with torch.device("meta"):
+        one = Model(replace(config, n_layers=1)).state_dict()
+    layer = "backbone.layers.0."
+    shapes = {}
+    for name, weight in one.items():
+        each = range(config.n_layers if name.startswith(layer) else 1)
+        names = (name.replace(layer, f"backbone.layers.{i}.", 1) for i in each)
+        shapes |= dict.fromkeys(names, tuple(weight.shape))
+    return shapes
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The model that the folder's config.json describes."""
+    path = folder / "config.json"
+    content = read_json(path)
+    try:
+        config = from_json(content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    manifest.verify(path)
+    return config
+
+
+def load_tokenizer(folder: Path | str) -> Tokenizer:
+    """Read the tokenizer of a checkpoint.
+
+    Raises:
+        InputError: it is missing, or not the one that this model was trained with.
+    """
+    folder = find(folder)
+    path = folder / tokenizers.FILE
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; a folder without one needs the tokenizer.json that its model "
+            "was trained with (state-spaces/mamba2-*: that of EleutherAI/gpt-neox-20b)"
+        )
+    tokenizer = tokenizers.load(folder)
+    manifest.verify(path)
+    rows = load_config(folder).vocab_size
+    size = tokenizer.get_vocab_size()
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    if last >= rows:
+        raise InputError(f"{path}: token {last} does not fit a model with {rows} rows")
+    if not rows - 4 * VOCAB_MULTIPLE < size <= rows:  # others pad to larger multiples than we do
+        raise InputError(f"{path}: {size} tokens do not fit a model with {rows} rows")
+    return tokenizer
+
+
+def load_training(folder: Path | str) -> dict[str, Any]:
+    """What `save` was given as `training`; nothing in the file can run code."""
+    path = find(folder) / STATE
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, so training cannot be resumed from here")
+    for file in path.parent.glob(f"{OPTIMIZER}/*"):
+        manifest.verify(file, path.parent)
+    return read_pickled(path)
+
+
+def head_factors(model: Model) -> dict[str, torch.Tensor]:
+    """The factors of a factorised head, which the saved weights only hold the product of."""
+    return model.lm_head.state_dict() if isinstance(model.lm_head, FactorisedHead) else {}
+
+
+def with_factors(model: Model, factors: dict[str, torch.Tensor], output_size: int) -> Model:
+    """The loaded model with its head taken apart again into the factors it is trained as."""
+    model.config = replace(model.config, output_size=output_size)
+    model.lm_head = FactorisedHead(model.config)
+    model.lm_head.load_state_dict(factors)
+    return model
+
+
+def _weights(model: Model) -> dict[str, torch.Tensor]:
+    weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    if isinstance(model.lm_head, FactorisedHead):
+        weights["lm_head.weight"] = weights.pop("lm_head.up.weight") @ weights.pop(
+            "lm_head.down.weight"
+        )
+    elif model.config.tied:
+        del weights["lm_head.weight"]
+    return weights
+
+
+def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "bos_token_id": config.bos_id,
+        "eos_token_id": config.eos_id,
+        "pad_token_id": config.pad_id,
+    }
+    if tokenizer is not None and tokenizer.get_vocab_size() < config.vocab_size:
+        # rows that only pad the embedding stand for no token
+        out["suppress_tokens"] = list(range(tokenizer.get_vocab_size(), config.vocab_size))
+    return out
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_pickled(path: Path, content: dict[str, Any]) -> None:
+    with path.open("wb") as file:  # opened here, so that an error of the disk is known
+        torch.save(content, file)

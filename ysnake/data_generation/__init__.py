@@ -1,0 +1,1 @@
+"""A corpus that a language model in Ollama writes: questions, answers, files."""

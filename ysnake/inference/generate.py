@@ -1,0 +1,166 @@
+"""Completing token ids: a context of constant size that reads and writes. Knows nothing of text."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ysnake.inference.decoding import Decoder
+from ysnake.inference.sampling import Sampling
+from ysnake.model.network import LayerState, Model
+from ysnake.shared import files
+from ysnake.shared.errors import InputError
+
+PIECE = 512  # tokens of a prompt read at once
+FEW = 256  # of the likeliest tokens are ordered at first when one is drawn
+
+
+class Context:
+    """What a model has read so far. Its size does not grow with the text."""
+
+    def __init__(self, reader: Model | Decoder, n_tokens: int):
+        """`n_tokens`: size of the tokenizer; ids beyond it only pad the embedding."""
+        model = reader.model if isinstance(reader, Decoder) else reader.eval()
+        self.model, self.step, self.n_tokens = model, reader.step, n_tokens
+        self.state = model.empty_state(1)
+        self.device = model.backbone.embeddings.weight.device
+        self.logits: Tensor | None = None  # (vocab_size,), of the token that comes next
+        self.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
+
+    def feed(self, ids: list[int]) -> None:
+        """Read some tokens."""
+        for i in range(0, len(ids), PIECE):
+            piece = torch.tensor([ids[i : i + PIECE]], device=self.device)
+            logits, self.state = self.step(piece, self.state, last_only=True)
+            self.logits = logits[0].float()
+            self.seen[piece[0]] = True
+
+    def generate(self, sampling: Sampling, max_tokens: int) -> Iterator[int]:
+        """Write up to `max_tokens` tokens; ends before an eos, which is not read."""
+        if self.logits is None:
+            raise ValueError("logits: expected a context that has read at least one token")
+        generator = luck(sampling.seed)
+        for _ in range(max_tokens):
+            token = choose(self.logits[: self.n_tokens], self.seen, sampling, generator)
+            if token == self.model.config.eos_id:
+                return
+            self.feed([token])
+            yield token
+
+    def copy(self) -> "Context":
+        """Another context that has read the same."""
+        copy = Context.__new__(Context)
+        copy.__dict__ = self.__dict__ | {
+            "state": [LayerState(layer.conv.clone(), layer.ssm.clone()) for layer in self.state],
+            "seen": self.seen.clone(),
+        }
+        return copy
+
+    def save(self, path: Path) -> None:
+        """Write the context to a file, to read on from it another day."""
+        tensors = {"logits": self.logits, "seen": self.seen}
+        for i, layer in enumerate(self.state):
+            tensors |= {f"{i}.conv": layer.conv, f"{i}.ssm": layer.ssm}
+        tensors = {name: t.contiguous() for name, t in tensors.items()}
+        with files.replacing(path) as new:
+            try:
+                save_file(tensors, new, {"model": self._fingerprint()})
+            except SafetensorError as error:
+                raise InputError(f"{path}: cannot be written ({error})") from error
+
+    def load(self, path: Path) -> None:
+        """Take over the context in a file that `save` wrote with the same model."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("model") != self._fingerprint():
+                    raise InputError(f"{path}: the state of another model")
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a saved state ({error})") from error
+        expected = {"seen": self.seen, "logits": self.seen.float()}
+        for i, layer in enumerate(self.state):
+            expected |= {f"{i}.conv": layer.conv, f"{i}.ssm": layer.ssm}
+        for name, like in expected.items():
+            kind = (like.shape, like.dtype)
+            if name not in tensors or (tensors[name].shape, tensors[name].dtype) != kind:
+                raise InputError(
+                    f"{path}: not a saved state ({name} is missing or of another kind)"
+                )
+        self.logits, self.seen = (tensors[name].to(self.device) for name in ("logits", "seen"))
+        for i, layer in enumerate(self.state):  # in the order in memory that they have
+            layer.conv.copy_(tensors[f"{i}.conv"])
+            layer.ssm.copy_(tensors[f"{i}.ssm"])
+
+    def _fingerprint(self) -> str:
+        """Tells this model's weights from another's, cheaply."""
+        norms = [p.detach().double().sum().item().hex() for p in self.model.parameters()]
+        return " ".join([str(self.model.config.vocab_size), *norms])
+
+
+def luck(seed: int | None) -> torch.Generator:
+    """What decides the draws of one completion; None is different every time."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Draw a token from logits (tokens,), of which `seen` (at least tokens,) have appeared."""
+    return draw(logits[None], seen[None], [sampling], [generator])[0]
+
+
+def draw(
+    logits: Tensor, seen: Tensor, samplings: list[Sampling], generators: list[torch.Generator]
+) -> list[int]:
+    """A token for each row of logits (rows, tokens), each drawn in its own way by its own luck."""
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), device=logits.device)[:, None]
+
+    n_tokens = logits.shape[1]
+    seen = seen[:, :n_tokens]
+    if any(s.repetition_penalty != 1 for s in samplings):
+        penalty = column(s.repetition_penalty for s in samplings)
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(seen, penalised, logits)
+    likeliest = logits.argmax(-1).tolist()
+    greedy = [s.temperature == 0 for s in samplings]
+    if all(greedy):
+        return likeliest
+    logits = logits / column(s.temperature or 1.0 for s in samplings)
+    limits = [s.top_k if 0 < s.top_k < n_tokens else n_tokens for s in samplings]
+    top_p = column(0.0 if s.temperature == 0 else s.top_p for s in samplings)
+    chance = column(torch.rand((), generator=generator).item() for generator in generators)
+    rows = [logits, column(limits), top_p, chance]
+    # Ordering the likeliest few is much cheaper than ordering all, and for most rows enough.
+    few = max([FEW, *(k for k in limits if k < n_tokens)])
+    drawn, enough = _pick(*rows, min(few, n_tokens))
+    if not enough.all():
+        drawn[~enough] = _pick(*(each[~enough] for each in rows), n_tokens)[0]
+    return [a if g else b for a, b, g in zip(likeliest, drawn.tolist(), greedy, strict=True)]
+
+
+def _pick(
+    logits: Tensor, top_k: Tensor, top_p: Tensor, chance: Tensor, n: int
+) -> tuple[Tensor, Tensor]:
+    """The token that `chance` falls on, and whether the n likeliest hold all that can be drawn.
+
+    Logits are (rows, tokens), the rest columns; top_k is either at most n or all tokens.
+    """
+    ordered, order = logits.topk(n)
+    ordered = ordered.masked_fill(torch.arange(n, device=logits.device) >= top_k, -torch.inf)
+    every = logits.logsumexp(-1, keepdim=True)
+    every = torch.where(top_k < logits.shape[1], ordered.logsumexp(-1, keepdim=True), every)
+    probabilities = (ordered - every).exp()
+    reached = probabilities.cumsum(-1)
+    kept = (reached - probabilities < top_p) & (probabilities > 0)
+    last = kept.sum(-1, keepdim=True).clamp(min=1) - 1  # the first one always stays
+    place = (reached <= chance * reached.gather(-1, last)).sum(-1, keepdim=True).minimum(last)
+    enough = (reached[:, -1:] >= top_p) | (top_k <= n)
+    return order.gather(-1, place)[:, 0], enough[:, 0]

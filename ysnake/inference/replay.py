@@ -1,0 +1,72 @@
+"""Work on a GPU by replays of CUDA graphs.
+
+A small model's kernels take a GPU less time than Python needs to launch them. A CUDA graph launches
+them all at once. It reads and writes the tensors with which it was captured, so it is used again
+only where the same tensors come again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ysnake.model.network import Model, State
+
+MOST = 32  # graphs that are kept: as many as a server writes rows
+
+
+class ReplayedStep:
+    """One token for each row. Replayed as soon as the same state has come twice."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        with torch.no_grad():
+            self.rates = [block.mixer.rates() for block in model.backbone.layers]
+        self.graphs: OrderedDict[tuple, Graph | None] = OrderedDict()
+        self.pool: Any = None
+
+    def __call__(self, ids: Tensor, state: State) -> Tensor:
+        """Logits (batch, vocab_size) of ids (batch,); updates the state in place."""
+        tensors = [t for layer in state for t in (layer.conv, layer.ssm)]
+        key = (ids.shape, *[(t.data_ptr(), t.stride()) for t in tensors])
+        if key not in self.graphs:
+            self.graphs[key] = None
+            while len(self.graphs) > MOST:
+                self.graphs.popitem(last=False)
+            return self.write(ids, state)
+        self.graphs.move_to_end(key)
+        graph = self.graphs[key]
+        if graph is None:
+            if self.pool is None:
+                self.pool = torch.cuda.graph_pool_handle()
+            graph = Graph(lambda ids: self.write(ids, state), ids, self.pool)
+            self.graphs[key] = graph
+        return graph(ids)
+
+    def write(self, ids: Tensor, state: State) -> Tensor:
+        """As `Model.step`, with fewer kernels."""
+        backbone = self.model.backbone
+        h, mixed = backbone.embed(ids[:, None]), None
+        for block, A, layer in zip(backbone.layers, self.rates, state, strict=True):
+            h, projected = block.project(h, mixed)
+            mixed = block.mixer.one_token(projected, A, layer)
+        return self.model.lm_head(backbone.normed(h, mixed)[:, -1])
+
+
+class Graph:
+    """A function of a tensor as a CUDA graph, which has run before: its kernels are compiled."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], given: Tensor, pool: Any):
+        self.given = given.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads may use the GPU in the meantime.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.result = function(self.given)
+
+    def __call__(self, given: Tensor) -> Tensor:
+        """A copy of the result: the next graph of the pool writes over it."""
+        self.given.copy_(given)
+        self.graph.replay()
+        return self.result.clone()

@@ -1,0 +1,211 @@
+"""The sizes of a model, and the presets.
+
+Sizes have the names of the paper (`d_model`, `d_state`, ...). `ysnake.checkpoints.config_json`
+translates them into the names that other projects use.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ysnake.shared.errors import InputError
+
+IGNORED = -100  # a target that does not count
+VOCAB_MULTIPLE = 64  # vocabulary rows are padded to a multiple of this
+LARGEST_MODEL = 1 << 48  # weights; a petabyte of them
+MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that decides the shapes and the arithmetic of a model.
+
+    Raises:
+        InputError: a size that cannot be, named.
+    """
+
+    vocab_size: int  # rows of the embedding, padding included
+    d_model: int
+    n_layers: int
+    d_state: int = 128
+    head_dim: int = 64
+    expand: int = 2
+    n_groups: int = 1
+    conv_width: int = 4
+    chunk_size: int | None = None  # None: the operators choose
+    output_size: int | None = None  # None: no factorised head
+    tied: bool = True
+    norm_eps: float = 1e-5
+    bias: bool = False
+    conv_bias: bool = True
+    residual_in_fp32: bool = True
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    bos_id: int | None = 0
+    eos_id: int | None = 0
+    pad_id: int | None = 0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check_kind(f.name, getattr(self, f.name), f.type)
+            if f.type is float:  # a file may hold a whole number, too large for torch
+                object.__setattr__(self, f.name, _as_float(f.name, getattr(self, f.name)))
+        for name in ("vocab_size", "d_model", "n_layers", "d_state", "head_dim", "expand"):
+            _at_least(name, getattr(self, name), 1)
+        _at_least("n_groups", self.n_groups, 1)
+        _at_least("conv_width", self.conv_width, 2)
+        for name in ("chunk_size", "output_size"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if self.d_inner % self.head_dim:
+            raise InputError(
+                f"head_dim: expected a divisor of expand * d_model = {self.d_inner}, "
+                f"got {self.head_dim}"
+            )
+        if self.n_heads % self.n_groups:
+            raise InputError(
+                f"n_groups: expected a divisor of the {self.n_heads} heads, got {self.n_groups}"
+            )
+        if self.output_size is not None and self.tied:
+            raise InputError("output_size: a factorised head cannot be tied to the embedding")
+        if not 0 < self.dt_min <= self.dt_max < math.inf:
+            given = f"{self.dt_min:g}, {self.dt_max:g}"
+            raise InputError(f"dt_min, dt_max: expected a range, got {given}")
+        if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
+            raise InputError(f"dt_limit: expected 0 <= low <= high, got {self.dt_limit}")
+        if not self.norm_eps >= 0:
+            raise InputError(f"norm_eps: expected at least 0, got {self.norm_eps}")
+        if self.n_layers > MOST_LAYERS:
+            raise InputError(f"n_layers: expected at most {MOST_LAYERS}, got {self.n_layers}")
+        if self.n_in_matrices > LARGEST_MODEL:
+            raise InputError("these sizes ask for a model of more than a petabyte")
+        for name in ("bos_id", "eos_id"):
+            if (token := getattr(self, name)) is not None and token >= self.vocab_size:
+                raise InputError(f"{name}: expected below vocab_size, got {token}")
+        if self.bos_id is not None and self.bos_id < 0:
+            raise InputError(f"bos_id: expected a token of the model or null, got {self.bos_id}")
+
+    @property
+    def d_inner(self) -> int:
+        return self.expand * self.d_model
+
+    @property
+    def n_heads(self) -> int:
+        return self.d_inner // self.head_dim
+
+    @property
+    def d_conv(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.d_inner + 2 * self.n_groups * self.d_state
+
+    def check_frame(self) -> None:
+        """Raise InputError unless there are tokens that begin and end a document."""
+        for name in ("bos_id", "eos_id"):
+            if getattr(self, name) is None or getattr(self, name) < 0:
+                raise InputError(
+                    f"{name}: expected a token of the model, got {getattr(self, name)}"
+                )
+
+    @property
+    def n_in_matrices(self) -> int:
+        """Parameters of the embedding, the projections and the convolutions: nearly all."""
+        layer = self.d_model * (2 * self.d_inner + self.d_conv + self.n_heads)
+        layer += self.d_conv * self.conv_width
+        return self.vocab_size * self.d_model + self.n_layers * layer
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    """Raise InputError unless a value from a file is of the type that the field has."""
+    if name == "dt_limit":
+        pair = isinstance(value, tuple) and len(value) == 2
+        if not pair or not all(isinstance(v, int | float) for v in value):
+            raise InputError(f"{name}: expected two numbers, got {str(value)[:40]}")
+        return
+    wanted = int | float if kind is float else kind
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        said = {int: "a whole number", float: "a number", bool: "true or false"}
+        said = said.get(kind, "a whole number or null")
+        raise InputError(f"{name}: expected {said}, got {json.dumps(value)[:40]}")
+
+
+def _as_float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise InputError(f"{name}: expected a number below 1e308, got more") from None
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise InputError(f"{name}: expected at least {least}, got {value}")
+
+
+def padded_vocab(size: int) -> int:
+    """Rows of the embedding for a tokenizer of this size."""
+    return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What `--preset` sets: a vocabulary ceiling, a length of training, other settings."""
+
+    about: str
+    max_vocab: int
+    max_steps: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+PRESETS = {
+    "quick": Preset(
+        "about 3M parameters; learns a part of the shipped corpus by heart in minutes on a CPU",
+        max_vocab=4096,
+        max_steps=600,
+        settings={
+            "d_model": 256,
+            "n_layers": 4,
+            "d_state": 64,
+            "max_documents": 128,
+            "seq_len": 128,
+            "batch_size": 8,
+            "lr": 3e-3,
+            "warmup_steps": 50,
+            "eval_every": 50,
+            "stop_at_loss": 0.15,
+        },
+    ),
+    "ys-24m": Preset(
+        "24M parameters at a vocabulary of 13,183",
+        max_vocab=13_183,
+        max_steps=20_000,
+        settings={"d_model": 512, "n_layers": 10},
+    ),
+    "ys-60m": Preset(
+        "60M parameters at a vocabulary of 13,183",
+        max_vocab=13_183,
+        max_steps=20_000,
+        settings={"d_model": 768, "n_layers": 13},
+    ),
+    "ys-71m": Preset(
+        "71M parameters at a vocabulary of 28,590",
+        max_vocab=28_590,
+        max_steps=20_000,
+        settings={"d_model": 768, "n_layers": 13},
+    ),
+}
+
+
+def model_config(settings: Any, vocab_size: int, eot_id: int) -> ModelConfig:
+    """The model that training settings ask for, with a tokenizer of `vocab_size` entries."""
+    shared = {f.name for f in fields(ModelConfig)} & set(vars(settings))
+    sizes = {name: getattr(settings, name) for name in shared - {"vocab_size"}}
+    return ModelConfig(
+        vocab_size=padded_vocab(vocab_size),
+        tied=settings.output_size is None,
+        bos_id=eot_id,
+        eos_id=eot_id,
+        pad_id=eot_id,
+        **sizes,
+    )

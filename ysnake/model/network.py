@@ -1,0 +1,321 @@
+"""The Mamba-2 language model (arXiv 2405.21060): embedding, blocks, norm, head.
+
+Parameter names and shapes are those of Hugging Face's Mamba2ForCausalLM. One model, two forms that
+agree: whole sequences in parallel, and token by token with a state of constant size.
+"""
+
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from ysnake_kernels import (
+    causal_conv1d_step,
+    mamba_split_conv1d_scan_combined,
+    rms_norm_gated,
+    ssd_step,
+)
+from ysnake_kernels.backend import as_chosen_here
+from ysnake_kernels.conv import last_tokens
+from ysnake_kernels.linear import Linear, normed_linear, products_dtype
+from ysnake_kernels.norm import add_and_norm
+
+from ysnake.model.config import ModelConfig
+from ysnake.model.initialise import initialise
+from ysnake.model.loss import summed_loss
+
+
+@dataclass
+class LayerState:
+    """What one layer remembers; its size does not depend on how much was read."""
+
+    conv: Tensor  # (batch, d_conv, conv_width - 1), the last tokens before the convolution;
+    # token by token in memory
+    ssm: Tensor  # (batch, n_heads, head_dim, d_state), float32
+
+
+State = list[LayerState]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; with a gate z, the norm of x * silu(z), over groups of features."""
+
+    def __init__(self, features: int, eps: float, n_groups: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.eps, self.group_size = eps, features // n_groups
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        return rms_norm_gated(
+            x, self.weight, z=z, eps=self.eps, group_size=self.group_size, norm_before_gate=False
+        )
+
+
+class Mixer(nn.Module):
+    """Projection in, convolution, SSD, gated norm, projection out (figure 6 of the paper)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        c = config
+        self.in_proj = Linear(c.d_model, c.d_inner + c.d_conv + c.n_heads, bias=c.bias)
+        self.conv1d = nn.Conv1d(c.d_conv, c.d_conv, c.conv_width, groups=c.d_conv, bias=c.conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(c.n_heads))
+        self.A_log = nn.Parameter(torch.empty(c.n_heads))
+        self.D = nn.Parameter(torch.empty(c.n_heads))
+        self.norm = RMSNorm(c.d_inner, c.norm_eps, c.n_groups)
+        self.out_proj = Linear(c.d_inner, c.d_model, bias=c.bias)
+
+    def forward(
+        self,
+        projected: Tensor,
+        seq_idx: Tensor | None,
+        state: LayerState | None,
+        last_only: bool,
+    ) -> Tensor:
+        """From z, x, B, C and dt of each token, (batch, length, features), as in_proj gives them.
+
+        With a state, reads on from it and updates it in place. With `last_only`, projects the last
+        token's output only.
+        """
+        c, inference = self.config, not torch.is_grad_enabled()
+        A = self.rates()
+        if state is not None and projected.shape[1] == 1 and inference:
+            return self.one_token(projected, A, state)
+        taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
+        out = mamba_split_conv1d_scan_combined(
+            *(projected, taps, bias, self.dt_bias, A, self.D, c.chunk_size),
+            initial_states=None if state is None else state.ssm,
+            conv_initial_states=None if state is None else state.conv,
+            return_final_states=state is not None,
+            seq_idx=seq_idx,
+            dt_limit=c.dt_limit,
+            rmsnorm_weight=self.norm.weight,
+            rmsnorm_eps=c.norm_eps,
+            outproj_weight=None if inference else self.out_proj.weight,
+            outproj_bias=None if inference else self.out_proj.bias,
+            ngroups=c.n_groups,
+            norm_before_gate=False,
+        )
+        if state is not None:
+            out, ssm = out
+            xBC = projected.detach()[..., c.d_inner : -c.n_heads].transpose(1, 2)
+            state.conv = last_tokens(xBC, state.conv, seq_idx, c.conv_width)
+            state.ssm = ssm.detach()
+        if last_only:
+            out = out[:, -1:]
+        return self.out_proj(out) if inference else out
+
+    def rates(self) -> Tensor:
+        """A, (heads,): the log of a head's decay in a step of size 1."""
+        return -torch.exp(self.A_log.float())
+
+    def one_token(self, projected: Tensor, A: Tensor, state: LayerState) -> Tensor:
+        """`forward` of one token, (batch, 1, features); A as the scan takes it, (heads,)."""
+        c, taps, bias = self.config, self.conv1d.weight[:, 0], self.conv1d.bias
+        projected = projected[:, 0]
+        z, xBC, dt = projected.split([c.d_inner, c.d_conv, c.n_heads], dim=-1)
+        xBC = causal_conv1d_step(xBC, state.conv, taps, bias, "silu")
+        x, B, C = xBC.split([c.d_inner, c.n_groups * c.d_state, c.n_groups * c.d_state], dim=-1)
+        x = x.unflatten(-1, (c.n_heads, c.head_dim))
+        B, C = (t.unflatten(-1, (c.n_groups, c.d_state)) for t in (B, C))
+        heads = {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": c.dt_limit}
+        y = ssd_step(state.ssm, x, dt, A, B, C, **heads)
+        return self.out_proj(self.norm(y.flatten(1), z)[:, None])
+
+
+class Block(nn.Module):
+    """mixer(norm(h)), whose sum with h is left to the next block: one kernel adds and norms.
+
+    For its gradient it keeps little besides h and in_proj's output.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = Mixer(config)
+
+    def forward(
+        self,
+        h: Tensor,
+        mixed: Tensor | None,
+        seq_idx: Tensor | None,
+        state: LayerState | None,
+        last_only: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """h + mixed, where `mixed` is what the block before returned, and what this mixer adds."""
+        h, projected = self.project(h, mixed)
+        return h, self.mixer(projected, seq_idx, state, last_only)
+
+    def project(self, h: Tensor, mixed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """h + mixed, and what the mixer takes: in_proj of its norm."""
+        norm, layer = self.norm, self.mixer.in_proj
+        if torch.is_grad_enabled():
+            return normed_linear(h, mixed, norm.weight, norm.eps, layer.weight, layer.bias)
+        dtype = products_dtype(norm.weight)
+        h, normed = add_and_norm(h, mixed, norm.weight, norm.eps, dtype)
+        return h, layer(normed)
+
+
+def _read_on(
+    block: Block,
+    h: Tensor,
+    mixed: Tensor | None,
+    seq_idx: Tensor | None,
+    state: LayerState | None,
+    last_only: bool,
+) -> tuple[Tensor, Tensor, LayerState | None]:
+    """What the block returns, and the state after it; the one before can be read from again."""
+    after = copy(state)
+    return *block(h, mixed, seq_idx, after, last_only), after
+
+
+class Backbone(nn.Module):
+    """Tokens to hidden states."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.recompute = False  # keep of each block its input alone: slower by a tenth
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
+
+    def forward(
+        self,
+        ids: Tensor,
+        seq_idx: Tensor | None,
+        state: State | None,
+        last_only: bool = False,
+    ) -> Tensor:
+        h, mixed = self.embed(ids), None
+        for i, layer in enumerate(self.layers):
+            own = None if state is None else state[i]
+            at_end = last_only and i == len(self.layers) - 1
+            if self.recompute:
+                if mixed is not None:
+                    h, mixed = h + mixed, None  # to keep one tensor for each block
+                keep = {"use_reentrant": False, "preserve_rng_state": False}
+                read = as_chosen_here(_read_on)
+                h, mixed, after = checkpoint(
+                    read, layer, h, mixed, seq_idx, copy(own), at_end, **keep
+                )
+            else:
+                h, mixed, after = _read_on(layer, h, mixed, seq_idx, copy(own), at_end)
+            if own is not None:  # not the list, of which FSDP and DDP may hand on a copy
+                own.conv, own.ssm = after.conv, after.ssm
+        return self.normed(h, mixed)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The first hidden states."""
+        h = self.embeddings(ids)
+        return h.float() if self.residual_in_fp32 and h.dtype != torch.float64 else h
+
+    def normed(self, h: Tensor, mixed: Tensor) -> Tensor:
+        """The last hidden states, from what the last block returned."""
+        h, norm = h[:, -mixed.shape[1] :], self.norm_f
+        if torch.is_grad_enabled():
+            return norm(h + mixed).to(norm.weight.dtype)
+        return add_and_norm(h, mixed, norm.weight, norm.eps, norm.weight.dtype)[1]
+
+
+class FactorisedHead(nn.Module):
+    """d_model -> output_size -> logits."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.down = Linear(config.d_model, config.output_size, bias=False)
+        self.up = Linear(config.output_size, config.vocab_size, bias=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.up(self.down(h))
+
+
+class Model(nn.Module):
+    """A Mamba-2 language model. No positional embedding: the recurrence orders the tokens."""
+
+    def __init__(self, config: ModelConfig, init: str = "hippo"):
+        """Weights are drawn from torch's global generator; `init` is as in `initialise`."""
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        if config.output_size is not None:
+            self.lm_head = FactorisedHead(config)
+        else:
+            self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
+            if config.tied:
+                self.lm_head.weight = self.backbone.embeddings.weight
+        initialise(self, init)
+
+    def forward(
+        self, ids: Tensor, seq_idx: Tensor | None = None, state: State | None = None
+    ) -> Tensor:
+        """ids (batch, length) -> logits (batch, length, vocab_size).
+
+        `seq_idx` (batch, length) numbers packed documents, which do not see each other. With a
+        `state`, reads on from it and updates it in place; gradients stop there.
+        """
+        return self.lm_head(self.backbone(ids, seq_idx, state))
+
+    def loss(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        seq_idx: Tensor | None = None,
+        state: State | None = None,
+    ) -> Tensor:
+        """The loss of `forward`'s logits at targets (batch, length), summed, in nats.
+
+        Targets of -100 do not count. The logits never exist at once.
+        """
+        h = self.backbone(ids, seq_idx, state).flatten(0, 1)
+        head = self.lm_head
+        if isinstance(head, FactorisedHead):
+            h, head = head.down(h), head.up
+        return summed_loss(h, head.weight, targets.flatten())
+
+    @torch.no_grad()
+    def step(
+        self, ids: Tensor, state: State | None = None, last_only: bool = False
+    ) -> tuple[Tensor, State]:
+        """Read on by one token, or by a piece of any length, without gradients.
+
+        Args:
+            ids: (batch,), one token each; or (batch, length), a piece each.
+            state: what earlier calls returned, updated in place; None starts anew.
+            last_only: of a piece, compute the logits of the last token only.
+
+        Returns:
+            logits (batch, vocab_size) for one token each or with `last_only`, else
+            (batch, length, vocab_size); and the state.
+        """
+        if state is None:
+            state = self.empty_state(ids.shape[0])
+        h = self.backbone(ids[:, None] if ids.ndim == 1 else ids, None, state, last_only)
+        if ids.ndim == 1 or last_only:
+            h = h[:, -1]
+        return self.lm_head(h), state
+
+    def empty_state(self, batch: int) -> State:
+        """The state before the first token."""
+        c, weight = self.config, self.backbone.embeddings.weight
+        exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        conv, ssm = (c.conv_width - 1, c.d_conv), (c.n_heads, c.head_dim, c.d_state)
+        return [
+            LayerState(
+                torch.zeros(batch, *conv, dtype=weight.dtype, device=weight.device).mT,
+                torch.zeros(batch, *ssm, dtype=exact, device=weight.device),
+            )
+            for _ in range(c.n_layers)
+        ]
+
+    def use_config(self, config: ModelConfig) -> None:
+        """Take over a configuration of the same shapes, with another chunk size for instance."""
+        self.config = config
+        for layer in self.backbone.layers:
+            layer.mixer.config = config
+
+    def n_parameters(self) -> int:
+        """Parameters, shared ones counted once."""
+        return sum(p.numel() for p in self.parameters())

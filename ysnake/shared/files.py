@@ -1,0 +1,70 @@
+"""Files: written whole or not at all, and JSON that is read with clear errors.
+
+A file is written beside its final place and renamed at the end.
+"""
+
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ysnake.shared.errors import InputError
+
+LARGEST_JSON = 1 << 26  # bytes
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a new, empty file beside `path`. It takes the place of `path` when the block ends.
+
+    If the block fails, `path` is as it was. A link at `path` is replaced; its target stays.
+
+    Raises:
+        InputError: the file cannot be written; it is named.
+    """
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    try:
+        if path.exists() and not path.is_symlink() and not stat.S_ISREG(path.stat().st_mode):
+            kind = "a folder" if path.is_dir() else "a device or a pipe"
+            raise InputError(f"{path}: expected a file to write, found {kind}")
+        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        try:
+            yield new
+            with new.open("rb+") as file:
+                os.fsync(file.fileno())
+            new.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                new.unlink()
+            raise
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the new files that a killed process left in a folder that is this process's own."""
+    for path in folder.glob("*.????????.new"):
+        if path.is_file():
+            path.unlink()
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        InputError: it is missing, cannot be read, or is not JSON; it is named.
+    """
+    if not path.is_file():  # a pipe, for instance, might never end
+        raise InputError(f"{path}: no such file")
+    if path.stat().st_size > LARGEST_JSON:
+        raise InputError(f"{path}: expected at most {LARGEST_JSON:,} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from error

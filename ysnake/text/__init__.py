@@ -1,0 +1,1 @@
+"""From files to tokens and back: documents, tokenizers, training windows, plain prose."""

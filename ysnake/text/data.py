@@ -1,0 +1,249 @@
+"""Documents to training windows: what is held out, tokens on disk, cutting windows.
+
+Nothing here holds a corpus in memory: documents come in pieces, tokens are memory-mapped. On
+disk a document is bos + text + eos, so that a new one starts exactly where a bos follows an eos.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ysnake.model.config import IGNORED
+from ysnake.shared.errors import InputError
+from ysnake.text.documents import Corpus, Piece, find_files, near_space, open_corpus, read_file
+from ysnake.text.tokenizer import dropped_bytes, encode
+
+__all__ = ["Corpus", "Piece", "find_files", "open_corpus", "read_file"]  # from here, too
+
+HELD_OUT_EVERY = 20  # one character in so many is held out
+SHORTEST_PASSAGE = 200  # characters; less is not cut from a document
+LONGEST_WHOLE = 1 << 16  # characters; no longer document is held out whole
+
+
+class Part(NamedTuple):
+    """A part of a document, as it is written to one side of the split."""
+
+    text: str
+    ends: bool  # the document ends with it
+    held_out: bool
+    cut: bool  # a passage was cut off its end, or it is that passage
+
+
+def split(pieces: Iterable[Piece]) -> Iterator[Part]:
+    """The pieces, a twentieth of their text held out.
+
+    Of many small documents some are held out whole. A document that is long, in itself or beside
+    the text before it, loses the end of each of its pieces. So no large document is held out whole,
+    and what is held out does not depend on text that comes later.
+    """
+    read, owed, inside = 0, 0, False  # owed: characters to hold out, times HELD_OUT_EVERY
+    for text, ends in pieces:
+        size = len(text)
+        read += size
+        owed += size
+        short = ends and not inside and size <= LONGEST_WHOLE
+        passage = min(owed // HELD_OUT_EVERY, size // 2)
+        if short and size * HELD_OUT_EVERY <= owed:
+            yield Part(text, True, True, False)
+            owed -= size * HELD_OUT_EVERY
+        elif passage >= SHORTEST_PASSAGE and (not short or size * HELD_OUT_EVERY > read):
+            at = near_space(text, size - passage)
+            yield Part(text[:at], False, False, True)
+            yield Part(text[at:], ends, True, True)
+            owed -= (size - at) * HELD_OUT_EVERY
+        else:
+            yield Part(text, ends, False, False)
+        inside = not ends
+
+
+@dataclass
+class Counts:
+    """How much was written: documents, tokens and words on either side of the split."""
+
+    train_documents: int = 0  # whole or in part
+    train_tokens: int = 0
+    train_words: int = 0
+    val_documents: int = 0  # whole
+    val_cut: int = 0  # those that passages are cut from
+    val_tokens: int = 0
+    bytes: int = 0
+    dropped: int = 0  # bytes of characters that the tokenizer does not know
+
+    def lines(self) -> list[str]:
+        """What a user should know of it."""
+        parts = [f"parts of {self.val_cut:,}"] if self.val_cut else []
+        if self.val_documents or not parts:
+            parts.insert(0, f"{self.val_documents:,}")
+        share = self.val_tokens / max(1, self.val_tokens + self.train_tokens)
+        learnt = f"{self.train_words:,} words, {self.train_tokens:,} tokens"
+        lines = [
+            f"{self.train_documents:,} documents to learn ({learnt}), "
+            f"{' and '.join(parts)} held out ({self.val_tokens:,} tokens, {share:.1%})"
+        ]
+        if not self.val_tokens:
+            lines.append(
+                "too little text to hold any out: there will be no held-out loss, no best/ and "
+                "nothing for --patience to watch"
+            )
+        if self.dropped:
+            lines.append(
+                f"left out: characters that the tokenizer does not know: {self.dropped:,} bytes "
+                f"({self.dropped / self.bytes:.1%})"
+            )
+        return lines
+
+
+def write_tokens(
+    pieces: Iterable[Piece],
+    tokenizer: Tokenizer,
+    bos_id: int,
+    eos_id: int,
+    folder: Path,
+    progress: Callable[[int], None],
+) -> Counts:
+    """Encode documents into `folder`/train.tokens and val.tokens, as `split` says.
+
+    `progress` is called with the number of characters just done.
+    """
+    dtype = token_dtype(tokenizer.get_vocab_size())
+    counts = Counts()
+    with (folder / "train.tokens").open("wb") as train, (folder / "val.tokens").open("wb") as val:
+        inside = losing = False
+        for text, ends, held_out, cut in split(pieces):
+            ids = encode(tokenizer, text)
+            counts.dropped += dropped_bytes(tokenizer, text, ids)
+            counts.bytes += len(text.encode("utf-8", "replace"))
+            closed = ends or cut
+            ids = ([] if inside else [bos_id]) + ids + ([eos_id] if closed else [])
+            (val if held_out else train).write(np.array(ids, dtype=dtype).tobytes())
+            if held_out:
+                counts.val_tokens += len(ids)
+                counts.val_documents += not cut
+            else:
+                counts.train_tokens += len(ids)
+                counts.train_words += len(text.split())
+            losing |= cut
+            if ends:
+                counts.train_documents += losing or not held_out
+                counts.val_cut += losing
+                losing = False
+            inside = not closed
+            progress(len(text))
+    return counts
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type of a token on disk, little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A memory-mapped stream of tokens with the ids that frame a document in it."""
+
+    ids: np.ndarray
+    bos_id: int
+    eos_id: int
+    path: Path | None = None
+    vocab_size: int = 1 << 32
+
+    @staticmethod
+    def open(path: Path, vocab_size: int, bos_id: int, eos_id: int) -> "Tokens":
+        dtype = token_dtype(vocab_size)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        if path.stat().st_size % dtype.itemsize:
+            raise InputError(f"{path}: damaged, it ends within a token")
+        if path.stat().st_size == 0:  # an empty file cannot be mapped
+            return Tokens(np.empty(0, dtype), bos_id, eos_id)
+        return Tokens(np.memmap(path, dtype, mode="r"), bos_id, eos_id, path, vocab_size)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def windows(self, starts: np.ndarray, seq_len: int) -> "Batch":
+        """Windows of seq_len tokens and the tokens that follow; the stream is taken as a ring."""
+        places = starts[:, None] + np.arange(-1, seq_len + 1)
+        ids = np.take(self.ids, places, mode="wrap").astype(np.int64)
+        if ids.size and ids.max() >= self.vocab_size:
+            raise InputError(f"{self.path}: damaged, token {ids.max()} of {self.vocab_size}")
+        begins = (ids[:, 1:] == self.bos_id) & (ids[:, :-1] == self.eos_id)  # of a document
+        targets = np.where(begins[:, 1:], IGNORED, ids[:, 2:])
+        inside = begins[:, :-1].copy()
+        inside[:, 0] = False  # the first token's document is number 0
+        return Batch(ids[:, 1:-1], targets, inside.cumsum(1).astype(np.int32), begins[:, 0])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows for one forward pass."""
+
+    ids: np.ndarray  # (batch, seq_len) int64
+    targets: np.ndarray  # (batch, seq_len) int64, the next token, or IGNORED at a document's end
+    seq_idx: np.ndarray  # (batch, seq_len) int32, the document of each token
+    starts_anew: np.ndarray  # (batch,) bool, whether the first token begins a document
+
+    @property
+    def n_targets(self) -> int:
+        return int((self.targets != IGNORED).sum())
+
+
+def training_windows(tokens: Tokens, seq_len: int, batch_size: int, index: int, seed: int) -> Batch:
+    """The batch number `index` of a run: a function of its arguments alone, so any run can resume.
+
+    An epoch covers the ring of tokens once, in windows at a random offset, in shuffled order.
+    """
+    per_epoch = max(1, len(tokens) // seq_len)
+    starts = np.empty(batch_size, dtype=np.int64)
+    for i in range(batch_size):
+        epoch, k = divmod(index * batch_size + i, per_epoch)
+        offset, first, stride = _shuffle(seed, epoch, len(tokens), per_epoch)
+        starts[i] = offset + (first + k * stride) % per_epoch * seq_len
+    return tokens.windows(starts, seq_len)
+
+
+def _shuffle(seed: int, epoch: int, length: int, count: int) -> tuple[int, int, int]:
+    """Offset of an epoch's windows, and a permutation k -> first + k * stride modulo count."""
+    random = np.random.default_rng((seed, epoch))
+    offset, first = int(random.integers(length)), int(random.integers(count))
+    while True:
+        stride = int(random.integers(1, count + 1))
+        if math.gcd(stride, count) == 1:
+            return offset, first, stride
+
+
+def consecutive_windows(tokens: Tokens, seq_len: int, batch_size: int, index: int) -> Batch:
+    """The batch number `index` of a run that carries states: each lane reads on where it was."""
+    lanes = np.arange(batch_size) * (len(tokens) // batch_size)
+    return tokens.windows(lanes + index * seq_len, seq_len)
+
+
+def held_out_windows(tokens: Tokens, seq_len: int, batch_size: int, limit: int) -> Iterator[Batch]:
+    """The stream cut into windows from its start, at most `limit` tokens of it."""
+    length = min(len(tokens), limit)
+    starts = np.arange(0, max(length - 1, 0), seq_len)
+    for i in range(0, len(starts), batch_size):
+        batch = tokens.windows(starts[i : i + batch_size], seq_len)
+        # the last window may reach beyond the end, into the ring
+        places = starts[i : i + batch_size, None] + np.arange(seq_len)
+        batch.targets[places >= length - 1] = IGNORED
+        yield batch
+
+
+def middles(tokens: Tokens, length: int, look: int = 1 << 20) -> list[list[int]]:
+    """From the middle of each document long enough, `length` tokens; of the first `look` tokens."""
+    ids = np.asarray(tokens.ids[:look])
+    begins = np.flatnonzero((ids[1:] == tokens.bos_id) & (ids[:-1] == tokens.eos_id)) + 1
+    bounds = [0, *begins.tolist(), len(ids)]
+    found = []
+    for start, end in pairwise(bounds):
+        middle = (start + end) // 2
+        if end - start >= 4 * length:
+            found.append(ids[middle - length : middle].tolist())
+    return found

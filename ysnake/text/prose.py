@@ -1,0 +1,144 @@
+"""What of a language model's answer goes into a corpus: plain prose, and nothing said before.
+
+Models wrap a text in markdown and small talk, refuse, stop early and repeat themselves. Here an
+answer becomes paragraphs of one line each, and is told apart from what is not worth keeping.
+"""
+
+import re
+from collections import Counter
+from itertools import pairwise
+
+from ysnake.text.thoughts import without_thoughts
+
+SHINGLE = 5  # words in a row that are compared at a time
+NEAR = 0.4  # share of the smaller document's shingles that makes two documents near duplicates
+APOSTROPHE = str.maketrans("\u2019", "'")  # the typographic one as the typewriter's
+HEADING = 8  # a paragraph of at most so many words that does not end like a sentence is a heading
+
+SENTENCE_END = r"""[.!?…]["'”\u2019)\]]*"""
+TEXTS = "document|text|entry|article|note|label|paragraph|essay|passage|piece|story|prose|column"
+TEXTS += "|script|explanation|definition|description|account|summary|version|report|talk|answer"
+# what is said to the asker before the text, and after it
+CHATTER = re.compile(
+    r"(sure|certainly|of course|absolutely|okay|great question)( thing)?([!.:]|,(?= (here|i)\b))\s*"
+    r"|i('d| would) be (happy|glad|delighted) to\b[^.!:]*[.!:]\s*"
+    rf"|(here('s| is| are)|below is)\b[^.!:]{{0,80}}\b({TEXTS})\b[^.!:]{{0,120}}:\s*"
+    r"|(here('s| is| are)|below is)\b[^.!]*:$",
+    re.IGNORECASE,
+)
+FAREWELL = re.compile(
+    r"(let me know|i hope (this|that|it)|would you like|feel free|do you want me)\b.*"
+    r"|\(?(word count|approximately|about)?:?\s*\d+ words\.?\)?"
+    r"|\(?note:.*\bi('ve| have)?\b.*",
+    re.IGNORECASE,
+)
+REFUSAL = re.compile(
+    r"(i('m| am)( very| so| truly)? (sorry|afraid|unable|not able)"
+    r"|(sorry|unfortunately|regrettably|i apologi[sz]e),?( but)? i\b"
+    r"|i (can't|cannot|can not|won't|couldn't|could not|don't have|do not have)\b"
+    r"|as an ai\b)"
+    r"|.*\bas an? (ai|artificial intelligence|large language)( language)? (model|assistant)\b"
+    r"|.*\bas an ai,? i\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def plain(answer: str) -> str:
+    """An answer as paragraphs of prose, one line each: no thoughts, markdown and small talk.
+
+    Headings, tables and code are left out; a list becomes a sentence, or sentences.
+    """
+    paragraphs = _paragraphs(without_thoughts(answer))
+    while paragraphs and (found := CHATTER.match(paragraphs[0].translate(APOSTROPHE))):
+        paragraphs[:1] = filter(None, [paragraphs[0][found.end() :]])
+    while paragraphs and FAREWELL.fullmatch(paragraphs[-1].translate(APOSTROPHE)):
+        paragraphs.pop()
+    return "\n\n".join(p for p in paragraphs if len(p.split()) > HEADING or _ends(p))
+
+
+def _paragraphs(answer: str) -> list[str]:
+    """The text of each paragraph and each list; a list joins the paragraph that announces it."""
+    from markdown_it import MarkdownIt
+
+    foreign = ("code", "lheading", "reference", "html_block", "html_inline")  # to prose
+    markdown = MarkdownIt("commonmark").enable("table").disable(foreign)
+    answer = re.sub(r"^(\s*\d{3,})(?=[.)])", r"\1\\", answer, flags=re.MULTILINE)  # a year, no list
+    paragraphs, items, lists = [], [], 0
+    for before, token in pairwise([None, *markdown.parse(answer)]):
+        if token.type.endswith(("_list_open", "_list_close")):
+            lists += token.nesting
+        if token.type == "inline" and before.type == "paragraph_open":
+            texts = (
+                " " if child.type.endswith("break") else child.content
+                for child in token.children
+                if child.type in ("text", "code_inline", "softbreak", "hardbreak")
+            )
+            items.append(" ".join("".join(texts).split()))
+        if items and not lists:
+            if token.type.endswith("_list_close"):
+                announced = paragraphs and paragraphs[-1].endswith(":")
+                start = paragraphs.pop() + " " if announced else ""
+                paragraphs.append(start + _sentences(items))
+            else:
+                paragraphs += items
+            items = []
+    return [p for p in paragraphs if p]
+
+
+def _sentences(items: list[str]) -> str:
+    """The items of a list in a row: as sentences if any is one, else behind commas."""
+    items = [item.rstrip(",;:") for item in items]
+    if any(map(_ends, items)):
+        return " ".join(item if _ends(item) else item + "." for item in items)
+    return ", ".join(items) + "."
+
+
+def _ends(text: str) -> bool:
+    return re.search(SENTENCE_END + r"$", text) is not None
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to the end of its last sentence; empty if none ends."""
+    ends = [found.end() for found in re.finditer(SENTENCE_END + r"(?=\s|$)", text)]
+    return text[: ends[-1]] if ends else ""
+
+
+def is_refusal(text: str) -> bool:
+    """Whether the model speaks of what it cannot do instead of the subject."""
+    return REFUSAL.match(text.translate(APOSTROPHE)) is not None
+
+
+class Seen:
+    """Documents that are there already, in a form in which one like them is found quickly.
+
+    A document is the set of its shingles, all runs of five words. Each shingle is kept with the
+    first document that had it.
+    """
+
+    def __init__(self) -> None:
+        self.texts: set[int] = set()
+        self.owner: dict[int, int] = {}
+        self.sizes: list[int] = []
+
+    def verdict(self, text: str) -> str | None:
+        """`duplicate` (but for case and punctuation), `near duplicate`, or None if it is new."""
+        words, shingles = _shingles(text)
+        if hash(words) in self.texts:
+            return "duplicate"
+        shared = Counter(self.owner[s] for s in shingles if s in self.owner)
+        near = (n >= NEAR * min(len(shingles), self.sizes[i]) for i, n in shared.items())
+        return "near duplicate" if any(near) else None
+
+    def add(self, text: str) -> None:
+        """Remember a document."""
+        words, shingles = _shingles(text)
+        self.texts.add(hash(words))
+        for shingle in shingles:
+            self.owner.setdefault(shingle, len(self.sizes))
+        self.sizes.append(len(shingles))
+
+
+def _shingles(text: str) -> tuple[tuple[str, ...], set[int]]:
+    words = tuple(re.findall(r"\w+", text.lower()))
+    starts = range(max(1, len(words) - SHINGLE + 1))
+    return words, {hash(words[i : i + SHINGLE]) for i in starts}

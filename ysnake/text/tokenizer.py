@@ -1,0 +1,167 @@
+"""Text to token ids and back: training, saving and loading of a tokenizer, one tokenizer.json.
+
+`bpe` works on bytes and loses nothing. `word` knows whole words; an unknown word falls back to its
+characters, and a character never seen is dropped. Both are `tokenizers.Tokenizer` objects.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from ysnake.shared.errors import InputError
+from ysnake.shared.files import LARGEST_JSON
+from ysnake.text import tokenizer_check
+
+EOT = "<|endoftext|>"  # begins and ends every document: bos, eos and pad in one
+FILE = "tokenizer.json"
+_WORDS = Regex(tokenizer_check.WORDS)
+BLOCK = 64  # characters; a word that fills a block, as in DNA and some scripts, is learnt in parts
+_FULL = re.compile(rf"\w{{{BLOCK}}}|[^\w\s]{{{BLOCK}}}|\s{{{BLOCK}}}")
+
+
+def train(kind: str, texts: Iterable[str], max_vocab: int) -> Tokenizer:
+    """A tokenizer of at most `max_vocab` entries, special token included, learnt from `texts`."""
+    learn = {"bpe": _train_bpe, "word": _train_word}[kind]
+    return _ready(learn(_without_long_words(texts), max_vocab))
+
+
+def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut after each block that is within a word.
+
+    Learning a merge looks at whole words, so long words would make it take quadratic time.
+    """
+    for text in map(_sayable, texts):
+        start = 0
+        for at in range(0, len(text), BLOCK):
+            if _FULL.match(text, at):
+                yield text[start : at + BLOCK]
+                start = at + BLOCK
+        yield text[start:]
+
+
+def _train_bpe(texts: Iterable[str], max_vocab: int) -> Tokenizer:
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if max_vocab <= len(alphabet):
+        raise InputError(
+            f"vocab_size: a bpe tokenizer needs at least {len(alphabet) + 1}, got {max_vocab}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=max_vocab,
+        min_frequency=2,
+        special_tokens=[EOT],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _train_word(texts: Iterable[str], max_vocab: int) -> Tokenizer:
+    split = pre_tokenizers.Split(_WORDS, "isolated")
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(word for word, _ in split.pre_tokenize_str(text))
+    characters = sorted({c for word in words for c in word})
+    if max_vocab <= len(characters):
+        raise InputError(
+            f"vocab_size: these texts have {len(characters)} characters, so a word tokenizer "
+            f"needs at least {len(characters) + 1}, got {max_vocab}"
+        )
+    entries = dict.fromkeys([EOT, *characters])
+    for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0])):
+        if len(entries) == max_vocab:
+            break
+        entries.setdefault(word)
+    vocab = {entry: i for i, entry in enumerate(entries)}
+    # BPE without merges, asked to look for the whole word first: exactly the fallback we want.
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = split
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([EOT])
+    return tokenizer
+
+
+def _ready(tokenizer: Tokenizer) -> Tokenizer:
+    # the letters "<|endoftext|>" inside a text are text, never the end of a document
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def eot_id(tokenizer: Tokenizer) -> int:
+    """The id of the token that begins and ends a document."""
+    found = tokenizer.token_to_id(EOT)
+    if found is None:
+        raise InputError(f"{FILE}: the token {EOT} is missing")
+    return found
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text, no special tokens added."""
+    return tokenizer.encode(_sayable(text), add_special_tokens=False).ids
+
+
+def _sayable(text: str) -> str:
+    """The text with a question mark for what UTF-8 cannot express: half of a surrogate pair."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def dropped_bytes(tokenizer: Tokenizer, text: str, ids: list[int]) -> int:
+    """Bytes of a text that its ids do not give back: the characters that have no token."""
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    if unknown is not None:
+        unknown_id = tokenizer.token_to_id(unknown)
+        ids = [i for i in ids if i != unknown_id]
+    text, back = _sayable(text), decode(tokenizer, ids)
+    if back == text:
+        return 0
+    missing = Counter(text) - Counter(back)
+    return sum(len(character.encode()) * n for character, n in missing.items())
+
+
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of some ids, special tokens left out."""
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json, and the tokenizer_config.json that transformers reads."""
+    (folder / FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOT,
+        "eos_token": EOT,
+        "pad_token": EOT,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "model_max_length": 10**30,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load(folder: Path) -> Tokenizer:
+    """Read the tokenizer of a checkpoint folder.
+
+    Raises:
+        InputError: the file is missing or is no tokenizer; it is named.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.stat().st_size > LARGEST_JSON:
+        raise InputError(f"{path}: expected at most {LARGEST_JSON:,} bytes")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer_check.check(content)
+        tokenizer = _ready(Tokenizer.from_str(json.dumps(content)))
+        tokenizer.no_truncation()  # a text has all its tokens, and no others
+        tokenizer.no_padding()
+    except Exception as error:  # the library raises bare Exception for every bad file
+        raise InputError(f"{path}: not a tokenizer ({error})") from error
+    return tokenizer

@@ -1,0 +1,193 @@
+"""The memory that training takes on a CPU, said before it is taken.
+
+The prediction counts what a step keeps, tensor by tensor, at its highest point: the start of the
+backward pass through the last layer. `python -m benchmarks.memory` compares it with measured peaks.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ysnake.model.config import ModelConfig
+from ysnake.shared.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ysnake.training.settings import Settings
+
+FLOAT = 4  # bytes
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+PREDICTED_TOO_HIGH = 1.25  # by this factor at most
+PROCESS = 450e6  # bytes: Python, torch, its threads and buffers, and the tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predicted peak of a training process, in bytes, and what it is made of."""
+
+    parameters: int  # a number, not bytes
+    weights: float  # with gradients and the two moments of AdamW
+    kept: float  # by the forward pass for the backward one
+    working: float  # besides, while it goes through a layer and the loss
+    process: float = PROCESS
+
+    @property
+    def peak(self) -> float:
+        return self.weights + self.kept + self.working + self.process
+
+
+def predict(
+    config: ModelConfig, batch_size: int, seq_len: int, recompute: bool, carry_state: bool = False
+) -> Plan:
+    """What training this model on batch_size windows of seq_len tokens takes, in float32."""
+    from ysnake_kernels.mixer.eager import CHUNK_ELEMENTS
+    from ysnake_kernels.ssd.eager import CPU_CHUNK
+
+    from ysnake.model.loss import slice_rows
+
+    c = config
+    head = c.vocab_size * c.d_model
+    projected = 2 * c.d_inner + 2 * c.n_groups * c.d_state + c.n_heads
+    layer = c.d_model * (projected + c.d_inner + 1) + c.d_inner
+    layer += c.d_conv * (c.conv_width + c.conv_bias) + 3 * c.n_heads
+    untied = 0
+    if c.output_size is not None:
+        untied = c.output_size * (c.d_model + c.vocab_size)
+    elif not c.tied:
+        untied = head
+    parameters = head + untied + c.n_layers * layer + c.d_model
+
+    tokens = batch_size * seq_len
+    block = tokens * (c.d_model + projected)  # the input of a block and of its mixer
+    kept = c.n_layers * block
+    if recompute:  # what is kept makes room for the gradients, and leaves no gaps
+        kept = max(0, c.n_layers * tokens * c.d_model - parameters) + block
+    if carry_state:  # before the window and after it
+        kept += 2 * c.n_layers * batch_size * (c.d_inner * c.d_state + c.d_conv * c.conv_width)
+
+    # The mixer's backward: its whole gradients, and a group of rows at a time what it recomputes.
+    q = min(c.chunk_size or CPU_CHUNK, seq_len)
+    rows = min(batch_size, max(1, CHUNK_ELEMENTS // (c.d_inner * q)))
+    states = -(-seq_len // q) * rows * c.d_state * c.d_inner
+    group = rows * seq_len * (3 * c.d_conv + 2 * c.d_inner) + states
+    chunk = rows * q * (12 * c.d_inner + 4 * c.n_heads * q)
+    working = tokens * (projected + 3 * c.d_model) + group + chunk
+    logits = min(slice_rows(c.vocab_size, "cpu"), tokens) * c.vocab_size  # of a slice
+    working += 2 * logits + head  # and the head's gradient
+    return Plan(parameters, 16.0 * parameters, FLOAT * kept, FLOAT * working)
+
+
+def largest_batch(
+    config: ModelConfig, seq_len: int, recompute: bool, limit: float, carry_state: bool = False
+) -> int:
+    """The most windows in a batch that take at most `limit` bytes; 0 if one takes more."""
+    size = 0
+    for step in (1 << k for k in range(24, -1, -1)):
+        if predict(config, size + step, seq_len, recompute, carry_state).peak <= limit:
+            size += step
+    return size
+
+
+def fit(settings: "Settings", config: ModelConfig) -> None:
+    """Set batch_size, accumulate and recompute to what --memory allows, a step's windows kept.
+
+    Raises:
+        InputError: a single window takes more.
+    """
+    if settings.memory is None:
+        return
+    limit = parse_size(settings.memory)
+    windows = settings.batch_size * settings.accumulate
+    for recompute in sorted({settings.recompute, True}):
+        largest = largest_batch(config, settings.seq_len, recompute, limit, settings.carry_state)
+        if largest:
+            size = max(n for n in range(1, min(largest, windows) + 1) if windows % n == 0)
+            settings.batch_size, settings.accumulate = size, windows // size
+            settings.recompute = recompute
+            return
+    least = predict(config, 1, settings.seq_len, True, settings.carry_state).peak
+    raise InputError(
+        f"--memory: {limit / 1e9:.2f} GB are not enough, one window of {settings.seq_len} tokens "
+        f"takes {least / 1e9:.2f} GB; a shorter --seq-len or a smaller model takes less"
+    )
+
+
+def check(settings: "Settings", config: ModelConfig, device: str) -> None:
+    """Raise InputError where a step would take more memory than this machine has.
+
+    A GPU says so itself, at once; with --shard no process has the whole.
+    """
+    from ysnake.training import launch
+
+    limit = available()
+    if device != "cpu" or limit is None or settings.shard:
+        return
+    windows, length = launch.share(settings)
+    how = (settings.recompute, settings.carry_state)
+    peak = predict(config, windows, length, *how).peak
+    if peak <= PREDICTED_TOO_HIGH * limit:
+        return
+    fits = largest_batch(config, length, settings.recompute, limit, settings.carry_state)
+    remedy = "a shorter --seq-len or a smaller model takes less"
+    if fits:
+        fits *= -(-settings.batch_size // windows)  # of all processes
+        remedy = f"--batch-size {fits} fits, and --memory chooses one"
+    raise InputError(
+        f"--batch-size: {windows} windows of {length} tokens take {peak / 1e9:,.1f} GB, and this "
+        f"machine has {limit / 1e9:.1f} GB; {remedy}"
+    )
+
+
+def parse_size(text: str) -> float:
+    """Bytes of "8GB", "500 MB" or "1.5G".
+
+    Raises:
+        InputError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"--memory: expected a size like 8GB, got {text!r}")
+    return float(match[1]) * UNITS[match[2].upper()]
+
+
+def available() -> float | None:
+    """Bytes that this process may use: the machine's or its container's; None if not known."""
+    found = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(limit).read_text().strip() if Path(limit).is_file() else "max"
+        if text != "max":
+            found.append(int(text))
+    return float(min(found)) if found else None
+
+
+def table(config: ModelConfig, settings: "Settings") -> "Table":
+    """The prediction for these settings and what would fit this machine, to be printed."""
+    from rich.table import Table
+
+    length, carry = settings.seq_len, settings.carry_state
+    plan = predict(config, settings.batch_size, length, settings.recompute, carry)
+    out = Table(box=None, show_header=False, padding=(0, 2))
+    out.add_column(justify="right")
+    rows = {
+        "weights, gradients, AdamW": plan.weights,
+        "kept for the backward pass": plan.kept,
+        "working memory of a step": plan.working,
+        "Python and torch": plan.process,
+        "[bold]predicted peak[/]": plan.peak,
+    }
+    out.add_row(f"{plan.parameters:,}", "parameters")
+    for name, size in rows.items():
+        out.add_row(f"{size / 1e9:.2f} GB", name)
+    limit = available() if settings.memory is None else parse_size(settings.memory)
+    if limit is not None:
+        where = "this machine" if settings.memory is None else "--memory"
+        fits = largest_batch(config, length, settings.recompute, limit, carry)
+        more = largest_batch(config, length, True, limit, carry)
+        out.add_row(f"{limit / 1e9:.2f} GB", where)
+        out.add_row(f"{fits:,}", f"largest --batch-size that fits, {more:,} with --recompute")
+    return out

@@ -1,0 +1,54 @@
+"""The picture of a run: training and held-out loss over steps, drawn from its metrics.jsonl."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ysnake.shared import cli, files
+from ysnake.shared.shown import escape_controls
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def draw_loss(folder: Path, console: "Console") -> None:
+    """Draw `folder`/loss.png anew. If that fails, a warning says why, and training goes on."""
+    try:
+        plot_loss(folder)
+    except Exception as error:  # matplotlib raises many kinds, for a font or a full disk
+        reason = cli.markup(str(error).partition("\n")[0] or type(error).__name__)
+        console.print(f"warning: {cli.markup(folder / 'loss.png')} cannot be drawn ({reason})")
+
+
+def plot_loss(folder: Path) -> None:
+    """Draw `folder`/loss.png anew."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [(x["step"], x["train_loss"]) for x in lines if x["train_loss"] is not None]
+    val = [(x["step"], x["val_loss"]) for x in lines if x.get("val_loss") is not None]
+    if not train:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    steps, losses = map(np.array, zip(*train, strict=True))
+    axes.plot(steps, losses, color="#9ec9a5", linewidth=0.8, label="training, each step")
+    if len(losses) >= 50:
+        mean = np.convolve(losses, np.full(50, 1 / 50), mode="valid")
+        axes.plot(steps[49:], mean, color="#1b7837", linewidth=1.8, label="training, mean of 50")
+        axes.annotate(
+            f"{mean[-1]:.2f}", (steps[-1], mean[-1]), xytext=(4, 0), textcoords="offset points"
+        )
+    if val:
+        axes.plot(*zip(*val, strict=True), "o-", color="#762a83", markersize=4, label="held out")
+        axes.annotate(f"{val[-1][1]:.2f}", val[-1], xytext=(4, 0), textcoords="offset points")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0, None))
+    axes.set_title(escape_controls(folder.resolve().name), parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    with files.replacing(folder / "loss.png") as new, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+        figure.savefig(new, dpi=150, format="png")

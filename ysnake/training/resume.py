@@ -1,0 +1,135 @@
+"""Resuming a training run: read its last checkpoint and go on from there, exactly."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ysnake.shared import cli, files, manifest
+from ysnake.shared.errors import InputError
+from ysnake.training import memory, parallel
+from ysnake.training import settings as settings_of
+from ysnake.training.parallel import Ranks
+from ysnake.training.run import WRITTEN, Progress, Run, assemble
+from ysnake.training.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from tokenizers import Tokenizer
+
+    from ysnake.model.network import Model
+
+
+def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
+    """Take up the run in settings.run where its last/ stands; the one before if it is damaged."""
+    from ysnake.checkpoints import checkpoint
+
+    folder = settings.run / "last"
+    ranks.alone(lambda: _verify_tokens(settings.run / "data"))
+    last, saved, model, tokenizer = ranks.together(lambda: _read_last(settings.run))
+    try:
+        run = _resumed(settings, ranks, last, saved, model, tokenizer, console)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, InputError) or parallel.lost_contact(error):
+            raise
+        path = last / checkpoint.STATE
+        said = str(error).partition("\n")[0]
+        raise InputError(f"{path}: not the state of this training run ({said})") from error
+
+    def settle() -> None:
+        with cli.writing(settings.run):
+            if last != folder:
+                checkpoint.put_back(last, folder)
+            files.remove_unfinished(settings.run)
+            settings_of.write(settings)  # with what this command line has changed
+            _forget_metrics_after(run.folder / "metrics.jsonl", run.progress.step)
+
+    if settings.resume:
+        ranks.together(lambda: None)  # all have read
+        ranks.alone(settle)
+        console.print(f"[bold]{cli.markup(run.folder)}[/]: goes on after step {run.progress.step}")
+    return run
+
+
+def _verify_tokens(folder: Path) -> None:
+    """Raise InputError if the tokens on disk are not those that the run began with."""
+    for path in sorted(folder.glob("*.tokens")):
+        manifest.verify(path)
+
+
+def _read_last(folder: Path) -> tuple[Path, dict[str, Any], "Model", "Tokenizer"]:
+    from ysnake.checkpoints import checkpoint
+
+    def read(last: Path) -> tuple[dict[str, Any], "Model", "Tokenizer"]:
+        saved = checkpoint.load_training(last)
+        return saved, checkpoint.load(last), checkpoint.load_tokenizer(last)
+
+    for name in WRITTEN:
+        if (folder / name).is_symlink():
+            raise InputError(f"{folder / name}: a link; a run writes into its folder only")
+    last, found = checkpoint.newest_good(folder / "last", read)
+    return last, *found
+
+
+def _resumed(
+    settings: Settings,
+    ranks: Ranks,
+    last: Path,
+    saved: dict[str, Any],
+    model: "Model",
+    tokenizer: "Tokenizer",
+    console: "Console",
+) -> Run:
+    """The run that a checkpoint was saved of, as it stood then."""
+    from ysnake.checkpoints import checkpoint
+
+    if settings.output_size is not None:
+        model = checkpoint.with_factors(model, saved["head"], settings.output_size)
+    model.use_config(replace(model.config, chunk_size=settings.chunk_size))
+    progress = Progress(**saved["progress"])
+    memory.check(settings, model.config, cli.pick_device(settings.device))
+    before, now = _workers(progress.processes, progress.threads), _workers(ranks.size)
+    if before != now and settings.resume:
+        console.print(
+            f"warning: started with {before}, goes on with {now}; the weights will differ in the "
+            "last bits"
+        )
+    if progress.ended in ("interrupted", "diverged"):
+        progress.ended = None
+    run = assemble(settings, model, tokenizer, progress, ranks)
+    for side, count in zip(("train", "val"), saved.get("corpus", ()), strict=False):
+        if len(getattr(run, side)) != count:
+            path = run.folder / "data" / f"{side}.tokens"
+            raise InputError(f"{path}: damaged, the run began with {count:,} tokens")
+    where = last / checkpoint.OPTIMIZER
+    ranks.load_optimizer(run.model, run.optimizer, saved["optimizer"], where)
+    if settings.carry_state:
+        rows = ranks.rows(settings.batch_size)
+        for layer, (conv, ssm) in zip(run.carried, saved["carried"], strict=True):
+            layer.conv, layer.ssm = conv[rows].to(run.device), ssm[rows].to(run.device)
+    return run
+
+
+def _workers(processes: int, threads: int | None = None) -> str:
+    import torch
+
+    of_each = f"{threads or torch.get_num_threads()} threads"
+    return of_each if processes == 1 else f"{processes} processes of {of_each}"
+
+
+def _forget_metrics_after(path: Path, step: int) -> None:
+    """Cut off what a killed run wrote after its last checkpoint; it will be written again."""
+    if not path.exists():
+        return
+    kept = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):  # torn by a kill or a full disk
+            break
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{path}, line {number}: not the metrics of a step") from error
+        kept += len(line)
+    os.truncate(path, kept)

@@ -1,0 +1,181 @@
+"""The parts of a training run, put together and saved: model, optimizer, tokens and progress.
+
+A run is made by `new_run.start` or `resume.resume`, and trained by `train.fit`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ysnake.shared import cli
+from ysnake.shared.files import read_json
+from ysnake.training.parallel import Ranks
+from ysnake.training.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+    from tokenizers import Tokenizer
+
+    from ysnake.model.network import Model, State
+    from ysnake.text.data import Tokens
+
+KEPT_RECOMPUTING = 1 << 24  # bytes of the largest block that is kept: memory before time
+WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png")  # files that training writes as it goes
+
+
+@dataclass
+class Progress:
+    """How far a run has come; all of it is saved, and plain values only."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed: float = 0.0  # seconds of training
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    recent: list[float] = field(default_factory=list)  # losses of the last steps
+    best_val_loss: float | None = None
+    evaluations: int = 0
+    evaluations_since_best: int = 0
+    threads: int = 0
+    processes: int = 1
+    ended: str | None = None  # steps, time, loss, patience, interrupted or diverged
+
+    @property
+    def mean_loss(self) -> float:
+        return sum(self.recent) / max(1, len(self.recent))
+
+
+@dataclass
+class Run:
+    """All that a training run works with."""
+
+    settings: Settings
+    model: "Model"
+    tokenizer: "Tokenizer"
+    optimizer: "torch.optim.Optimizer"
+    train: "Tokens"
+    val: "Tokens"
+    progress: Progress
+    ranks: Ranks
+    loss: "Callable[..., torch.Tensor]"  # the model's, of this rank's part of a batch
+    carried: "State | None"  # the state that the next step starts from, with carry_state
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.run
+
+    @property
+    def device(self) -> "torch.device":
+        return self.model.backbone.embeddings.weight.device
+
+
+def assemble(
+    settings: Settings,
+    model: "Model",
+    tokenizer: "Tokenizer",
+    progress: Progress,
+    ranks: Ranks,
+) -> Run:
+    import torch
+    from ysnake_kernels.allocator import keep_freed_memory
+
+    from ysnake.text.data import Tokens
+
+    if settings.recompute:
+        keep_freed_memory(KEPT_RECOMPUTING)
+    else:
+        keep_freed_memory()
+    config = model.config
+    framing = (tokenizer.get_vocab_size(), config.bos_id, config.eos_id)
+    train, val = (
+        Tokens.open(settings.run / "data" / f"{side}.tokens", *framing) for side in ("train", "val")
+    )
+    progress.threads, progress.processes = torch.get_num_threads(), ranks.size
+    model.backbone.recompute = settings.recompute
+    loss = ranks.spread(model, cli.pick_device(settings.device))
+    optimizer = make_optimizer(model, settings.weight_decay)
+    run = Run(settings, model, tokenizer, optimizer, train, val, progress, ranks, loss, None)
+    forget_carried(run)
+    return run
+
+
+def forget_carried(run: Run) -> None:
+    if run.settings.carry_state:
+        run.carried = run.model.empty_state(len(run.ranks.rows(run.settings.batch_size)))
+
+
+def make_optimizer(model: "Model", weight_decay: float) -> "torch.optim.Optimizer":
+    """AdamW that decays matrices only; A_log, D, dt_bias, norms and biases are vectors."""
+    import torch
+
+    groups = [
+        {
+            "params": [p for p in model.parameters() if (p.ndim >= 2) == matrices],
+            "weight_decay": weight_decay if matrices else 0.0,
+        }
+        for matrices in (True, False)
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
+def make_moments(optimizer: "torch.optim.Optimizer") -> None:
+    """Make AdamW's moments before the first step, so that they lie in no gaps left by backward."""
+    import torch
+
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def keep_good(run: Run) -> None:
+    """After a run has diverged, let last/ be a checkpoint from before; what is there is set aside.
+
+    The steps skipped at the end did not change the weights. So weights that were saved after the
+    last step that was not skipped are those that give no finite loss.
+    """
+    from ysnake.checkpoints import checkpoint
+
+    last, old = run.folder / "last", run.folder / "last.old"
+    bad_from = run.progress.step - run.progress.skipped_in_a_row
+    if saved_step(last) >= bad_from and old.is_dir() and saved_step(old) < bad_from:
+        with cli.writing(run.folder):
+            checkpoint.put_back(old, last)
+
+
+def saved_step(folder: Path) -> int:
+    """The step after which a checkpoint of a run was saved."""
+    from ysnake.checkpoints import checkpoint
+
+    return read_json(folder / checkpoint.PROGRESS)["step"]
+
+
+def save_last(run: Run) -> None:
+    """Write last/: the model, and all that resuming needs."""
+    from ysnake.checkpoints import checkpoint
+
+    ranks = run.ranks
+    shards = run.folder / f".{checkpoint.OPTIMIZER}.new"
+    training = {
+        "optimizer": ranks.save_optimizer(run.model, run.optimizer, shards),
+        "progress": asdict(run.progress),
+        "corpus": (len(run.train), len(run.val)),
+    }
+    if run.carried is not None:
+        training["carried"] = [
+            (ranks.all_rows(layer.conv), ranks.all_rows(layer.ssm)) for layer in run.carried
+        ]
+    progress = {k: v for k, v in asdict(run.progress).items() if k != "recent"}
+    model = ranks.whole(run.model)
+
+    def write() -> None:
+        training["head"] = checkpoint.head_factors(model)
+        parts = shards if ranks.sharded and shards.exists() else None
+        checkpoint.save(run.folder / "last", model, run.tokenizer, training, progress, parts)
+
+    ranks.alone(write)

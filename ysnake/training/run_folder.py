@@ -1,0 +1,81 @@
+"""The folder of a new run: made under a hidden name, so that what has its final name is whole.
+
+The hidden folder holds a lock file as long as its process lives. So the next start knows what a
+killed one has left, and removes it.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+from ysnake.shared import run_lock
+from ysnake.shared.errors import InputError
+
+STARTING = "start.lock"
+Result = TypeVar("Result")
+
+
+def make(wanted: Path | None, default: Path, fill: Callable[[Path], Result]) -> tuple[Path, Result]:
+    """Make the folder of a new run. Returns it, and what `fill` returned.
+
+    Args:
+        wanted: the folder that the user asked for.
+        default: the folder if the user asked for none. If it exists, -2, -3, ... is appended.
+        fill: is called with the hidden folder. If it fails, nothing is left.
+
+    Raises:
+        InputError: the folder exists already, or cannot be written.
+    """
+    check_free(wanted)
+    base = wanted or default
+    parent_is_new = not base.parent.exists()
+    remove_leftovers(base.parent)
+    new = base.with_name(f".{base.name}.{secrets.token_hex(4)}.new")
+    try:
+        new.mkdir(parents=True)
+        with run_lock.lock(new / STARTING, f"{base}: another process removes this folder"):
+            result = fill(new)
+        return _rename(new, base, wanted is None), result
+    except BaseException as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if parent_is_new:
+            with suppress(OSError):  # another process has begun a run there
+                base.parent.rmdir()
+        if isinstance(error, OSError):
+            raise InputError(f"{base}: {error.strerror}") from error
+        raise
+
+
+def check_free(wanted: Path | None) -> None:
+    """Raise InputError if the folder for a new run exists already."""
+    if wanted is not None and os.path.lexists(wanted):
+        raise InputError(f"{wanted}: exists already; --resume goes on with a run")
+
+
+def _rename(new: Path, base: Path, or_a_neighbour: bool) -> Path:
+    for number in count(1):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            if os.path.lexists(folder):
+                raise FileExistsError
+            return new.rename(folder)
+        except OSError:  # another process was faster: its errors differ from system to system
+            if not os.path.lexists(folder):
+                raise
+            if not or_a_neighbour:
+                check_free(folder)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove the hidden folders in `parent` in which a process began a run and was killed."""
+    for mark in parent.glob(f".*.new/{STARTING}"):
+        with suppress(InputError, OSError):  # its process is alive, or has just ended
+            with run_lock.lock(mark, str(mark.parent)) as held:
+                if held:
+                    shutil.rmtree(mark.parent, ignore_errors=True)
+            mark.parent.rmdir()  # on Windows, where the lock file was still open

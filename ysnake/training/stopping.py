@@ -1,0 +1,115 @@
+"""Why a training run ends, how it is asked to stop, and what is said at its end."""
+
+import shlex
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from ysnake.shared import cli
+from ysnake.training.run import Run, saved_step
+
+MEAN_OVER = 50  # steps that the training loss is averaged over where it decides or is shown
+GIVE_UP_AFTER = 10  # steps in a row without a finite loss
+ENDINGS = {
+    "steps": "all {step} steps are done",
+    "time": "the time is up",
+    "loss": "the training loss is down to {loss:.3f}",
+    "patience": "the held-out loss has stopped getting better",
+    "interrupted": "interrupted; --resume goes on from here",
+    "diverged": "loss or gradient were not finite ten times in a row, so the run was stopped; "
+    "last/ holds step {kept}, from before; resume with a lower --lr or a longer --warmup-steps",
+}
+
+
+# SIGHUP: the terminal was closed. Windows has neither SIGHUP nor other systems SIGBREAK.
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+
+
+@contextmanager
+def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Let `handler` answer the signals that ask a process to stop, as long as the block runs."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    if before.get(getattr(signal, "SIGHUP", None)) is signal.SIG_IGN:  # started with nohup
+        del before[signal.SIGHUP]
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def stop_at_once() -> AbstractContextManager[None]:
+    """Every signal that asks to stop raises KeyboardInterrupt, so that the block can clean up."""
+    return _handling(_interrupt)
+
+
+class Stop:
+    """Whether a signal has asked the run to stop; a second Ctrl-C stops at once."""
+
+    requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator["Stop"]:
+        def request(number: int, _frame: object) -> None:
+            if self.requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        with _handling(request):
+            yield self
+
+
+def reason_to_end(run: Run) -> str | None:
+    """Why the run should end now, if it should."""
+    settings, progress = run.settings, run.progress
+    if progress.skipped_in_a_row >= GIVE_UP_AFTER:
+        return "diverged"
+    target = settings.stop_at_loss
+    if target is not None and len(progress.recent) == MEAN_OVER and progress.mean_loss <= target:
+        return "loss"
+    if settings.max_steps is not None and progress.step >= settings.max_steps:
+        return "steps"
+    if settings.max_minutes is not None and progress.elapsed >= 60 * settings.max_minutes:
+        return "time"
+    if settings.patience is not None and progress.evaluations_since_best >= settings.patience:
+        return "patience"
+    return None
+
+
+def summary(run: Run) -> str:
+    """What is said at the end of a run, in rich's markup: why it ended, and what may follow."""
+    progress, folder = run.progress, cli.markup(shlex.quote(str(run.folder)))
+    kept = saved_step(run.folder / "last")
+    why = ENDINGS[progress.ended].format(step=progress.step, loss=progress.mean_loss, kept=kept)
+    lines = [
+        f"[bold]{cli.markup(run.folder)}[/]: {why} ({progress.elapsed / 60:.1f} minutes of "
+        f"training, {progress.skipped} steps skipped)",
+        f"picture: {cli.markup(run.folder / 'loss.png')}",
+        f'next: python -m ysnake.run {folder} --prompt "..."',
+    ]
+    if further := _further(run):
+        lines.append(f"train it further: python -m ysnake.train --run {folder} --resume {further}")
+    falling = progress.evaluations > 1 and progress.evaluations_since_best == 0
+    if falling and progress.ended in ("steps", "time"):
+        lines.append("the held-out loss was still falling, so more training will help")
+    return "\n".join(lines)
+
+
+def _further(run: Run) -> str | None:
+    """The option that lets a finished run go on; none for one that was interrupted."""
+    settings, progress = run.settings, run.progress
+    return {
+        "steps": f"--max-steps {2 * progress.step}",
+        "time": f"--max-minutes {2 * (settings.max_minutes or 0):g}",
+        "loss": f"--stop-at-loss {(settings.stop_at_loss or 0) / 2:g}",
+        "patience": f"--patience {2 * (settings.patience or 0)}",
+        "diverged": f"--lr {settings.lr / 3:.2g}",
+    }.get(progress.ended)
