@@ -54,7 +54,7 @@ def prepare(text: Path | None, folder: Path, sizes: dict[str, int], quick: bool)
             "--text: quality needs a file with several megabytes of text (.txt, .md or .jsonl)"
         )
     from ysnake.text import data, tokenizer
-    from ysnake.train import VAL_TOKENS
+    from ysnake.training.evaluation import VAL_TOKENS
 
     corpus = data.Corpus(data.find_files([text]))
     size = corpus.size
@@ -103,8 +103,9 @@ def train(job: dict, tell: Callable[[dict], None]) -> None:
     import torch
 
     from ysnake.text import data
-    from ysnake.train import CLIP, learning_rate
-    from ysnake.training.run import Progress, make_optimizer
+    from ysnake.training.optimiser import make_optimizer
+    from ysnake.training.run import Progress
+    from ysnake.training.step import CLIP, learning_rate
 
     folder, frame = Path(job["folder"]), job["frame"]
     learn, held_out = (

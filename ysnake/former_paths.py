@@ -1,4 +1,4 @@
-"""Module paths of version 0.1.0 that still work: `import ysnake.config` gives `ysnake.model.config`.
+"""Module paths of version 0.1.0, which still work: `ysnake.config` is `ysnake.model.config`.
 
 Python asks `Finder` for a module that no file holds. An old path and its new path give the same
 module object, which is imported when the old path is.

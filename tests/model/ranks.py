@@ -19,6 +19,7 @@ from torch.profiler import profile
 from ysnake import train
 from ysnake.model.config import IGNORED
 from ysnake.text.data import Batch
+from ysnake.training import step
 from ysnake.training.parallel import Ranks
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
@@ -29,7 +30,7 @@ def trained(rank, size, argv, stop_after=None, poisoned=None, killed_after=None)
 
     It is killed in a third, unless the launcher has started it again after that.
     """
-    real = train.batch_loss
+    real = step.batch_loss
     calls = 0
 
     def stopping(*arguments):
@@ -42,11 +43,11 @@ def trained(rank, size, argv, stop_after=None, poisoned=None, killed_after=None)
         loss = real(*arguments)
         return loss * torch.nan if rank == size - 1 and calls == poisoned else loss
 
-    train.batch_loss = stopping
+    step.batch_loss = stopping
     try:
         code = train.main(argv)
     finally:
-        train.batch_loss = real
+        step.batch_loss = real
     assert code == (0 if stop_after is None else 130)
 
 

@@ -17,12 +17,12 @@ from rich.console import Console
 from safetensors.torch import save_file
 from small import TINY, corpus, saved
 
-from ysnake import train
 from ysnake.checkpoints import checkpoint
 from ysnake.shared.errors import InputError
+from ysnake.training import new_run, settings
 from ysnake.training import run as training_run
-from ysnake.training import settings
 from ysnake.training.parallel import Ranks
+from ysnake.training.resume import resume as resume_run
 
 REFUSED_WITHIN = 1.0  # seconds of this process; it takes a few hundredths
 MEMORY = 300_000_000  # bytes that a refusal may need
@@ -429,12 +429,12 @@ def stopped(tmp_path):
     """A run with a step to do."""
     argv = [*TINY, "--vocab-size", "300", "--data", corpus(tmp_path), "--run", tmp_path / "run"]
     argv += ["--max-steps", "2", "--threads", "1"]
-    train.start(settings.parse([*map(str, argv)]), Console(quiet=True))
+    new_run.start(settings.parse([*map(str, argv)]), Console(quiet=True))
     return tmp_path / "run"
 
 
 def resume(folder):
-    return train.resume(replace(settings.read(folder), resume=True), Ranks(), Console(quiet=True))
+    return resume_run(replace(settings.read(folder), resume=True), Ranks(), Console(quiet=True))
 
 
 def test_a_training_state_with_a_payload(stopped):
@@ -464,10 +464,10 @@ def test_a_checkpoint_does_not_write_through_links(stopped):
     for name in ("last.new", "last.old"):
         (stopped / name).symlink_to(outside)
         with pytest.raises(InputError, match=r"/last.*: cannot be written"):
-            train.save_last(run)
+            training_run.save_last(run)
         (stopped / name).unlink()
     assert [path.name for path in outside.iterdir()] == ["mine"]
-    train.save_last(run)
+    training_run.save_last(run)
     resume(stopped)
 
 

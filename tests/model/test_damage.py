@@ -19,7 +19,7 @@ from ysnake import evaluate, export, run, serve, train
 from ysnake.checkpoints import checkpoint
 from ysnake.shared.errors import InputError
 from ysnake.text import tokenizer
-from ysnake.training import settings
+from ysnake.training import resume, settings
 from ysnake.training.parallel import Ranks
 
 OPTIONS = [*TINY, "--vocab-size", "300", "--threads", "1", "--max-steps", "6"]
@@ -114,7 +114,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder, caplog, where, me
         assert message in caplog.text
     caplog.clear()
     options = replace(settings.read(folder), resume=True)
-    again = train.resume(options, Ranks(), Console(quiet=True))
+    again = resume.resume(options, Ranks(), Console(quiet=True))
     assert again.progress.step == 5
     assert message in caplog.text
     assert f"goes on from {folder / 'last.old'}" in caplog.text

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from small import corpus, entry, model, python, saved
 
 from ysnake import export
-from ysnake.checkpoints import checkpoint
+from ysnake.checkpoints import checkpoint, gguf_file, modelfile
 from ysnake.inference.generate import Context
 from ysnake.inference.sampling import Sampling
 from ysnake.shared.errors import InputError
@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
 
 def write(folder, file, type="f32"):
     m, learnt = checkpoint.load(folder), checkpoint.load_tokenizer(folder)
-    export.write_gguf(file, m, learnt, type, "a snake")
+    gguf_file.write_gguf(file, m, learnt, type, "a snake")
     return file
 
 
@@ -182,7 +182,7 @@ def test_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "ollama create model -f Modelfile" in done.stdout
     lines = (tmp_path / "Modelfile").read_text().splitlines()
-    assert lines[:3] == [export.WRITTEN_BY_US, "FROM ./a.gguf", 'TEMPLATE "{{ .Prompt }}"']
+    assert lines[:3] == [modelfile.WRITTEN_BY_US, "FROM ./a.gguf", 'TEMPLATE "{{ .Prompt }}"']
     assert 'PARAMETER stop "<|endoftext|>"' in lines
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert types["blk.0.ssm_in.weight"] == types["token_embd.weight"] == "Q8_0"
@@ -233,8 +233,8 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(tmp_path, monkey
         (model(dt_limit=(0.01, 1.0)), bpe, "dt_limit: llama.cpp has no limits"),
     ):
         with pytest.raises(InputError, match=message):
-            export.write_gguf(file, m, learnt, "f32", "x")
+            gguf_file.write_gguf(file, m, learnt, "f32", "x")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match="--gguf: needs the package gguf"):
-        export.write_gguf(file, model(), bpe, "f32", "x")
+        gguf_file.write_gguf(file, model(), bpe, "f32", "x")
     assert list(file.parent.iterdir()) == []

@@ -21,12 +21,14 @@ import pytest
 from small import environment, python
 
 from ysnake import generate_data as generator
+from ysnake.data_generation import questions
+from ysnake.data_generation import shelf as shelves
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 from ysnake.text import data, prose
 
 MODEL = "llama3.1"
-VOCABULARY = generator.lines("words")
+VOCABULARY = questions.lines("words")
 
 
 def document(prompt, words=60):
@@ -206,32 +208,32 @@ def wait_until(condition):
 def test_the_lists_are_clean():
     sizes = {"words": 1500, "topics": 1200, "dates": 366}
     for kind, least in sizes.items():
-        text = (generator.LISTS / f"{kind}.txt").read_text(encoding="utf-8")
+        text = (questions.LISTS / f"{kind}.txt").read_text(encoding="utf-8")
         entries = text.splitlines()
         assert text.endswith("\n")
         assert len(entries) >= least
         assert len({entry.casefold() for entry in entries}) == len(entries)
         assert all(entry and entry == " ".join(entry.split()) for entry in entries)
         assert not any(set("{}") & set(entry) for entry in entries)
-        prompts = generator.lines(f"{kind}_prompts")
+        prompts = questions.lines(f"{kind}_prompts")
         assert len(set(prompts)) == len(prompts) >= 5
         assert all(prompt.count("{}") == 1 and prompt.format("x") for prompt in prompts)
-    assert len(generator.lines("dates")) == 366
-    assert generator.lines("dates")[0] == "1 January"
-    assert generator.lines("dates")[59:61] == ["29 February", "1 March"]
-    assert generator.lines("dates")[-1] == "31 December"
-    words = generator.lines("words")
+    assert len(questions.lines("dates")) == 366
+    assert questions.lines("dates")[0] == "1 January"
+    assert questions.lines("dates")[59:61] == ["29 February", "1 March"]
+    assert questions.lines("dates")[-1] == "31 December"
+    words = questions.lines("words")
     assert words == sorted(words)
     assert all(re.fullmatch("[a-z]+", word) for word in words)
-    topics = generator.lines("topics")
+    topics = questions.lines("topics")
     assert topics == sorted(topics, key=lambda topic: (topic.casefold(), topic))
 
 
-@pytest.mark.parametrize("kind", generator.KINDS)
+@pytest.mark.parametrize("kind", questions.KINDS)
 def test_what_is_asked_is_a_function_of_the_seed(kind):
-    asked = list(generator.tasks(kind, 3))
-    entries, prompts = generator.lines(kind), generator.lines(f"{kind}_prompts")
-    assert asked == list(generator.tasks(kind, 3)) != list(generator.tasks(kind, 4))
+    asked = list(questions.tasks(kind, 3))
+    entries, prompts = questions.lines(kind), questions.lines(f"{kind}_prompts")
+    assert asked == list(questions.tasks(kind, 3)) != list(questions.tasks(kind, 4))
     assert len(set(asked)) == len(asked) == len(entries) * len(prompts)
     for turn in range(0, len(asked), len(entries)):  # a turn asks about everything once
         assert {task.entry for task in asked[turn : turn + len(entries)]} == set(entries)
@@ -250,8 +252,8 @@ def test_a_corpus(server, tmp_path):
     prompts = server.prompts()
     read = [text for text, ends in data.Corpus(files).pieces()]
     assert sorted(read) == sorted(document(prompt) for prompt in prompts)
-    for kind in generator.KINDS:
-        some = [t.format("x")[:9] for t in generator.lines(f"{kind}_prompts")]
+    for kind in questions.KINDS:
+        some = [t.format("x")[:9] for t in questions.lines(f"{kind}_prompts")]
         assert sum(prompt[:9] in some for prompt in prompts) >= 4
     assert all(body["options"]["temperature"] == 0.8 for body in server.asked)
     assert len({body["options"]["seed"] for body in server.asked}) == 12
@@ -337,20 +339,20 @@ def ledger(folder, kind="words"):
 
 def shelf(folder):
     folder.mkdir(exist_ok=True)
-    return generator.Shelf(folder, "words", 10, 0)
+    return shelves.Shelf(folder, "words", 10, 0)
 
 
 def test_torn_anywhere(tmp_path, monkeypatch):
     """Killed after every 20th byte that the third document writes: the first two stay, and the
     third is either whole or asked for again."""
-    asked = list(islice(generator.tasks("words", 0), 4))
+    asked = list(islice(questions.tasks("words", 0), 4))
     texts = [document(task.entry) for task in asked[:3]]
     opened = shelf(tmp_path / "corpus")
     for task, text in zip(asked[:2], texts, strict=False):
         opened.put(task, text, False, 40)
     before = {path: path.read_bytes() for path in (tmp_path / "corpus").iterdir()}
     writes = []
-    monkeypatch.setattr(generator, "append", lambda file, data, _: writes.append((file, data)))
+    monkeypatch.setattr(shelves, "append", lambda file, data, _: writes.append((file, data)))
     opened.put(asked[2], texts[2], False, 40)
     monkeypatch.undo()
     opened.close()
@@ -451,7 +453,7 @@ def test_what_is_dropped(server, tmp_path):
 
 
 def test_nothing_left_to_ask(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(generator, "LISTS", tmp_path)
+    monkeypatch.setattr(questions, "LISTS", tmp_path)
     (tmp_path / "dates.txt").write_text("1 January\n2 January\n")
     (tmp_path / "dates_prompts.txt").write_text("What happened on {}?\nWho was born on {}?\n")
     done = generate(server, tmp_path, "--kinds", "dates", "--count", "9")
@@ -475,9 +477,9 @@ def test_a_thought_that_is_cut_at_the_limit_is_not_kept(tmp_path):
     (tmp_path / "corpus").mkdir()
     one = shelf(tmp_path / "corpus")
     whole, cut = document("copper"), document("tin")
-    one.put(generator.Task("a", 0), f"The user wants copper.</think>{whole}", False, 5)
-    one.put(generator.Task("b", 0), f"The user wants tin. {document('thought')}", True, 5)
-    one.put(generator.Task("c", 0), f"The user wants tin.</think>{cut} And", True, 5)
+    one.put(questions.Task("a", 0), f"The user wants copper.</think>{whole}", False, 5)
+    one.put(questions.Task("b", 0), f"The user wants tin. {document('thought')}", True, 5)
+    one.put(questions.Task("c", 0), f"The user wants tin.</think>{cut} And", True, 5)
     one.close()
     assert documents(tmp_path) == [whole, cut]
     assert one.counts["stub"] == 1
@@ -596,7 +598,7 @@ def test_interrupted(server, tmp_path):
     assert "The same command goes on from here." in said
     assert "Traceback" not in said
     answers = {document(prompt) for prompt in server.prompts()}
-    assert all(text in answers for kind in generator.KINDS for text in documents(tmp_path, kind))
+    assert all(text in answers for kind in questions.KINDS for text in documents(tmp_path, kind))
 
 
 def test_a_bad_host(tmp_path):

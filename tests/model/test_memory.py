@@ -42,7 +42,8 @@ import torch
 from ysnake_kernels.allocator import keep_freed_memory
 from ysnake.model.config import ModelConfig
 from ysnake.model import LayerState, Model
-from ysnake.training.run import KEPT_RECOMPUTING, make_moments, make_optimizer
+from ysnake.training.optimiser import make_moments, make_optimizer
+from ysnake.training.run import KEPT_RECOMPUTING
 def peak():  # resident kilobytes; ru_maxrss would begin with the parent's
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

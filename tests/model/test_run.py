@@ -20,7 +20,7 @@ from ysnake.checkpoints import checkpoint
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.generate import Context, choose
 from ysnake.inference.sampling import Sampling
-from ysnake.run import texts, until
+from ysnake.inference.text_stream import texts, until
 from ysnake.shared.errors import InputError
 
 
@@ -181,19 +181,19 @@ def test_wrong_ways_to_draw():
 
 
 def test_evaluate_equals_the_loss_of_whole_documents(folder, tmp_path):
-    from ysnake import evaluate
+    from ysnake.inference import score as scoring
     from ysnake.text.tokenizer import encode
 
     m, tokenizer = checkpoint.load(folder).eval(), checkpoint.load_tokenizer(folder)
     documents = ["The viper counts to 12. " * 30, "蛇", "x y z"]
     pieces = [(documents[0][:100], False), (documents[0][100:], True)]
     pieces += [(d, True) for d in documents[1:]]
-    read = evaluate.READ
-    evaluate.READ = 16
+    read = scoring.READ
+    scoring.READ = 16
     try:
-        total = evaluate.score(Decoder(m), tokenizer, pieces, lambda n: None)
+        total = scoring.score(Decoder(m), tokenizer, pieces, lambda n: None)
     finally:
-        evaluate.READ = read
+        scoring.READ = read
     nats = tokens = 0
     for parts in ([documents[0][:100], documents[0][100:]], *([d] for d in documents[1:])):
         ids = [0, *chain(*(encode(tokenizer, part) for part in parts)), 0]
@@ -210,13 +210,13 @@ def test_evaluate_equals_the_loss_of_whole_documents(folder, tmp_path):
 
 
 def test_text_that_the_tokenizer_drops_counts_and_is_told():
-    from ysnake import evaluate
+    from ysnake.inference import score as scoring
     from ysnake.text import tokenizer as tokenizers
 
     words = tokenizers.train("word", ["The boa sleeps in the grass. " * 9], 300)
     decoder = Decoder(model(vocab=words.get_vocab_size()).eval())
     known, half, none = (
-        evaluate.score(decoder, words, [(text, True)], lambda n: None)
+        scoring.score(decoder, words, [(text, True)], lambda n: None)
         for text in ("The boa sleeps. " * 20, "The boa 蛇蛇 sleeps. " * 20, "蛇" * 100)
     )
     assert (known.dropped, half.dropped, none.dropped) == (0, 6 * 20, 300)

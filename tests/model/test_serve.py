@@ -596,7 +596,8 @@ def test_the_command_is_quick_to_import_and_says_what_is_missing(folder):
     done = python("ysnake.serve", "--help", cwd=folder)
     assert done.returncode == 0
     assert "127.0.0.1" in done.stdout
-    script = "import sys; sys.modules['uvicorn'] = None; from ysnake import serve; from ysnake.shared import cli\n"
+    script = "import sys; sys.modules['uvicorn'] = None\n"
+    script += "from ysnake import serve\nfrom ysnake.shared import cli\n"
     script += f"sys.argv = ['serve', {str(folder)!r}]; cli.run(serve.main)"
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True

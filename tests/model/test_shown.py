@@ -6,6 +6,7 @@ import pytest
 from small import entry, saved
 
 from ysnake import run
+from ysnake.inference import conversation
 from ysnake.shared.shown import escape_controls
 
 
@@ -42,7 +43,7 @@ def test_an_error_cannot_steer_the_terminal(tmp_path):
 
 def test_a_completion_cannot_steer_the_terminal(tmp_path, monkeypatch):
     folder = saved(tmp_path)
-    monkeypatch.setattr(run, "texts", lambda *_: ["one\n", "\x1b]0;title\x07", "\ttwo"])
+    monkeypatch.setattr(conversation, "texts", lambda *_: ["one\n", "\x1b]0;title\x07", "\ttwo"])
     code, out, _ = entry(run.main, folder, "--prompt", "x")
     assert code == 0
     assert out == "one\n\\x1b]0;title\\x07\ttwo\n"

@@ -16,8 +16,10 @@ from small import ROOT, TINY, corpus, environment, python
 from ysnake import train
 from ysnake.checkpoints import checkpoint
 from ysnake.model.config import PRESETS
-from ysnake.training import new_run, settings
+from ysnake.training import evaluation, loop, new_run, settings, step
 from ysnake.training import run as training_run
+from ysnake.training.optimiser import make_optimizer
+from ysnake.training.signals import Stop
 
 COMMAND = ["ysnake.train", *TINY, "--vocab-size", "300", "--threads", "1", "--data", "snakes.txt"]
 
@@ -108,7 +110,7 @@ def test_it_stops_when_the_held_out_loss_gets_no_better(tmp_path):
 
 
 def test_it_stops_on_time_and_the_rate_follows_the_clock(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.time, "perf_counter", count(0, 0.05).__next__)  # 0.05 s a step
+    monkeypatch.setattr(loop.time, "perf_counter", count(0, 0.05).__next__)  # 0.05 s a step
     run = fit(tmp_path, "--max-minutes", 0.05, "--warmup-steps", 0, "--eval-every", 10**6)
     rates = [m["lr"] for m in metrics(run)]
     assert rates == sorted(rates, reverse=True)
@@ -119,7 +121,7 @@ def test_it_stops_on_time_and_the_rate_follows_the_clock(tmp_path, monkeypatch):
 
 def test_learning_rate():
     options = settings.Settings(lr=1.0, warmup_steps=10, max_steps=100)
-    rate = [train.learning_rate(options, train.Progress(step=s)) for s in range(101)]
+    rate = [step.learning_rate(options, training_run.Progress(step=s)) for s in range(101)]
     assert rate[0] == pytest.approx(0.1)
     assert max(rate) == pytest.approx(rate[9], rel=0.02)
     assert rate[100] == pytest.approx(0.1)
@@ -140,7 +142,7 @@ def test_weights_that_decay_are_matrices(tmp_path):
     from small import model
 
     m = model()
-    decaying, other = training_run.make_optimizer(m, 0.1).param_groups
+    decaying, other = make_optimizer(m, 0.1).param_groups
     names = {id(p): name for name, p in m.named_parameters()}
     never = ("A_log", "D", "dt_bias", "norm.weight", "norm_f.weight", "bias")
     assert decaying["weight_decay"] == 0.1
@@ -165,7 +167,7 @@ def test_stopped_between_micro_batches_and_resumed_is_the_same(tmp_path, monkeyp
     options = ["--max-steps", "9", "--eval-every", "4", *options]
     whole = fit(tmp_path, *options)
 
-    real = train.batch_loss
+    real = step.batch_loss
     calls = 0
 
     def stopping(*args):
@@ -175,7 +177,7 @@ def test_stopped_between_micro_batches_and_resumed_is_the_same(tmp_path, monkeyp
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(train, "batch_loss", stopping)
+    monkeypatch.setattr(step, "batch_loss", stopping)
     stopped = fit(tmp_path, *options)
     while json.loads((stopped / "last/progress.json").read_text())["ended"] == "interrupted":
         assert train.main(["--run", str(stopped), "--resume"]) in (0, 130)
@@ -249,7 +251,7 @@ def test_carried_state_is_the_state_of_the_text_before(tmp_path):
     """With a learning rate of 0, losses of carried windows are those of the whole text."""
     argv = [*COMMAND[1:-1], str(corpus(tmp_path)), "--run", str(tmp_path / "run"), "--carry-state"]
     options = settings.parse([*argv, "--seq-len", "7", "--batch-size", "3", "--lr", "0"])
-    run = train.start(options, Console(quiet=True))
+    run = new_run.start(options, Console(quiet=True))
     from ysnake.text.data import IGNORED, consecutive_windows
 
     steps = 20
@@ -262,7 +264,7 @@ def test_carried_state_is_the_state_of_the_text_before(tmp_path):
             reduction="none",
         )
     for i, window in enumerate(windows):
-        line = train.train_step(run, train.Stop())
+        line = step.train_step(run, Stop())
         part = expected[:, 7 * i : 7 * i + 7]
         mean = part.sum().item() / (window.targets != IGNORED).sum()
         assert line["train_loss"] == pytest.approx(mean, rel=1e-4)
@@ -318,7 +320,7 @@ class Poison(torch.autograd.Function):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_ten_stop_the_run(tmp_path, monkeypatch, capsys):
-    real = train.batch_loss
+    real = step.batch_loss
     calls = 0
 
     def sometimes(*args):
@@ -327,12 +329,12 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_stop_the_run(tmp_path, mo
         loss = real(*args)
         return Poison.apply(loss) if calls in (2, 3) else loss * torch.nan if calls == 5 else loss
 
-    monkeypatch.setattr(train, "batch_loss", sometimes)
+    monkeypatch.setattr(step, "batch_loss", sometimes)
     run = fit(tmp_path, "--max-steps", 8, "--eval-every", 100)
     assert metrics(run)[-1]["skipped"] == 3
     assert all(p.isfinite().all() for p in checkpoint.load(run / "last").parameters())
 
-    monkeypatch.setattr(train, "batch_loss", lambda *args: Poison.apply(real(*args)))
+    monkeypatch.setattr(step, "batch_loss", lambda *args: Poison.apply(real(*args)))
     run = fit(tmp_path, "--max-steps", 50, "--eval-every", 100)
     assert len(metrics(run)) == 10
     assert "ten times in a row" in " ".join(capsys.readouterr().out.split())
@@ -341,7 +343,7 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_stop_the_run(tmp_path, mo
 def test_a_diverged_run_keeps_its_last_good_state_and_resumes_at_a_lower_rate(
     tmp_path, monkeypatch, capsys
 ):
-    real = train.batch_loss
+    real = step.batch_loss
     calls = 0
 
     def from_the_sixth_step_on(*args):
@@ -349,14 +351,14 @@ def test_a_diverged_run_keeps_its_last_good_state_and_resumes_at_a_lower_rate(
         calls += 1
         return real(*args) * (torch.nan if calls > 5 else 1)
 
-    monkeypatch.setattr(train, "batch_loss", from_the_sixth_step_on)
+    monkeypatch.setattr(step, "batch_loss", from_the_sixth_step_on)
     run = fit(tmp_path, "--max-steps", 50, "--eval-every", 100, "--checkpoint-every", 1)
     said = " ".join(capsys.readouterr().out.split())
     assert len(metrics(run)) == 15
     # The weights after step 5 are those that give no finite loss, so step 4 is the last good one.
     assert "last/ holds step 4, from before; resume with a lower --lr" in said
     assert "--resume --lr 0.001" in said
-    monkeypatch.setattr(train, "batch_loss", real)
+    monkeypatch.setattr(step, "batch_loss", real)
     argv = ["--run", str(run), "--resume", "--max-steps", "7"]
     assert train.main([*argv, "--lr", "1e-4"]) == 0
     assert [m["step"] for m in metrics(run)] == [1, 2, 3, 4, 5, 6, 7]
@@ -365,13 +367,13 @@ def test_a_diverged_run_keeps_its_last_good_state_and_resumes_at_a_lower_rate(
 
 
 def test_a_clock_that_stands_still_ends_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.time, "perf_counter", lambda: 5.0)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: 5.0)
     run = fit(tmp_path, "--max-steps", 2)
     assert [m["tokens_per_s"] for m in metrics(run)] == [None, None]
 
 
 def test_a_sample_takes_a_line_of_the_screen(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "sample", lambda *_: ("[red]a\x1b[2J", "\n" * 100))
+    monkeypatch.setattr(evaluation, "sample", lambda *_: ("[red]a\x1b[2J", "\n" * 100))
     run = fit(tmp_path, "--max-steps", 1)
     out = capsys.readouterr().out
     assert "[red]a\\x1b[2J" + "\\n" * 100 + "\n" in out
@@ -399,7 +401,7 @@ def test_without_the_shipped_corpus_it_asks_for_data(tmp_path, monkeypatch):
     monkeypatch.setattr(new_run, "SHIPPED", tmp_path / "training_data")
     options = settings.Settings(data=(new_run.SHIPPED,), run=tmp_path / "run", max_steps=1)
     with pytest.raises(ValueError, match="--data: the shipped corpus is not installed here"):
-        train.start(options, Console(quiet=True))
+        new_run.start(options, Console(quiet=True))
 
 
 def test_help_explains_every_setting(tmp_path):

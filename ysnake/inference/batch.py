@@ -20,8 +20,8 @@ from tokenizers.decoders import DecodeStream
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.generate import PIECE, Context, draw, luck
 from ysnake.inference.sampling import Sampling
+from ysnake.inference.text_stream import cut
 from ysnake.model.network import LayerState
-from ysnake.run import cut
 
 
 @dataclass(eq=False)

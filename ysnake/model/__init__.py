@@ -6,7 +6,7 @@ The names below are imported when they are asked for. So `ysnake.model.config` n
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ysnake.model.initialise import initialise
+    from ysnake.model.initialisation import initialise
     from ysnake.model.network import LayerState, Model, State
 
 __all__ = ["LayerState", "Model", "State", "initialise"]

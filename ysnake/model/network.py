@@ -22,7 +22,7 @@ from ysnake_kernels.linear import Linear, normed_linear, products_dtype
 from ysnake_kernels.norm import add_and_norm
 
 from ysnake.model.config import ModelConfig
-from ysnake.model.initialise import initialise
+from ysnake.model.initialisation import initialise
 from ysnake.model.loss import summed_loss
 
 

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse
 from ysnake.serving.fields import Refused, error_body
 
 if TYPE_CHECKING:
-    from ysnake.serve import Options
+    from ysnake.serving.options import Options
 
 _HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.%]+\]|[^\s:/?#@\[\]\\]+)(:\d+)?")
 OPEN = ("/",)  # the page asks for the key itself

@@ -18,7 +18,7 @@ from ysnake.serving.fields import Body, Refused, take
 from ysnake.shared import cli
 
 if TYPE_CHECKING:
-    from ysnake.serve import Options
+    from ysnake.serving.options import Options
 
 MOST_LARGE = 64  # large requests that are read at once
 SHORT = 4096  # characters that are split into tokens at once, in a few milliseconds

@@ -5,21 +5,19 @@ backward pass through the last layer. `python -m benchmarks.memory` compares it 
 """
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ysnake.model.config import ModelConfig
 from ysnake.shared.errors import InputError
+from ysnake.training.settings import Settings, parse_size
+from ysnake.training.sharing import share
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ysnake.training.settings import Settings
-
 FLOAT = 4  # bytes
-UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 PREDICTED_TOO_HIGH = 1.25  # by this factor at most
 PROCESS = 450e6  # bytes: Python, torch, its threads and buffers, and the tokens
 
@@ -91,7 +89,7 @@ def largest_batch(
     return size
 
 
-def fit(settings: "Settings", config: ModelConfig) -> None:
+def fit(settings: Settings, config: ModelConfig) -> None:
     """Set batch_size, accumulate and recompute to what --memory allows, a step's windows kept.
 
     Raises:
@@ -115,17 +113,15 @@ def fit(settings: "Settings", config: ModelConfig) -> None:
     )
 
 
-def check(settings: "Settings", config: ModelConfig, device: str) -> None:
+def check(settings: Settings, config: ModelConfig, device: str) -> None:
     """Raise InputError where a step would take more memory than this machine has.
 
     A GPU says so itself, at once; with --shard no process has the whole.
     """
-    from ysnake.training import launch
-
     limit = available()
     if device != "cpu" or limit is None or settings.shard:
         return
-    windows, length = launch.share(settings)
+    windows, length = share(settings)
     how = (settings.recompute, settings.carry_state)
     peak = predict(config, windows, length, *how).peak
     if peak <= PREDICTED_TOO_HIGH * limit:
@@ -141,18 +137,6 @@ def check(settings: "Settings", config: ModelConfig, device: str) -> None:
     )
 
 
-def parse_size(text: str) -> float:
-    """Bytes of "8GB", "500 MB" or "1.5G".
-
-    Raises:
-        InputError: it is none of these.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
-        raise InputError(f"--memory: expected a size like 8GB, got {text!r}")
-    return float(match[1]) * UNITS[match[2].upper()]
-
-
 def available() -> float | None:
     """Bytes that this process may use: the machine's or its container's; None if not known."""
     found = []
@@ -165,7 +149,7 @@ def available() -> float | None:
     return float(min(found)) if found else None
 
 
-def table(config: ModelConfig, settings: "Settings") -> "Table":
+def table(config: ModelConfig, settings: Settings) -> "Table":
     """The prediction for these settings and what would fit this machine, to be printed."""
     from rich.table import Table
 

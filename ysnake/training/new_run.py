@@ -14,7 +14,7 @@ from ysnake.training import settings as settings_of
 from ysnake.training.parallel import Ranks
 from ysnake.training.run import Progress, Run, assemble, save_last
 from ysnake.training.settings import SHIPPED, Settings
-from ysnake.training.stopping import stop_at_once
+from ysnake.training.signals import stop_at_once
 
 if TYPE_CHECKING:
     from rich.console import Console

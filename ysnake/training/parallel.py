@@ -20,7 +20,6 @@ from ysnake.model.config import IGNORED
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 from ysnake.training.launch import heard_once, launched, wait_to_be_ended
-from ysnake.training.settings import Settings
 from ysnake.training.split_sequences import Line, split_sequences
 
 if TYPE_CHECKING:
@@ -38,8 +37,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
 
 
 @contextmanager
-def joined(settings: Settings) -> Iterator["Ranks"]:
-    """The processes that were started together, connected as long as the block runs."""
+def joined(device: str, context: int, sharded: bool) -> Iterator["Ranks"]:
+    """Connect the processes that were started together, as long as the block runs.
+
+    Args:
+        device: the option --device.
+        context: processes that share a sequence.
+        sharded: whether weights and optimizer are spread over all processes.
+    """
     if not launched():
         yield Ranks()
         return
@@ -47,7 +52,7 @@ def joined(settings: Settings) -> Iterator["Ranks"]:
     import torch.distributed as dist
 
     with heard_once():
-        on_gpu = cli.pick_device(settings.device) == "cuda"
+        on_gpu = cli.pick_device(device) == "cuda"
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if on_gpu and here > gpus:
             raise InputError(f"--nproc-per-node: {here} processes, but {gpus} GPUs here")
@@ -56,10 +61,10 @@ def joined(settings: Settings) -> Iterator["Ranks"]:
     ours = not dist.is_initialized()
     if ours:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=STUCK_AFTER)
-    rank, size, context = dist.get_rank(), dist.get_world_size(), settings.context_parallel
+    rank, size = dist.get_rank(), dist.get_world_size()
     patient = dist.new_group(backend="gloo", timeout=FOR_EVER)
     try:
-        yield Ranks(rank, size, context, settings.shard, patient)
+        yield Ranks(rank, size, context, sharded, patient)
     except RuntimeError as error:
         if not lost_contact(error):
             raise
@@ -207,7 +212,7 @@ class Ranks:
         if self.context > 1:
             import torch.distributed as dist
 
-            line = Line(self, dist.new_subgroups(self.context)[0])
+            line = Line(self.rank, self.context, dist.new_subgroups(self.context)[0])
             for layer in model.backbone.layers:
                 split_sequences(layer.mixer, line)
         if self.sharded:

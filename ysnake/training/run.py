@@ -1,6 +1,6 @@
 """The parts of a training run, put together and saved: model, optimizer, tokens and progress.
 
-A run is made by `new_run.start` or `resume.resume`, and trained by `train.fit`.
+`new_run.start` makes a run, `resume.resume` reads one from disk, and `loop.fit` trains it.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ysnake.shared import cli
 from ysnake.shared.files import read_json
+from ysnake.training.optimiser import make_optimizer
 from ysnake.training.parallel import Ranks
 from ysnake.training.settings import Settings
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ysnake.text.data import Tokens
 
 KEPT_RECOMPUTING = 1 << 24  # bytes of the largest block that is kept: memory before time
+MEAN_OVER = 50  # steps that the training loss is averaged over where it decides or is shown
 WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png")  # files that training writes as it goes
 
 
@@ -104,33 +106,6 @@ def assemble(
 def forget_carried(run: Run) -> None:
     if run.settings.carry_state:
         run.carried = run.model.empty_state(len(run.ranks.rows(run.settings.batch_size)))
-
-
-def make_optimizer(model: "Model", weight_decay: float) -> "torch.optim.Optimizer":
-    """AdamW that decays matrices only; A_log, D, dt_bias, norms and biases are vectors."""
-    import torch
-
-    groups = [
-        {
-            "params": [p for p in model.parameters() if (p.ndim >= 2) == matrices],
-            "weight_decay": weight_decay if matrices else 0.0,
-        }
-        for matrices in (True, False)
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-
-
-def make_moments(optimizer: "torch.optim.Optimizer") -> None:
-    """Make AdamW's moments before the first step, so that they lie in no gaps left by backward."""
-    import torch
-
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        if not optimizer.state[parameter]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
 
 
 def keep_good(run: Run) -> None:

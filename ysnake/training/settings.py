@@ -5,6 +5,7 @@ Without torch, so that `--help` and errors are quick.
 
 import argparse
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
@@ -16,7 +17,6 @@ from ysnake.model.config import PRESETS
 from ysnake.shared import cli, files
 from ysnake.shared.errors import InputError
 from ysnake.shared.files import read_json
-from ysnake.training.memory import parse_size
 
 SHIPPED = Path(__file__).parents[2] / "training_data"
 
@@ -135,6 +135,7 @@ FREE_ON_RESUME = (
 OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
 LARGEST = 2**63  # what fits no number of torch's
 MOST_TOKENS = 1 << 26  # in a step of the optimiser; all its batches are cut before it begins
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
 
 
@@ -314,3 +315,15 @@ def read(folder: Path) -> Settings:
     except (TypeError, LookupError, InputError) as error:
         raise InputError(f"{path}: not the settings of a run ({error})") from error
     return settings
+
+
+def parse_size(text: str) -> float:
+    """Bytes of "8GB", "500 MB" or "1.5G".
+
+    Raises:
+        InputError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise InputError(f"--memory: expected a size like 8GB, got {text!r}")
+    return float(match[1]) * UNITS[match[2].upper()]

@@ -7,16 +7,16 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from ysnake.model.network import LayerState, Mixer
-    from ysnake.training.parallel import Ranks
 
 
 class Line:
     """The ranks that share a sequence, in its order: the `Neighbours` of ysnake_kernels."""
 
-    def __init__(self, ranks: "Ranks", group: "dist.ProcessGroup"):
-        place = ranks.rank % ranks.context
-        last = place + 1 == ranks.context
-        self.beside = {1: None if last else ranks.rank + 1, -1: ranks.rank - 1 if place else None}
+    def __init__(self, rank: int, size: int, group: "dist.ProcessGroup"):
+        """`size` ranks share each sequence, neighbours in number; `group` holds them."""
+        place = rank % size
+        last = place + 1 == size
+        self.beside = {1: None if last else rank + 1, -1: rank - 1 if place else None}
         self.group = group
         self.on_the_way: list[tuple[Any, torch.Tensor]] = []
 

@@ -1,15 +1,10 @@
-"""Why a training run ends, how it is asked to stop, and what is said at its end."""
+"""Why a training run ends, and what is said at its end."""
 
 import shlex
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 from ysnake.shared import cli
-from ysnake.training.run import Run, saved_step
+from ysnake.training.run import MEAN_OVER, Run, saved_step
 
-MEAN_OVER = 50  # steps that the training loss is averaged over where it decides or is shown
 GIVE_UP_AFTER = 10  # steps in a row without a finite loss
 ENDINGS = {
     "steps": "all {step} steps are done",
@@ -20,51 +15,6 @@ ENDINGS = {
     "diverged": "loss or gradient were not finite ten times in a row, so the run was stopped; "
     "last/ holds step {kept}, from before; resume with a lower --lr or a longer --warmup-steps",
 }
-
-
-# SIGHUP: the terminal was closed. Windows has neither SIGHUP nor other systems SIGBREAK.
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
-
-
-@contextmanager
-def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Let `handler` answer the signals that ask a process to stop, as long as the block runs."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    if before.get(getattr(signal, "SIGHUP", None)) is signal.SIG_IGN:  # started with nohup
-        del before[signal.SIGHUP]
-    for number in before:
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def stop_at_once() -> AbstractContextManager[None]:
-    """Every signal that asks to stop raises KeyboardInterrupt, so that the block can clean up."""
-    return _handling(_interrupt)
-
-
-class Stop:
-    """Whether a signal has asked the run to stop; a second Ctrl-C stops at once."""
-
-    requested = False
-
-    @contextmanager
-    def listening(self) -> Iterator["Stop"]:
-        def request(number: int, _frame: object) -> None:
-            if self.requested and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.requested = True
-
-        with _handling(request):
-            yield self
 
 
 def reason_to_end(run: Run) -> str | None:

@@ -1,0 +1,86 @@
+"""The layout of the package: public module paths, quick imports, and which folder may use which."""
+
+import ast
+import importlib
+import subprocess
+import sys
+
+import pytest
+from small import ROOT, environment
+
+from ysnake.former_paths import NEW_PATHS
+
+COMMANDS = ("train", "run", "evaluate", "serve", "export", "generate_data")
+# a folder imports only from folders before it
+FLOORS = {
+    "shared": (),
+    "model": ("shared",),
+    "text": ("shared", "model"),
+    "inference": ("shared", "model", "text"),
+    "checkpoints": ("shared", "model", "text"),
+    "data_generation": ("shared", "text"),
+    "serving": ("shared", "model", "text", "inference", "checkpoints"),
+    "training": ("shared", "model", "text", "inference", "checkpoints"),
+}
+PUBLIC = {
+    "ysnake": ["__version__"],
+    "ysnake.model": ["Model", "LayerState", "State", "initialise"],
+    "ysnake.checkpoint": ["save", "load", "load_all", "load_tokenizer", "load_training", "resolve"],
+    "ysnake.config": ["ModelConfig", "PRESETS", "InputError", "IGNORED", "model_config"],
+    "ysnake.data": ["Tokens", "Batch", "split", "open_corpus", "training_windows"],
+    "ysnake.decoding": ["Decoder"],
+    "ysnake.generate": ["Context", "choose", "draw"],
+    "ysnake.prose": ["plain", "is_refusal", "whole_sentences", "Seen"],
+    "ysnake.sampling": ["Sampling"],
+    "ysnake.settings": ["Settings", "parse", "read", "write"],
+    "ysnake.tokenizer": ["train", "encode", "decode", "save", "load", "eot_id", "EOT"],
+    **{f"ysnake.{name}": ["main"] for name in COMMANDS},
+    **{f"ysnake.{name}": ["main", "Options"] for name in COMMANDS if name != "train"},
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_where_they_were(module):
+    for name in PUBLIC[module]:
+        assert hasattr(importlib.import_module(module), name), name
+
+
+@pytest.mark.parametrize("former", NEW_PATHS)
+def test_a_former_path_gives_the_same_module(former):
+    new = importlib.import_module(NEW_PATHS[former])
+    assert importlib.import_module(former) is new
+    assert getattr(importlib.import_module("ysnake"), former.partition(".")[2]) is new
+    assert new.__spec__.name == NEW_PATHS[former]
+
+
+def test_the_package_alone_imports_nothing_and_commands_no_torch():
+    script = f"""
+import sys
+before = set(sys.modules)
+import ysnake
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}} - sys.stdlib_module_names
+import importlib
+for name in {COMMANDS}:
+    importlib.import_module(f"ysnake.{{name}}")
+print(sorted(new), sorted({{"torch", "numpy"}} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout == "['ysnake'] []\n", done.stderr
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_folders_use_only_the_folders_below_them(folder):
+    files = list((ROOT / "ysnake" / folder).glob("*.py"))
+    assert files
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ysnake."):
+                used = node.module.split(".")[1]
+                assert used in (folder, *FLOORS[folder]), f"{file.name}: {node.module}"
+
+
+def test_every_folder_has_its_floor():
+    folders = {path.parent.name for path in (ROOT / "ysnake").glob("*/__init__.py")}
+    assert folders == FLOORS.keys()

@@ -1,0 +1,167 @@
+"""A model as a GGUF file, which llama.cpp, Ollama and what builds on them read.
+
+The file says what llama.cpp's own converter would say of the same checkpoint, our tokenizer
+included.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ysnake.model.config import ModelConfig
+from ysnake.shared import files
+from ysnake.shared.errors import InputError
+from ysnake.shared.shown import escape_controls
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from tokenizers import Tokenizer
+    from torch import Tensor
+
+    from ysnake.model.network import Model
+
+CONTEXT = 2**20  # no model of this kind has a limit, but the format asks for one
+
+
+def write_gguf(file: Path, model: "Model", tokenizer: "Tokenizer", type: str, name: str) -> None:
+    """Write the model to `file` once all of it is known to be expressible, whole or not at all.
+
+    Raises:
+        InputError: llama.cpp has no such tokenizer or model, or gguf is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise InputError(
+            "--gguf: needs the package gguf: pip install -c constraints.txt -e '.[gguf]'"
+        ) from error
+
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MAMBA2])
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(escape_controls(name))
+    _add_sizes(writer, model.config)
+    _add_tokenizer(writer, model.config, tokenizer)
+    mostly = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[type]
+    writer.add_file_type(gguf.LlamaFileType[mostly])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for tensor, weight in _tensors(model):
+        kind = _stored_as(tensor, weight.shape[-1], type)
+        writer.add_tensor(tensor, gguf.quants.quantize(weight.numpy(), kind), raw_dtype=kind)
+    with files.replacing(file) as new:
+        try:
+            writer.write_header_to_file(new)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+
+
+def _add_sizes(writer: "GGUFWriter", config: ModelConfig) -> None:
+    c = config
+    if c.bias:
+        raise InputError("bias: llama.cpp has no biases in the projections of this architecture")
+    if c.dt_limit != ModelConfig.dt_limit:
+        raise InputError(f"dt_limit: llama.cpp has no limits of the step size, got {c.dt_limit}")
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(c.d_model)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_block_count(c.n_layers)
+    writer.add_ssm_conv_kernel(c.conv_width)
+    writer.add_ssm_inner_size(c.d_inner)
+    writer.add_ssm_state_size(c.d_state)
+    writer.add_ssm_time_step_rank(c.n_heads)
+    writer.add_ssm_group_count(c.n_groups)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+
+
+def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: "Tokenizer") -> None:
+    """Tokens, merges and special tokens of a tokenizer that works as GPT-2's does."""
+    from gguf import TokenType
+
+    content = json.loads(tokenizer.to_str())
+    model, split = content["model"], content["pre_tokenizer"] or {}
+    gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    # a normalizer that composes characters changes text that is not composed, and no other
+    normalizer = (content["normalizer"] or {}).get("type", "NFC")
+    if (
+        model["type"] != "BPE"
+        or model["ignore_merges"]
+        or gpt2.items() - split.items()
+        or normalizer != "NFC"
+    ):
+        raise InputError(
+            "--gguf: llama.cpp has no such tokenizer as this model's; "
+            "it has that of models trained with --tokenizer bpe"
+        )
+    if not model["merges"]:
+        raise InputError(
+            "--gguf: llama.cpp takes no tokenizer without merges, and this one has learnt none; "
+            "it needs more text, or a larger --vocab-size"
+        )
+    added = {token["id"]: token for token in content["added_tokens"]}
+    by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    tokens, types = [], []
+    for i in range(config.vocab_size):
+        tokens.append(by_id.get(i, f"[PAD{i}]"))
+        if i not in by_id:
+            types.append(TokenType.UNUSED)
+        elif i in added:
+            special = added[i]["special"]
+            types.append(TokenType.CONTROL if special else TokenType.USER_DEFINED)
+        else:
+            types.append(TokenType.NORMAL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    for add, i in (
+        (writer.add_bos_token_id, config.bos_id),
+        (writer.add_eos_token_id, config.eos_id),
+        (writer.add_pad_token_id, config.pad_id),
+    ):
+        if i is not None:
+            add(i)
+    writer.add_add_bos_token(config.bos_id is not None)
+    if padding := [i for i in range(config.vocab_size) if i not in by_id]:
+        writer.add_array("tokenizer.ggml.suppress_tokens", padding)  # as of 2026, else ignored
+
+
+def _tensors(model: "Model") -> Iterator[tuple[str, "Tensor"]]:
+    """Name and content, in float32, of every tensor as llama.cpp has it."""
+    import gguf
+
+    c = model.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MAMBA2, c.n_layers)
+    weights = {name: weight.detach().float().cpu() for name, weight in model.state_dict().items()}
+    if c.tied:
+        del weights["lm_head.weight"]
+    if not c.conv_bias:  # llama.cpp asks for one
+        zeros = weights["backbone.norm_f.weight"].new_zeros(c.d_conv)
+        weights |= {f"backbone.layers.{i}.mixer.conv1d.bias": zeros for i in range(c.n_layers)}
+    for name, weight in weights.items():
+        if name.endswith("mixer.A_log"):
+            weight = -weight.exp()[:, None]
+        elif name.endswith("mixer.D"):
+            weight = weight[:, None]
+        elif name.endswith("mixer.conv1d.weight"):
+            weight = weight[:, 0]
+        elif name.endswith("mixer.norm.weight"):
+            weight = weight.view(c.n_groups, -1)
+        name = name.replace("mixer.dt_bias", "mixer.dt_proj.bias")
+        yield names.get_name(name, try_suffixes=(".weight", ".bias")), weight.contiguous()
+
+
+def _stored_as(tensor: str, columns: int, type: str) -> "GGMLQuantizationType":
+    """Matrices as asked for, or as f16 where rows do not divide into blocks; the rest as f32."""
+    import gguf
+
+    if not tensor.endswith(
+        ("token_embd.weight", "output.weight", "ssm_in.weight", "ssm_out.weight")
+    ):
+        return gguf.GGMLQuantizationType.F32
+    kind = gguf.GGMLQuantizationType[type.upper()]
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    return gguf.GGMLQuantizationType.F16 if columns % block else kind

@@ -1,0 +1,80 @@
+"""Evaluation while training: the held-out loss, the best checkpoint, and a sample of text."""
+
+import math
+from typing import TYPE_CHECKING
+
+from ysnake.shared import cli
+from ysnake.shared.shown import escape_controls
+from ysnake.training import step
+from ysnake.training.run import Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ysnake.model.network import Model
+
+VAL_TOKENS = 1 << 15  # held-out tokens looked at while training
+SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
+
+
+def held_out_loss(run: Run) -> float | None:
+    """Mean loss on held-out text, nats per token; None if nothing is held out."""
+    import torch
+
+    from ysnake.text import data
+
+    settings = run.settings
+    loss, n_targets = torch.zeros((), dtype=torch.float64), 0
+    with torch.no_grad():
+        for batch in data.held_out_windows(
+            run.val, settings.seq_len, settings.batch_size, VAL_TOKENS
+        ):
+            loss += step.batch_loss(run, batch).item()
+            n_targets += batch.n_targets
+    return run.ranks.total(loss) / n_targets if n_targets else None
+
+
+def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
+    """A prompt from the middle of a training document, and the model's own continuation."""
+    from ysnake.inference.generate import Context, Sampling
+    from ysnake.text import data
+    from ysnake.text.tokenizer import decode
+
+    length = min(SAMPLE_PROMPT, max(1, len(run.train) // 8))
+    middles = data.middles(run.train, length) or [run.train.ids[1 : 1 + length].tolist()]
+    prompt = middles[number % len(middles)]
+    context = Context(model, run.tokenizer.get_vocab_size())
+    context.feed([model.config.bos_id, *prompt])
+    written = list(context.generate(Sampling(temperature=0), SAMPLE_TOKENS))
+    model.train()
+    return decode(run.tokenizer, prompt), decode(run.tokenizer, written)
+
+
+def evaluate(run: Run, console: "Console") -> float | None:
+    """Held-out loss, best/ if it is the best so far, and a sample of text."""
+    from ysnake.checkpoints import checkpoint
+
+    progress = run.progress
+    loss = held_out_loss(run)
+    better = False
+    if loss is not None and math.isfinite(loss):
+        better = progress.best_val_loss is None or loss < progress.best_val_loss
+        progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
+        progress.best_val_loss = loss if better else progress.best_val_loss
+        progress.evaluations += 1
+    model = run.ranks.whole(run.model)
+
+    def write() -> None:
+        if better:
+            checkpoint.save(run.folder / "best", model, run.tokenizer)
+        prompt, written = sample(run, model, progress.step // run.settings.eval_every)
+        held_out = "" if loss is None else f", held-out loss {loss:.3f}"
+        head = f"step {progress.step}: loss {progress.mean_loss:.3f}{held_out}"
+        samples = run.folder / "samples.txt"
+        with cli.writing(samples), samples.open("a", encoding="utf-8") as file:
+            file.write(escape_controls(f"{head}\n{prompt} >>> {written}\n\n", keep="\n\t"))
+        # On the screen line breaks are escaped too: a sample never scrolls the rest away.
+        console.print(f"[bold]{head}[/]\n[dim]{cli.markup(prompt)}[/]{cli.markup(written)}\n")
+
+    run.ranks.alone(write)
+    return loss

@@ -1,0 +1,74 @@
+"""The loop of training: step after step until there is a reason to end."""
+
+import json
+import math
+import os
+import time
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ysnake.shared import cli
+from ysnake.training.evaluation import evaluate
+from ysnake.training.optimiser import make_moments
+from ysnake.training.plot import draw_loss
+from ysnake.training.progress_bar import progress_bar
+from ysnake.training.run import MEAN_OVER, Run, keep_good, save_last
+from ysnake.training.signals import Stop
+from ysnake.training.step import train_step
+from ysnake.training.stopping import reason_to_end
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def fit(run: Run, stop: Stop, console: "Console") -> None:
+    """Train until there is a reason to end; leaves last/, metrics and picture complete."""
+    settings, progress = run.settings, run.progress
+    speeds: deque[float] = deque(maxlen=MEAN_OVER)
+    n_tokens = settings.accumulate * settings.batch_size * settings.seq_len
+    path = run.folder / "metrics.jsonl" if run.ranks.first else Path(os.devnull)
+    make_moments(run.optimizer)
+    with (
+        cli.writing(path),
+        path.open("a", buffering=1) as metrics,
+        progress_bar(run, console) as show,
+    ):
+
+        def sync() -> None:
+            if run.ranks.first:
+                os.fsync(metrics.fileno())
+
+        while progress.ended is None:
+            began = time.perf_counter()
+            line = train_step(run, stop)
+            if line is None:
+                progress.ended = "interrupted"
+                break
+            seconds = run.ranks.as_first(max(0.0, time.perf_counter() - began))
+            speed = n_tokens / seconds if seconds else None  # a clock may be coarse, or stand still
+            speeds.extend([speed] if seconds else [])
+            progress.elapsed += seconds
+            progress.ended = reason_to_end(run)
+            line = {"step": progress.step, "tokens": progress.tokens, **line}
+            line |= {"tokens_per_s": speed, "skipped": progress.skipped}
+            if progress.step % settings.eval_every == 0 or progress.ended:
+                began = time.perf_counter()
+                line["val_loss"] = evaluate(run, console)
+                progress.elapsed += run.ranks.as_first(max(0.0, time.perf_counter() - began))
+                progress.ended = progress.ended or reason_to_end(run)
+            finite = {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}
+            metrics.write(json.dumps(finite) + "\n")
+            show(sum(speeds) / max(1, len(speeds)))
+            if "val_loss" in line and run.ranks.first:
+                draw_loss(run.folder, console)
+            good = progress.ended is None and not progress.skipped_in_a_row
+            if progress.step % settings.checkpoint_every == 0 and good:
+                sync()
+                save_last(run)
+        sync()
+    if progress.ended == "diverged":
+        run.ranks.alone(lambda: keep_good(run))
+    else:
+        save_last(run)
+    run.ranks.alone(lambda: draw_loss(run.folder, console))

@@ -1,0 +1,100 @@
+"""One step of training: the loss of its batches, their gradient, and the optimiser's update."""
+
+import math
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+from ysnake.training import parallel
+from ysnake.training.run import MEAN_OVER, Progress, Run, forget_carried
+from ysnake.training.settings import Settings
+from ysnake.training.signals import Stop
+
+if TYPE_CHECKING:
+    import torch
+
+    from ysnake.model.network import State
+    from ysnake.text.data import Batch
+
+CLIP = 1.0  # largest norm of a step's gradient
+DECAY_TO = 0.1  # the learning rate ends at this part of its peak
+
+
+def learning_rate(settings: Settings, progress: Progress) -> float:
+    """Linear warm-up, then a cosine down to a tenth, over the steps or else over the clock."""
+    warm = min(1.0, (progress.step + 1) / max(1, settings.warmup_steps))
+    if settings.max_steps is not None:
+        done = progress.step / settings.max_steps
+    else:
+        done = progress.elapsed / (60 * settings.max_minutes)
+    cosine = (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    return settings.lr * warm * (DECAY_TO + (1 - DECAY_TO) * cosine)
+
+
+def batch_loss(run: Run, batch: "Batch", state: "State | None" = None) -> "torch.Tensor":
+    """Summed loss of this rank's part of a batch, in nats."""
+    import torch
+
+    batch = run.ranks.part(batch)
+    ids, targets, seq_idx = (
+        torch.from_numpy(array).to(run.device)
+        for array in (batch.ids, batch.targets, batch.seq_idx)
+    )
+    if bool((seq_idx == seq_idx[:, :1]).all()):
+        seq_idx = None  # one document in each window
+    precision = run.settings.precision
+    lower = precision == "bfloat16" or (precision == "auto" and run.device.type == "cuda")
+    autocast = torch.autocast(run.device.type, torch.bfloat16) if lower else nullcontext()
+    with autocast:
+        return run.loss(ids, targets, seq_idx, state)
+
+
+def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
+    """One step of the optimiser. None if a stop was asked for: then nothing has changed."""
+    import torch
+
+    from ysnake.model.network import LayerState
+    from ysnake.text import data
+
+    settings, progress = run.settings, run.progress
+    first = progress.step * settings.accumulate
+    cut = (run.train, settings.seq_len, settings.batch_size)
+    indices = range(first, first + settings.accumulate)
+    if settings.carry_state:
+        batches = [data.consecutive_windows(*cut, i) for i in indices]
+        state = [LayerState(layer.conv, layer.ssm) for layer in run.carried]
+    else:
+        batches = [data.training_windows(*cut, i, settings.seed) for i in indices]
+        state = None
+    n_targets = max(1, sum(batch.n_targets for batch in batches))
+
+    run.optimizer.zero_grad()
+    total = torch.zeros((), device=run.device)
+    for i, batch in enumerate(batches, 1):
+        if run.ranks.any(stop.requested):
+            return None
+        for layer in state or ():  # lanes whose window begins a document forget
+            keep = torch.from_numpy(~run.ranks.part(batch).starts_anew).to(layer.conv)
+            layer.conv = layer.conv * keep[:, None, None]
+            layer.ssm = layer.ssm * keep[:, None, None, None].to(layer.ssm)
+        with run.ranks.exchanging(run.loss, now=i == len(batches)):
+            loss = batch_loss(run, batch, state) / n_targets
+            (loss * run.ranks.size).backward()  # ranks average, and here is a share of the loss
+        total += loss.detach()
+    loss = run.ranks.total(total)
+    norm = parallel.number(torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP))
+
+    lr = learning_rate(settings, progress)
+    if math.isfinite(loss) and math.isfinite(norm):
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+        run.optimizer.step()
+        run.carried = state
+        progress.skipped_in_a_row = 0
+        progress.recent = [*progress.recent, loss][-MEAN_OVER:]
+    else:
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        forget_carried(run)  # what made the step fail may be in the state
+    progress.step += 1
+    progress.tokens += settings.accumulate * settings.batch_size * settings.seq_len
+    return {"train_loss": loss, "lr": lr, "grad_norm": norm}
