@@ -95,6 +95,21 @@ def test_the_command_line_that_began_a_run_resumes_it(begun):
     assert resumed("--run", "run").batch_size == 4
 
 
+def test_a_flag_of_the_run_may_be_given_again(begun):
+    write_flags(Path("run"), carry_state=True)  # recompute is set already
+    again = resumed("--run", "run", "--carry-state", "--recompute")
+    assert (again.carry_state, again.recompute) == (True, True)
+    assert resumed("--run", "run", "--carry_state").carry_state
+    write_flags(Path("run"), carry_state=False)
+    with pytest.raises(InputError, match="--carry-state: a run is resumed with its own, False"):
+        resumed("--run", "run", "--carry-state")
+
+
+def write_flags(folder, **flags):
+    path = folder / "settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | flags))
+
+
 def test_another_rate_and_other_limits_may_be_given(begun):
     again = resumed("--run", "run", "--lr", "1e-5", "--warmup-steps", "7", "--max-steps", "99")
     assert (again.lr, again.warmup_steps, again.max_steps) == (1e-5, 7, 99)

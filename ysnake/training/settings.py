@@ -157,6 +157,9 @@ def parse(argv: list[str]) -> Settings:
         raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {known.preset}")
     if known.resume:
         stored = read(known.run or cli.newest_run())
+        # A flag that the run has set already may be given again; tyro then knows only --no-NAME.
+        flags = {option(f.name) for f in fields(Settings) if getattr(stored, f.name) is True}
+        argv = [word for word in argv if word.replace("_", "-") not in flags]
         settings = cli.parse(Settings, argv, "train", default=stored)
         _check_resumed(settings, stored)
         settings.run = stored.run
