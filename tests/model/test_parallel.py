@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from small import ROOT, TINY, corpus, entry, environment
 from test_train import metrics
 
 from ysnake import train
 from ysnake.checkpoints import checkpoint
-from ysnake.training import launch
+from ysnake.training import launch, parallel
 
 STEPS = ["--max-steps", "20", "--eval-every", "20", "--vocab-size", "300"]
 OTHER = ["--carry-state", "--accumulate", "2", "--output-size", "16"]
@@ -186,6 +187,22 @@ def test_a_layer_sends_one_state_and_one_edge_each_way(runs):
         assert shapes["backward sent"] == to_before
         assert shapes["backward received"] == from_next
         assert shapes["other"] == []
+
+
+def test_a_restart_reads_no_address_of_the_processes_before(monkeypatch):
+    """torchrun keeps the store, in which processes find each other, for all its restarts."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "RANK": 0, "WORLD_SIZE": 1}
+    for name, value in {**address, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
+    written = []
+    for restarts in range(3):
+        before = store.num_keys()
+        monkeypatch.setenv(launch.RESTARTS, str(restarts))
+        with parallel.joined("cpu", 1, False) as ranks:
+            assert ranks.size == 1
+        written.append(store.num_keys() - before)
+    assert written[1] == written[2] > 0
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_resumes(tmp_path):

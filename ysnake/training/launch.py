@@ -18,6 +18,7 @@ from ysnake.shared.errors import InputError
 
 TORCHRUN = "torchrun --nproc-per-node N -m ysnake.train ..."
 TO_BE_NAMED = 10  # seconds in which torchrun names the rank that failed first, and ends the others
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has started these processes again
 SIGNATURE = "launch.txt"  # in a run folder: the launch of torchrun that began the run
 
 
@@ -44,7 +45,7 @@ def sign(folder: Path) -> None:
 
 def restarted(argv: list[str]) -> list[str]:
     """The command line; after a restart by torchrun it resumes the run that this launch began."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 or "--resume" in argv:
+    if int(os.environ.get(RESTARTS, 0)) == 0 or "--resume" in argv:
         return argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--run", type=Path)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ysnake.model.config import IGNORED
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
-from ysnake.training.launch import heard_once, launched, wait_to_be_ended
+from ysnake.training.launch import RESTARTS, heard_once, launched, wait_to_be_ended
 from ysnake.training.split_sequences import Line, split_sequences
 
 if TYPE_CHECKING:
@@ -59,16 +59,15 @@ def joined(device: str, context: int, sharded: bool) -> Iterator["Ranks"]:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     ours = not dist.is_initialized()
-    if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=STUCK_AFTER)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    patient = dist.new_group(backend="gloo", timeout=FOR_EVER)
     try:
-        yield Ranks(rank, size, context, sharded, patient)
+        if ours:
+            _connect("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        patient = dist.new_group(backend="gloo", timeout=FOR_EVER)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), context, sharded, patient)
     except RuntimeError as error:
         if not lost_contact(error):
             raise
-        if rank == 0:
+        if os.environ["RANK"] == "0":
             print(
                 "error: lost contact with another process, which failed or was killed (the "
                 "launcher's report names it); --resume goes on from the last checkpoint",
@@ -77,8 +76,23 @@ def joined(device: str, context: int, sharded: bool) -> Iterator["Ranks"]:
             )
         wait_to_be_ended(cli.FAILED, error)
     finally:
-        if ours:
+        if ours and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _connect(backend: str) -> None:
+    """Connect this process with the others of its launch.
+
+    They find each other's addresses in a store. torchrun keeps that for all its restarts, with the
+    addresses of the processes that it has ended. So each restart has a part of its own.
+    """
+    import torch.distributed as dist
+
+    store, rank, size = next(dist.rendezvous("env://", timeout=STUCK_AFTER))
+    store = dist.PrefixStore(f"restart {os.environ.get(RESTARTS, 0)}", store)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=STUCK_AFTER
+    )
 
 
 def lost_contact(error: BaseException) -> bool:
