@@ -7,6 +7,7 @@ from small import entry, saved
 
 from ysnake import run
 from ysnake.inference import conversation
+from ysnake.shared.errors import InputError
 from ysnake.shared.shown import escape_controls
 
 
@@ -47,3 +48,7 @@ def test_a_completion_cannot_steer_the_terminal(tmp_path, monkeypatch):
     code, out, _ = entry(run.main, folder, "--prompt", "x")
     assert code == 0
     assert out == "one\n\\x1b]0;title\\x07\ttwo\n"
+
+
+def test_an_error_is_one_line_whatever_a_file_holds():
+    assert str(InputError("a\nb\x1b[2J: not a name")) == r"a\nb\x1b[2J: not a name"

@@ -42,7 +42,7 @@ def run(command: Callable[[list[str]], int]) -> None:
     try:
         code = command(sys.argv[1:])
     except InputError as error:
-        print(f"error: {escape_controls(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         code = WRONG_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
