@@ -1,13 +1,8 @@
-"""Drawn texts and damaged files: tokenizers lose nothing, readers load or say what is wrong.
+"""Drawn texts and bytes: tokenizers lose nothing, readers say what is wrong with any bytes."""
 
-A file is damaged as bytes (some exchanged, cut out or put in) or as JSON (a value exchanged).
-"""
-
-import json
 import shutil
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import saved
@@ -65,131 +60,17 @@ def test_word_keeps_every_character_that_it_knows(word, examples):
         assert t.decode(word, t.encode(word, once)) == once
 
 
-@st.composite
-def mutations(draw):
-    """What turns the bytes of a file into others."""
-    edits = st.tuples(
-        st.floats(0, 1, exclude_max=True),
-        st.sampled_from(["exchange", "cut out", "put in", "end"]),
-        st.binary(min_size=1, max_size=8),
-    )
-    edits = draw(st.lists(edits, min_size=1, max_size=4))
-
-    def mutate(content: bytes) -> bytes:
-        for where, how, new in edits:
-            at = int(where * len(content))
-            rest = {"exchange": at + len(new), "cut out": at + len(new), "put in": at}
-            after = content[rest.get(how, len(content)) :]
-            content = content[:at] + (b"" if how in ("cut out", "end") else new) + after
-        return content
-
-    return mutate
-
-
-values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(-2, 400)
-    | st.floats()
-    | st.text(max_size=8)
-    | st.sampled_from(["BPE", "WordLevel", "Unigram", "WordPiece", "Regex", "ByteLevel", "Split"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
-    max_leaves=5,
-)
-
-
-@st.composite
-def exchanges(draw):
-    """What exchanges values deep in an object, or adds some, or takes some out."""
-    edits = st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=4)
-    edits = draw(st.lists(st.tuples(edits, st.booleans(), values), min_size=1, max_size=3))
-
-    def mutate(content: bytes) -> bytes:
-        whole = json.loads(content)
-        for path, drop, value in edits:
-            here = whole
-            for i, part in enumerate(path):
-                keys = [*here] if isinstance(here, dict) else range(len(here))
-                if not keys:
-                    break
-                key = keys[int(part * len(keys))]
-                if i + 1 < len(path) and isinstance(here[key], dict | list):
-                    here = here[key]
-                    continue
-                here[key] = value
-                if drop:
-                    del here[key]
-                break
-        return json.dumps(whole).encode()
-
-    return mutate
-
-
-def loaded_or_refused(load, folder, named):
-    """What `load` gives, or None after a line that names a path; any other error is one."""
-    try:
-        return load(folder)
-    except InputError as error:
-        said = str(error)
-    assert str(named) in said
-    assert "\n" not in said
-    return None
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     folder = saved(tmp_path_factory.mktemp("good"), n_layers=1)
-    manifest = folder / "manifest.json"
-    return folder, manifest.rename(folder.with_name("manifest.json"))
-
-
-@pytest.mark.parametrize("examples", EXAMPLES)
-@pytest.mark.parametrize("kind", [mutations, exchanges])
-def test_a_damaged_tokenizer_loads_or_is_refused(good, tmp_path, kind, examples):
-    """Whatever loads also reads a text."""
-    folder = shutil.copytree(good[0], tmp_path / "m")
-    content = (folder / "tokenizer.json").read_bytes()
-
-    @for_all(examples, kind())
-    def check(mutate):
-        (folder / "tokenizer.json").write_bytes(mutate(content))
-        learnt = loaded_or_refused(checkpoint.load_tokenizer, folder, folder / "tokenizer.json")
-        if learnt is not None:
-            t.decode(learnt, t.encode(learnt, "The boa sleeps 蛇"))
-
-
-@pytest.mark.parametrize("examples", EXAMPLES)
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("config.json", mutations),
-        ("config.json", exchanges),
-        ("model.safetensors", mutations),
-        ("pytorch_model.bin", mutations),
-        ("manifest.json", mutations),
-        ("manifest.json", exchanges),
-    ],
-)
-def test_a_damaged_checkpoint_loads_or_is_refused(good, tmp_path, name, kind, examples):
-    folder = shutil.copytree(good[0], tmp_path / "m")
-    if name == "manifest.json":
-        shutil.copy(good[1], folder)
-    if name == "pytorch_model.bin":
-        torch.save(dict(checkpoint.load(folder).state_dict()), folder / name)
-        (folder / "model.safetensors").unlink()
-    content = (folder / name).read_bytes()
-
-    @for_all(examples, kind())
-    def check(mutate):
-        (folder / name).write_bytes(mutate(content))
-        loaded_or_refused(checkpoint.load, folder, folder)
+    (folder / "manifest.json").unlink()
+    return folder
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_any_bytes_are_refused(good, tmp_path, name, examples):
-    folder = shutil.copytree(good[0], tmp_path / "m")
+    folder = shutil.copytree(good, tmp_path / "m")
 
     @for_all(examples, st.binary(max_size=200))
     def check(content):

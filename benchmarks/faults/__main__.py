@@ -1,0 +1,81 @@
+"""`python -m benchmarks.faults --minutes N`: break trainings, files and requests until one is lost.
+
+It prints counts as it goes. The first loss ends it with exit code 1, and says how to see it again.
+Linux only: it waits for processes and reads their memory as Linux alone can.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from benchmarks.faults.clients import Clients
+from benchmarks.faults.files import Files
+from benchmarks.faults.kills import Kills
+from benchmarks.faults.lost import Lost
+from benchmarks.faults.requests import Requests
+from benchmarks.faults.restarts import Restarts
+
+PARTS = {
+    "kills": Kills,
+    "requests": Requests,
+    "files": Files,
+    "clients": Clients,
+    "restarts": Restarts,
+}
+# seconds of each part before the next has its turn
+TURNS = {"kills": 60.0, "requests": 15.0, "files": 15.0, "clients": 120.0, "restarts": 0.0}
+
+
+@dataclass
+class Options:
+    """Break things until something is lost or the time is up."""
+
+    minutes: float = 60.0
+    """How long."""
+    part: tuple[Literal["kills", "requests", "files", "clients", "restarts"], ...] = (
+        *("kills", "requests", "files"),
+    )
+    """What to break, in turns."""
+    seed: int = 0
+    """Decides what is broken, though not the moments at which processes stand when killed."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the standing test as the command line says; returns the exit code."""
+    options = tyro.cli(Options, prog="python -m benchmarks.faults", args=argv)
+    folder = Path(tempfile.mkdtemp(prefix="ysnake-faults-"))
+    began = time.monotonic()
+    until = began + 60 * options.minutes
+    parts = {}
+    try:
+        for name in options.part:
+            parts[name] = PARTS[name](make(folder / name), options.seed)
+        while True:
+            for name, part in parts.items():
+                left = until - time.monotonic()
+                said = part.go(max(1.0, min(TURNS[name], left)))
+                print(f"{(time.monotonic() - began) / 60:6.1f} min  {said}", flush=True)
+            if time.monotonic() >= until:
+                break
+    except Lost as lost:
+        print(f"LOST, with --seed {options.seed}: {lost}\nall files are in {folder}")
+        return 1
+    finally:
+        for part in parts.values():
+            part.close()
+    print("nothing was lost")
+    return 0
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,23 @@
+"""What every part of the standing test shares: how it says that something was lost."""
+
+import os
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+class Lost(Exception):
+    """The project lost or broke something; the message says what, and how to see it again."""
+
+
+def environment() -> dict[str, str]:
+    """The environment in which a command finds the packages, whether installed or not."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024
