@@ -47,8 +47,10 @@ def as_chosen_here(function: Callable) -> Callable:
 
     For what backward computes again: on a GPU it runs in a thread that knows of no override.
     """
+    if torch.compiler.is_compiling():  # the compiler cannot look at the override
+        return function
     name = _override.get()
-    if name is None or torch.compiler.is_compiling():
+    if name is None:
         return function
 
     def run(*arguments, **keywords):
@@ -97,11 +99,3 @@ def _choose(device: torch.device) -> str:
 # As torch.compiler.assume_constant_result marks it, which would import the compiler, for seconds:
 # _choose looks at the environment, which cannot be traced.
 _choose._dynamo_marked_constant = True
-
-
-def uncompiled(function: Callable) -> Callable:
-    """The function, called as it is where torch.compile traces.
-
-    For loops over chunks and blocks with memory of their own, which a compiler would unroll.
-    """
-    return torch.compiler.disable(function) if torch.compiler.is_compiling() else function

@@ -5,10 +5,11 @@ kernels that takes longer than the launches. So outside compilation an operator 
 function directly, through a plain autograd function where it is differentiable.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
@@ -73,3 +74,25 @@ class InPlace:
         result = self.function(*arguments)
         torch.autograd.graph.increment_version(arguments[self.written])
         return result
+
+
+def without_none(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """The tensors, and one of no elements for each None, which an operator cannot return.
+
+    The first is not None.
+    """
+    return [tensors[0].new_empty(0) if t is None else t for t in tensors]
+
+
+def with_none(tensors: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What an operator's `without_none` stands for: None where the argument was not given."""
+    return [None if g is None else t for t, g in zip(tensors, given, strict=True)]
+
+
+def empty_gradients(*given: Tensor | None) -> list[Tensor]:
+    """Contiguous tensors of the shapes of the arguments; of no elements for one not given."""
+    some = next(t for t in given if t is not None)
+    return [
+        some.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in given
+    ]

@@ -9,7 +9,7 @@ def empty_like(x: Tensor) -> Tensor:
 
     It is no view: autograd refuses to change a view in place that an autograd function returned.
     """
-    batch, channels, length = x.shape
+    channels, length = x.shape[1:]
     last = x.stride(1) == 1
     strides = (length * channels, 1, channels) if last else (channels * length, length, 1)
     return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)

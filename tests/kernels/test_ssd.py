@@ -145,6 +145,27 @@ def test_cu_seqlens_equal_separate_scans():
         assert distance(states[k], last[0]) < 1e-12
 
 
+@pytest.mark.parametrize("bounds", [[0, 0, 30], [0, 13, 13, 13, 30], [0, 30, 30]])
+@pytest.mark.parametrize("starts", [False, True])
+@pytest.mark.parametrize("name", ["reference", "eager", pytest.param("fused", marks=needs_triton)])
+def test_an_empty_sequence_ends_where_it_starts(bounds, starts, name):
+    tensors = inputs(batch=1, length=30, D=True)
+    count = len(bounds) - 1
+    before = torch.randn(count, 4, 8, 6, dtype=torch.float64)
+    tensors |= {"initial_states": before} if starts else {}
+    empty = [k for k in range(count) if bounds[k] == bounds[k + 1]]
+    full = [k for k in range(count) if k not in empty]
+    tight = tensors | {"cu_seqlens": torch.tensor([0, *(bounds[k + 1] for k in full)])}
+    if starts:
+        tight["initial_states"] = before[full]
+    with backend(name):
+        y, states = ssd_scan(**tensors, cu_seqlens=torch.tensor(bounds), **OPTIONS)
+        expected, ends = ssd_scan(**tight, **OPTIONS)
+    assert distance(y, expected) < 1e-12
+    assert distance(states[full], ends) < 1e-12
+    assert torch.equal(states[empty], before[empty] if starts else torch.zeros_like(before[empty]))
+
+
 def test_slices_of_one_projection():
     """Arguments that are strided views of one tensor, as they come out of a projection."""
     batch, length, heads, head_dim, state = 2, 21, 4, 8, 6
@@ -274,8 +295,8 @@ def test_bad_arguments_are_named(message):
 
 def test_bad_cu_seqlens():
     tensors = inputs(batch=1)
-    for bounds in ([0, 5], [0, 20, 10, 37], [3, 37], [0, 0, 37]):
-        with pytest.raises(ValueError, match="cu_seqlens: expected increasing values from 0"):
+    for bounds in ([0, 5], [0, 20, 10, 37], [3, 37]):
+        with pytest.raises(ValueError, match="cu_seqlens: expected values from 0"):
             ssd_scan(**tensors, cu_seqlens=torch.tensor(bounds))
 
 

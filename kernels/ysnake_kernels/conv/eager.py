@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ysnake_kernels.backend import uncompiled
+from ysnake_kernels.custom_op import Differentiable, empty_gradients, with_none, without_none
 from ysnake_kernels.memory import empty_like
 from ysnake_kernels.numerics import accumulator
 
@@ -27,7 +26,7 @@ def conv(
     activation: str | None,
 ) -> Tensor:
     """Arguments as `causal_conv1d` has checked them."""
-    return uncompiled(_Conv.apply)(x, weight, bias, seq_idx, initial_states, activation)
+    return _differentiable(x, weight, bias, seq_idx, initial_states, activation is not None)
 
 
 def conv_step(
@@ -51,28 +50,63 @@ def conv_step(
     return y.to(x.dtype)
 
 
-class _Conv(torch.autograd.Function):
-    """Saves its inputs; recomputes everything else in backward."""
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    activation: bool,
+) -> Tensor:
+    y = empty_like(x)
+    forward(*_channel_last(x, weight, bias, seq_idx, initial_states, y), activation)
+    return y
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, seq_idx, initial_states, activation):
-        ctx.save_for_backward(x, weight, bias, seq_idx, initial_states)
-        ctx.activation = activation
-        y = empty_like(x)
-        forward(*_channel_last(x, weight, bias, seq_idx, initial_states, y), activation)
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, bias, seq_idx, initial_states = ctx.saved_tensors
-        dx = empty_like(x)
-        *arguments, dx_last = _channel_last(x, weight, bias, seq_idx, initial_states, dx)
-        dy = dy.transpose(1, 2)
-        dweight, dbias, dinitial = backward(*arguments, dy, dx_last, ctx.activation)
-        if dinitial is not None:
-            dinitial = dinitial.transpose(1, 2)
-        return dx, dweight, dbias, None, dinitial, None
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial_states: Tensor | None,
+    activation: bool,
+) -> list[Tensor]:
+    dx = empty_like(x)
+    *arguments, dx_last = _channel_last(x, weight, bias, seq_idx, initial_states, dx)
+    dweight, dbias, dinitial = backward(*arguments, dy.transpose(1, 2), dx_last, activation)
+    if dinitial is not None:
+        dinitial = dinitial.transpose(1, 2).contiguous()
+    return without_none((dx, dweight, dbias, dinitial))
+
+
+_conv = torch.library.custom_op("ysnake::conv_eager", _forward, mutates_args=())
+_conv_backward = torch.library.custom_op("ysnake::conv_eager_backward", _backward, mutates_args=())
+
+
+@_conv.register_fake
+def _(x, weight, bias, seq_idx, initial_states, activation):
+    return empty_like(x)
+
+
+@_conv_backward.register_fake
+def _(dy, x, weight, bias, seq_idx, initial_states, activation):
+    return [empty_like(x), *empty_gradients(weight, bias, initial_states)]
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx, backward, dy):
+    x, weight, bias, seq_idx, initial_states = ctx.saved_tensors
+    grads = backward(dy, x, weight, bias, seq_idx, initial_states, ctx.activation)
+    dx, *given = with_none(grads, (x, weight, bias, initial_states))
+    return dx, *given[:2], None, given[2], None
+
+
+_differentiable = Differentiable(_conv, _forward, _save, _differentiate, _conv_backward, _backward)
 
 
 def _channel_last(x, weight, bias, seq_idx, initial_states, y):
@@ -146,7 +180,7 @@ def forward(
     seq_idx: Tensor | None,
     initial_states: Tensor | None,
     y: Tensor,
-    activation: str | None,
+    activation: bool,
     sums: Tensor | None = None,
 ) -> None:
     """Writes y; x and y are [batch length channels], initial_states [batch width-1 channels].
@@ -159,7 +193,7 @@ def forward(
         block = y[:, start:end]
         out = _part(buffer, block) if sums is None else sums[:, start:end]
         blocks.sums(start, end, out)
-        if activation is None:
+        if not activation:
             block.copy_(out)
         elif y.dtype == out.dtype:
             torch.ops.aten.silu.out(out, out=block)
@@ -175,7 +209,7 @@ def backward(
     initial_states: Tensor | None,
     dy: Tensor,
     dx: Tensor,
-    activation: str | None,
+    activation: bool,
     sums: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Writes dx; returns the gradients of weight, bias and initial_states. Layouts as `forward`.
@@ -190,7 +224,7 @@ def backward(
     grads = blocks.buffer()
     for start, end in blocks.spans:
         grad = dy[:, start:end].to(blocks.acc)
-        if activation is not None:
+        if activation:
             out = _part(grads, grad)
             before = blocks.sums(start, end, out) if sums is None else sums[:, start:end]
             grad = torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=out)
@@ -206,7 +240,7 @@ def backward(
             exact[:, :end] = dedge[:, blocks.back :]
     if exact is not dx:
         dx.copy_(exact)
-    dweight = totals.sum((1, 2)).flip(0).t().to(weight.dtype)
+    dweight = totals.sum((1, 2)).flip(0).t().to(weight.dtype).contiguous()
     dbias = None if bias is None else dbias.to(bias.dtype)
     dinitial = None
     if initial_states is not None:

@@ -1,7 +1,8 @@
 """Our operators under the names of mamba_ssm and causal-conv1d, for code that imports those.
 
 `install()` makes both packages importable. transformers and others then find them as if they had
-been installed, on any device; see `functions` and `modules` for what they get.
+been installed, on any device. `functions` and `modules` have what they get, `for_transformers` has
+what models of transformers get instead.
 """
 
 import sys
@@ -11,6 +12,7 @@ from types import ModuleType
 
 from ysnake_kernels import allocator
 from ysnake_kernels.dropin import functions, modules
+from ysnake_kernels.dropin.for_transformers import Models
 
 # The releases whose interface this is; "+ysnake" says that it is not them.
 _VERSIONS = {"mamba_ssm": "2.3.0+ysnake", "causal_conv1d": "1.6.0+ysnake"}
@@ -31,7 +33,9 @@ _OFFERED: dict[str, tuple[str, ...]] = {
 }
 
 
-def install(force: bool = False, keep_freed_memory: bool = True) -> None:
+def install(
+    force: bool = False, keep_freed_memory: bool = True, fused_training: bool = False
+) -> None:
     """Make `mamba_ssm` and `causal_conv1d` importable, each where the real one is not installed.
 
     Importing anything else from them raises a ModuleNotFoundError that says so. Installing again
@@ -41,6 +45,10 @@ def install(force: bool = False, keep_freed_memory: bool = True) -> None:
         force: stand in for the real packages even where they are installed.
         keep_freed_memory: set the C library's allocator to keep for the next step what a step
             frees, so that training is faster on a CPU (`allocator.keep_freed_memory`).
+        fused_training: train transformers' Mamba-2 mixers by one function each, which is faster and
+            takes less memory. The function gets a mixer's weights, and no more of it. Wrong results
+            follow where a mixer's output projection has an adapter (LoRA) or a hook, where a batch
+            is padded on the left, and where a norm comes before its gate.
 
     Raises:
         RuntimeError: too late, since a model of transformers, or a real package that is to be
@@ -61,9 +69,10 @@ def install(force: bool = False, keep_freed_memory: bool = True) -> None:
             f"install: {bound[0]} has been imported already and keeps the operators that it "
             "found then; call it before"
         )
+    models = Models(fused_training)
     for name in _OFFERED:
         if name.partition(".")[0] in wanted:
-            _add_module(name)
+            _add_module(name, models)
     if wanted and not any(isinstance(finder, _Refuser) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Refuser())
     if keep_freed_memory:
@@ -74,7 +83,7 @@ def _is_ours(package: str) -> bool:
     return getattr(sys.modules.get(package), "__version__", None) == _VERSIONS[package]
 
 
-def _add_module(name: str) -> None:
+def _add_module(name: str, models: Models) -> None:
     """Put the module into sys.modules, and into its parent, as importing it would."""
     package, _, _ = name.partition(".")
     spec = ModuleSpec(name, loader=None, origin=__file__, is_package=True)
@@ -83,13 +92,16 @@ def _add_module(name: str) -> None:
     module.__doc__ = f"Stands in for {name}; made by ysnake_kernels.dropin."
     module.__version__ = _VERSIONS[package]
     module.__all__ = list(_OFFERED[name])
-    for offered in _OFFERED[name]:
-        setattr(module, offered, getattr(functions, offered, None) or getattr(modules, offered))
 
-    def refuse(attribute: str) -> None:
+    def look_up(attribute: str) -> object:
+        if name == package and (special := models.offer(attribute)):
+            return special
+        if attribute in _OFFERED[name]:
+            return getattr(functions, attribute, None) or getattr(modules, attribute)
         raise AttributeError(_not_offered(f"{name}.{attribute}"), name=attribute, obj=module)
 
-    module.__getattr__ = refuse
+    module.__getattr__ = look_up
+    module.__dir__ = lambda: [*vars(module), *module.__all__]
     sys.modules[name] = module
     parent, _, child = name.rpartition(".")
     if parent:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import FLOATS, check, check_rank, check_skip, check_whole
 from ysnake_kernels.conv import check_conv
-from ysnake_kernels.mixer import composed, eager
+from ysnake_kernels.mixer import composed, eager_operator
 from ysnake_kernels.mixer.composed import scan_inputs
 from ysnake_kernels.ssd import check_scan
 
@@ -105,7 +105,9 @@ def mamba_split_conv1d_scan_combined(
     device = zxbcdt.device.type
     autocast = torch.is_autocast_enabled(device)
     name = choose(zxbcdt)
-    mixer = eager.mixer if name == "eager" else partial(composed.mixer, name)
+    mixer = partial(composed.mixer, name)
+    if name == "eager":
+        mixer, activation = eager_operator.mixer, activation is not None
     with torch.autocast(device, enabled=False):
         y, states = mixer(
             *(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D),

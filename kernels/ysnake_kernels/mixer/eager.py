@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ysnake_kernels.backend import uncompiled
 from ysnake_kernels.conv import eager as conv
 from ysnake_kernels.mixer.composed import scan_inputs
 from ysnake_kernels.mixer.output import MergedOutput, output_of
@@ -23,12 +22,7 @@ from ysnake_kernels.ssd import eager as ssd
 CHUNK_ELEMENTS = 512 * 1024  # of a chunk of z: two megabytes in float32
 
 
-def mixer(*arguments) -> tuple[Tensor, Tensor | None]:
-    """Arguments as `composed.mixer`'s without its first."""
-    return uncompiled(_mixer)(*arguments)
-
-
-def _mixer(
+def mixer(
     zxbcdt: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -43,41 +37,87 @@ def _mixer(
     out_bias: Tensor | None,
     *options,
 ) -> tuple[Tensor, Tensor | None]:
+    """Arguments as `composed.mixer`'s without its first, but for activation, which is a bool."""
     # First all is saved, then it is computed: a checkpoint around this, which in backward computes
     # again what was saved, stops at the last that was. This one's work is not done once more.
+    parameters = (conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, out_bias)
+    tensors = (zxbcdt, conv_states, initial_states, seq_idx, *parameters)
+    out, states, rstd = empty_outputs(tensors, options)
+    out, states = _Mixer.apply(out, states, rstd, *tensors, *options)
+    with torch.no_grad():
+        compute(out, states, rstd, tensors, options)
+    return out, states
+
+
+def empty_outputs(
+    tensors: tuple[Tensor | None, ...], options: tuple
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Memory for the output, for the states if wanted, and for 1 / rms if backward can use it."""
+    zxbcdt, _, initial_states, _, _, _, dt_bias, A, D, norm_weight, out_weight, _ = tensors
     sizes, ngroups, _, _, norm_options, return_states, dtype = options
     d_inner, channels, heads = sizes
     features = d_inner if out_weight is None else out_weight.shape[0]
     new = partial(torch.empty, device=zxbcdt.device)
     out = new(*zxbcdt.shape[:2], features, dtype=zxbcdt.dtype if out_weight is None else dtype)
-    states = None
+    states = rstd = None
     if return_states:
         shape = (len(zxbcdt), heads, d_inner // heads, (channels - d_inner) // (2 * ngroups))
         states = new(shape, dtype=accumulator(zxbcdt, A, D, initial_states, dt_bias))
-    rstd = None
-    z = zxbcdt[..., :d_inner]
-    if MergedOutput.suits(z, norm_weight, out_weight, norm_options, dtype):
+    if MergedOutput.suits(zxbcdt[..., :d_inner], norm_weight, out_weight, norm_options, dtype):
         rstd = new(*zxbcdt.shape[:2], 1, dtype=dtype)
-    parameters = (conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, out_bias)
-    saved = (zxbcdt, conv_states, initial_states, seq_idx)
-    out, states = _Mixer.apply(out, states, rstd, *saved, *parameters, *options)
-    with torch.no_grad():
-        for rows in _row_groups(zxbcdt, options):
-            inputs = [None if t is None else t[rows] for t in saved]
-            scale = None if rstd is None else rstd[rows]
-            end = _forward(*inputs, *parameters, *options, scale, out[rows])
-            if states is not None:
-                states[rows] = end
-    return out, states
+    return out, states, rstd
+
+
+def compute(
+    out: Tensor,
+    states: Tensor | None,
+    rstd: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple,
+) -> None:
+    """Write what `empty_outputs` made, a few rows of the batch at a time."""
+    for rows in _row_groups(tensors[0], options):
+        inputs = [None if t is None else t[rows] for t in tensors[:4]]
+        scale = None if rstd is None else rstd[rows]
+        end = _forward(*inputs, *tensors[4:], *options, scale, out[rows])
+        if states is not None:
+            states[rows] = end
+
+
+def gradients(
+    dout: Tensor | None,
+    dstates: Tensor | None,
+    rstd: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    options: tuple,
+) -> list[Tensor | None]:
+    """Those of the tensors but for seq_idx, a few rows of the batch at a time."""
+    zxbcdt, parameters = tensors[0], tensors[4:]
+    dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
+    dstarts = [], []
+    totals = [None] * len(parameters)
+    for rows in _row_groups(zxbcdt, options):
+        inputs = [None if t is None else t[rows] for t in tensors[:4]]
+        outer = [None if t is None else t[rows] for t in (rstd, dout, dstates)]
+        *starts, grads = _backward(*inputs, *parameters, *options, *outer, dzxbcdt[rows])
+        for parts, part in zip(dstarts, starts, strict=True):
+            parts.append(part)
+        totals = [g if t is None else t.add_(g) for t, g in zip(totals, grads, strict=True)]
+    dstarts = [None if parts[0] is None else torch.cat(parts) for parts in dstarts]
+    given = [
+        None if p is None or g is None else g.to(p.dtype)
+        for p, g in zip(parameters, totals, strict=True)
+    ]
+    return [dzxbcdt, *dstarts, *given]
 
 
 class _Mixer(torch.autograd.Function):
     """The gradient of what is written to out and states; rstd, written with them, is kept too."""
 
     @staticmethod
-    def forward(ctx, out, states, rstd, zxbcdt, conv_states, initial_states, seq_idx, *arguments):
-        parameters, ctx.options, ctx.rstd = arguments[:8], arguments[8:], rstd
-        ctx.save_for_backward(zxbcdt, conv_states, initial_states, seq_idx, *parameters)
+    def forward(ctx, out, states, rstd, *arguments):
+        tensors, ctx.options, ctx.rstd = arguments[:12], arguments[12:], rstd
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(*(t for t in (out, states) if t is not None))
         return out, states
@@ -85,26 +125,9 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dstates):
-        zxbcdt, conv_states, initial_states, seq_idx, *parameters = ctx.saved_tensors
-        dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
-        dstarts = [], []
-        totals = [None] * len(parameters)
-        for rows in _row_groups(zxbcdt, ctx.options):
-            tensors = (zxbcdt, conv_states, initial_states, seq_idx)
-            inputs = [None if t is None else t[rows] for t in tensors]
-            outer = [None if t is None else t[rows] for t in (ctx.rstd, dout, dstates)]
-            arguments = (*inputs, *parameters, *ctx.options, *outer, dzxbcdt[rows])
-            *starts, grads = _backward(*arguments)
-            for parts, part in zip(dstarts, starts, strict=True):
-                parts.append(part)
-            totals = [g if t is None else t.add_(g) for t, g in zip(totals, grads, strict=True)]
-        dstarts = [None if parts[0] is None else torch.cat(parts) for parts in dstarts]
-        given = [
-            None if p is None or g is None else g.to(p.dtype)
-            for p, g in zip(parameters, totals, strict=True)
-        ]
+        grads = gradients(dout, dstates, ctx.rstd, ctx.saved_tensors, ctx.options)
         nones = [None] * len(ctx.options)
-        return None, None, None, dzxbcdt, *dstarts, None, *given, *nones
+        return None, None, None, *grads[:3], None, *grads[3:], *nones
 
 
 def _row_groups(zxbcdt: Tensor, options: tuple) -> list[slice]:

@@ -8,9 +8,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ysnake_kernels.backend import uncompiled
+from ysnake_kernels.custom_op import Differentiable, empty_gradients, with_none, without_none
 from ysnake_kernels.memory import as_base
 from ysnake_kernels.numerics import accumulator
 
@@ -31,28 +30,65 @@ def norm(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Arguments as `rms_norm_gated` has checked them."""
-    y = uncompiled(_Norm.apply)(x, weight, bias, z, (eps, group_size, norm_before_gate))
+    y = _differentiable(x, weight, bias, z, float(eps), group_size, norm_before_gate)
     return y.to(out_dtype)
 
 
-class _Norm(torch.autograd.Function):
-    """Saves its inputs; recomputes everything else in backward."""
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> Tensor:
+    y = _like(x)
+    rows, gates, out = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, z, y))
+    forward(rows, weight, bias, gates, out, eps, group_size, norm_before_gate)
+    return y
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, z, options):
-        ctx.save_for_backward(x, weight, bias, z)
-        ctx.options = options
-        y = _like(x)
-        rows, gates, out = (None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, z, y))
-        forward(rows, weight, bias, gates, out, *options)
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, *others = ctx.saved_tensors
-        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        return dx, *gradients(x, *others, dy, dx, ctx.options), None
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None,
+    eps: float,
+    group_size: int,
+    norm_before_gate: bool,
+) -> list[Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    options = (eps, group_size, norm_before_gate)
+    return without_none((dx, *gradients(x, weight, bias, z, dy, dx, options)))
+
+
+_norm = torch.library.custom_op("ysnake::norm_eager", _forward, mutates_args=())
+_norm_backward = torch.library.custom_op("ysnake::norm_eager_backward", _backward, mutates_args=())
+
+
+@_norm.register_fake
+def _(x, weight, bias, z, eps, group_size, norm_before_gate):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@_norm_backward.register_fake
+def _(dy, x, weight, bias, z, eps, group_size, norm_before_gate):
+    return empty_gradients(x, weight, bias, z)
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias, z, *ctx.options = inputs
+    ctx.save_for_backward(x, weight, bias, z)
+
+
+def _differentiate(ctx, backward, dy):
+    grads = backward(dy, *ctx.saved_tensors, *ctx.options)
+    return *with_none(grads, ctx.saved_tensors), None, None, None
+
+
+_differentiable = Differentiable(_norm, _forward, _save, _differentiate, _norm_backward, _backward)
 
 
 def gradients(

@@ -1,6 +1,5 @@
 """The SSD scan over a sequence: arguments, checks, and the choice of implementation."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -18,7 +17,8 @@ from ysnake_kernels.checks import (
     check_whole,
     values_can_be_checked,
 )
-from ysnake_kernels.ssd import eager, reference
+from ysnake_kernels.ssd import eager_operator, reference
+from ysnake_kernels.ssd.sequences import scan_each
 
 
 def ssd_scan(
@@ -63,7 +63,7 @@ def ssd_scan(
         seq_idx: (batch, length) int32 or int64, the document of each token, never decreasing; the
             state starts at zero where a new document starts.
         cu_seqlens: (sequences + 1,) int32 or int64, with batch 1: sequence k is
-            [cu_seqlens[k], cu_seqlens[k + 1]) of the length. Excludes `seq_idx`.
+            [cu_seqlens[k], cu_seqlens[k + 1]) of the length, and may be empty. Excludes `seq_idx`.
         dt_softplus: apply softplus to dt + dt_bias.
         dt_limit: dt is clamped to this range last.
         return_final_states: also return the states after the last token.
@@ -88,12 +88,12 @@ def ssd_scan(
             from ysnake_kernels.ssd import fused  # only where it runs: it needs triton
 
             y, states = fused.scan(*arguments, *options, cu_seqlens=cu_seqlens)
+        elif name == "eager":
+            y, states = eager_operator.scan(*arguments, *options, cu_seqlens=cu_seqlens)
+        elif cu_seqlens is None:
+            y, states = reference.scan(*arguments, *options)
         else:
-            scan = reference.scan if name == "reference" else eager.scan
-            if cu_seqlens is None:
-                y, states = scan(*arguments, *options)
-            else:
-                y, states = _scan_each(scan, cu_seqlens, *arguments, *options)
+            y, states = scan_each(reference.scan, cu_seqlens, *arguments, *options)
     return (y, states) if return_final_states else y
 
 
@@ -143,18 +143,6 @@ def check_scan(
         check_seq_idx(seq_idx)
 
 
-def _scan_each(
-    scan: Callable, cu_seqlens: Tensor, x, dt, A, B, C, chunk_size, D, z, initial_states, *options
-) -> tuple[Tensor, Tensor]:
-    """Scan packed sequences one by one."""
-    pieces = []
-    for k, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        piece = [None if t is None else t[:, start:end] for t in (x, dt, B, C, z)]
-        state = None if initial_states is None else initial_states[k : k + 1]
-        pieces.append(scan(*piece[:2], A, *piece[2:4], chunk_size, D, piece[4], state, *options))
-    return torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces])
-
-
 def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, seq_idx: Tensor | None) -> int:
     """The number of packed sequences, after the checks of cu_seqlens."""
     if not isinstance(cu_seqlens, Tensor):
@@ -169,10 +157,11 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, seq_idx: Tensor | None) -> 
     check("cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), x, dtypes=INTEGERS)
     if values_can_be_checked(cu_seqlens):
         bounds = cu_seqlens.tolist()
-        rising = all(a < b for a, b in pairwise(bounds))
+        rising = all(a <= b for a, b in pairwise(bounds))
         if not rising or bounds[0] != 0 or bounds[-1] != x.shape[1]:
             length = x.shape[1]
             raise ValueError(
-                f"cu_seqlens: expected increasing values from 0 to length {length}, got {bounds}"
+                f"cu_seqlens: expected values from 0 to length {length} that never decrease, "
+                f"got {bounds}"
             )
     return len(cu_seqlens) - 1

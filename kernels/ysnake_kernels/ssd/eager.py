@@ -18,9 +18,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ysnake_kernels.backend import uncompiled
 from ysnake_kernels.numerics import (
     SMALLEST_LOG_DECAY,
     accumulator,
@@ -36,28 +34,6 @@ GPU_CHUNK = 128
 PIECE_ELEMENTS = 768 * 1024  # of x in a piece of several chunks: three megabytes in float32
 TINY = 1e-18  # of dt where a gradient is divided by it: as good as zero
 FLOOR = SMALLEST_LOG_DECAY  # of an exponent; smaller numbers slow a CPU tenfold
-
-
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int | None,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-) -> tuple[Tensor, Tensor]:
-    """Arguments as `ssd_scan` has checked them."""
-    tensors = (x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    options = (chunk_size, dt_softplus, dt_limit)
-    return uncompiled(_Scan.apply)(*tensors, options, keep)
 
 
 @dataclass
@@ -516,42 +492,3 @@ def gate_backward(y: Tensor, z: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, T
     z, grad = z.to(y.dtype), grad.to(y.dtype)
     gate = F.silu(z)
     return grad * gate, torch.ops.aten.silu_backward(grad * y, z), y * gate
-
-
-class _Scan(torch.autograd.Function):
-    """Saves its inputs, the states between chunks and what is read of them; recomputes the rest."""
-
-    @staticmethod
-    def forward(ctx, x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options, keep):
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-        def finish(span: slice, y: Tensor) -> None:
-            if z is not None:
-                out[:, span] = y * F.silu(z[:, span].to(y.dtype))
-
-        arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, options)
-        final, kept = forward(*arguments, finish, out=out if z is None else None, keep=keep)
-        ctx.save_for_backward(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, *kept)
-        return out, final.clone()  # else it would hold on to the states of other chunks
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, dstates):
-        x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, *kept = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(x)
-        dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
-        dz = None if z is None else torch.empty_like(z)
-
-        def gradient(span: slice, y: Callable[[], Tensor]) -> Tensor:
-            if z is None:
-                return dout[:, span]
-            G, dz[:, span], _ = gate_backward(y(), z[:, span], dout[:, span])
-            return G
-
-        arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, ctx.options)
-        grads = backward(*arguments, gradient, dstates, dx, ddt, dB, dC, kept)
-        dA, dD, dinitial, dbias = grads
-        return dx, ddt, dA, dB, dC, dD, dz, dinitial, dbias, None, None, None

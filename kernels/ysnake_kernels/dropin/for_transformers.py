@@ -1,0 +1,176 @@
+"""What a model of transformers gets instead of the plain functions, so that it stays itself.
+
+A model hands over tensors, not modules. A function that takes the place of several modules
+therefore cannot see adapters, hooks, masks and other settings of these modules. By default models
+get no such function, and go on with their own modules and our operators.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ysnake_kernels.backend import choose
+from ysnake_kernels.dropin import functions
+
+MIN_WIDTH, MAX_FUSED_WIDTH = 2, 4  # of our convolutions, and of those in fused kernels
+SCANS_OF_OTHERS = ("gated_delta_rule", "delta_attention")  # in the names of a model's functions
+
+
+class Models:
+    """Which functions the models get, and which they asked for.
+
+    Args:
+        fused: give them the fused function for a whole mixer, which `install` describes.
+    """
+
+    def __init__(self, fused: bool):
+        self.fused = fused
+        self.asked: dict[str, set[str]] = {}
+
+    def offer(self, name: str) -> Callable | None:
+        """What the model that is being imported gets under this name; None if nothing special."""
+        model = _model_being_imported()
+        if model is None:
+            return None
+        asked = self.asked.setdefault(model, set())
+        asked.add(name)
+        if name == "causal_conv1d_fn":
+            return _convolution_for(model, asked)
+        if name == "causal_conv1d_update":
+            return causal_conv1d_update
+        if name == "mamba_split_conv1d_scan_combined":
+            return mamba_split_conv1d_scan_combined if self.fused else own_modules
+        return None
+
+
+def _model_being_imported() -> str | None:
+    """The module of transformers.models whose body runs and asks for a function by transformers."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith("transformers.models.") and frame.f_code.co_name == "<module>":
+            return name
+        if not name.startswith(("transformers.", "importlib.", "ysnake_kernels.dropin")):
+            return None
+        frame = frame.f_back
+    return None
+
+
+def _convolution_for(model: str, asked: set[str]) -> Callable:
+    """`causal_conv1d_fn` for a model, with every activation and width that the model can have.
+
+    Documents that only the convolution kept apart would see each other in the scan. So `seq_idx` is
+    refused, as transformers does without a drop-in, where the scan does not know of documents.
+    """
+
+    def causal_conv1d_fn(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        activation: str | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+    ) -> Tensor:
+        if seq_idx is not None and _scan_mixes_documents(model, asked, cu_seq_lens_q):
+            raise ValueError(
+                f"seq_idx: the scan of {model} does not know of packed documents and would mix "
+                "them; give it one document in a row"
+            )
+        if _has_operator(x, weight):
+            ours, theirs = _split_activation(activation)
+            y = functions.causal_conv1d_fn(x, weight, bias, seq_idx, activation=ours)
+        elif seq_idx is not None:
+            width = weight.shape[1]
+            raise ValueError(f"seq_idx: packed documents need another width than {width}")
+        else:
+            theirs, back = activation, weight.shape[1] - 1
+            y = _torch_convolution(x, weight, bias, back)[..., : x.shape[2]]
+        return _activate(y, theirs).to(x.dtype)
+
+    return causal_conv1d_fn
+
+
+def _scan_mixes_documents(model: str, asked: set[str], cu_seq_lens_q: Tensor | None) -> bool:
+    """Whether a model gives its convolution document numbers, and its scan nothing like them."""
+    if "selective_scan_fn" in asked:  # Mamba-1
+        return True
+    of_others = any(scan in name for scan in SCANS_OF_OTHERS for name in vars(sys.modules[model]))
+    return of_others and cu_seq_lens_q is None
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """`functions.causal_conv1d_update` with every activation and width that a model can have."""
+    if _has_operator(x, weight):
+        ours, theirs = _split_activation(activation)
+        y = functions.causal_conv1d_update(x, conv_state, weight, bias, ours)
+    else:
+        theirs = activation
+        tokens = torch.cat([conv_state, x], dim=-1)
+        conv_state.copy_(tokens[..., -conv_state.shape[-1] :])
+        y = _torch_convolution(tokens, weight, bias, 0)[..., -x.shape[2] :]
+    return _activate(y, theirs).to(x.dtype)
+
+
+def own_modules(*arguments: Any, **options: Any) -> None:
+    """Nothing, by which transformers takes the model's own modules with our operators."""
+
+
+@wraps(functions.mamba_split_conv1d_scan_combined)
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor, conv1d_weight: Tensor, *arguments: Any, **options: Any
+) -> Tensor | None:
+    _, theirs = _split_activation(options["activation"])
+    if theirs is None and _has_operator(zxbcdt, conv1d_weight):
+        call = functions.mamba_split_conv1d_scan_combined
+        return call(zxbcdt, conv1d_weight, *arguments, **options)
+    _say_once(f"the fused mixer does not know the activation {options['activation']!r}")
+    return None
+
+
+def _split_activation(activation: str | None) -> tuple[str | None, str | None]:
+    """What the convolution applies itself, and what is left to torch."""
+    return (activation, None) if activation in (None, "silu", "swish") else (None, activation)
+
+
+def _activate(y: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return y
+    from transformers.activations import ACT2FN  # its models ask for these
+
+    return ACT2FN[activation](y)
+
+
+def _has_operator(x: Tensor, weight: Tensor) -> bool:
+    """Whether our convolution takes this width on this device; if not, say so once."""
+    width = weight.shape[1]
+    if width >= MIN_WIDTH and (width <= MAX_FUSED_WIDTH or choose(x) != "fused"):
+        return True
+    _say_once(f"torch does a convolution of width {width}, which our operators do not")
+    return False
+
+
+def _torch_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    taps = weight[:, None]
+    return F.conv1d(x.to(weight.dtype), taps, bias, padding=padding, groups=len(weight))
+
+
+def _say_once(message: str) -> None:
+    if not torch.compiler.is_compiling():
+        _warn(message)
+
+
+@cache
+def _warn(message: str) -> None:
+    warnings.warn(f"ysnake_kernels.dropin: {message}", stacklevel=2)
