@@ -142,7 +142,7 @@ class _AddedNormedLinear(torch.autograd.Function):
         ctx.save_for_backward(total, norm_weight, weight)
         ctx.eps, ctx.added = eps, None if added is None else added.dtype
         ctx.set_materialize_grads(False)
-        return total, F.linear(normed, weight, bias)
+        return total, as_base(F.linear(normed, weight, bias))
 
     @staticmethod
     @once_differentiable

@@ -64,7 +64,8 @@ def product(t):
 
 
 def product_of_normed(t):
-    return normed_linear(t["x"], t["of_features"], 1e-5, t["projection"], t["shift"])
+    weights = (t["of_features"], 1e-5, t["projection"], t["shift"])
+    return normed_linear(t["x"], None, *weights)[1]
 
 
 OPERATORS = [
