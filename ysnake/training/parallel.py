@@ -90,9 +90,7 @@ def _connect(backend: str) -> None:
 
     store, rank, size = next(dist.rendezvous("env://", timeout=STUCK_AFTER))
     store = dist.PrefixStore(f"restart {os.environ.get(RESTARTS, 0)}", store)
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=STUCK_AFTER
-    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STUCK_AFTER)
 
 
 def lost_contact(error: BaseException) -> bool:
