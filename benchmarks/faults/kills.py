@@ -198,6 +198,7 @@ class Run:
             used = shutil.disk_usage(self.place).used
             room = used + self.chance.randrange(3 * sum(sizes))
             mount(self.place, f"remount,size={room}")
+            self.happened.append(f"room for {room} bytes on the disk")
             ended = self.go_on()
             mount(self.place, f"remount,size={DISK}")
         else:

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from small import ROOT, TINY, corpus, entry, environment
+from small import ROOT, TINY, corpus, entry, environment, model
 from test_train import metrics
 
 from ysnake import train
 from ysnake.checkpoints import checkpoint
+from ysnake.shared.errors import InputError
 from ysnake.training import launch, parallel
+from ysnake.training.optimiser import make_moments, make_optimizer
 
 STEPS = ["--max-steps", "20", "--eval-every", "20", "--vocab-size", "300"]
 OTHER = ["--carry-state", "--accumulate", "2", "--output-size", "16"]
@@ -189,12 +191,17 @@ def test_a_layer_sends_one_state_and_one_edge_each_way(runs):
         assert shapes["other"] == []
 
 
-def test_a_restart_reads_no_address_of_the_processes_before(monkeypatch):
-    """torchrun keeps the store, in which processes find each other, for all its restarts."""
+@pytest.fixture
+def store(monkeypatch):
+    """What torchrun keeps for all its restarts: where processes find each other, here only one."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "RANK": 0, "WORLD_SIZE": 1}
     for name, value in {**address, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
         monkeypatch.setenv(name, str(value))
+    return store
+
+
+def test_a_restart_reads_no_address_of_the_processes_before(store, monkeypatch):
     written = []
     for restarts in range(3):
         before = store.num_keys()
@@ -203,6 +210,23 @@ def test_a_restart_reads_no_address_of_the_processes_before(monkeypatch):
             assert ranks.size == 1
         written.append(store.num_keys() - before)
     assert written[1] == written[2] > 0
+
+
+def test_a_sharded_optimizer_that_cannot_be_written_or_read_is_named(store, tmp_path):
+    (tmp_path / "file").touch()
+    with parallel.joined("cpu", 1, True) as ranks:
+        one = model()
+        ranks.spread(one, "cpu")
+        optimizer = make_optimizer(one, 0.1)
+        make_moments(optimizer)
+        with pytest.raises(InputError, match=r"file/x: cannot be written \(.*Not a directory"):
+            ranks.save_optimizer(one, optimizer, tmp_path / "file/x")
+        saved = ranks.save_optimizer(one, optimizer, tmp_path / "x") | {"steps": 1}
+        ranks.load_optimizer(one, optimizer, saved, tmp_path / "x")
+        (shard,) = (tmp_path / "x").iterdir()
+        os.truncate(shard, 100)
+        with pytest.raises(InputError, match=r"x: damaged \("):
+            ranks.load_optimizer(one, optimizer, saved, tmp_path / "x")
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_resumes(tmp_path):

@@ -293,7 +293,12 @@ class Ranks:
         }
         # safetensors: torch's own format would be read with pickle
         writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        checkpoint.save(moments, storage_writer=writer, process_group=self.patient)
+
+        def write() -> None:
+            with _failures_named(folder, "cannot be written"):
+                checkpoint.save(moments, storage_writer=writer, process_group=self.patient)
+
+        self.together(write)
         return {"steps": next(iter(optimizer.state.values()))["step"].item()}
 
     def load_optimizer(
@@ -325,12 +330,28 @@ class Ranks:
                 for m in MOMENTS
             }
             reader = checkpoint.HuggingFaceStorageReader(str(folder))
-            with warnings.catch_warnings():  # about loading in a single process
-                warnings.simplefilter("ignore", UserWarning)
-                checkpoint.load(moments, storage_reader=reader, process_group=self.patient)
+
+            def read() -> None:
+                with warnings.catch_warnings(), _failures_named(folder, "damaged"):
+                    warnings.simplefilter("ignore", UserWarning)  # about a single process
+                    checkpoint.load(moments, storage_reader=reader, process_group=self.patient)
+
+            self.together(read)
             for name, p in model.named_parameters():
                 optimizer.state[p] = {m: moments[f"{m}.{name}"] for m in MOMENTS}
                 optimizer.state[p]["step"] = torch.tensor(saved["steps"], device=p.device)
+
+
+@contextmanager
+def _failures_named(folder: Path, what: str) -> Iterator[None]:
+    """Raise InputError, on every rank, where torch fails on a file in `folder` on one of them."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        reason = str(next(iter(error.failures.values()))[0]).partition("\n")[0]
+        raise InputError(f"{folder}: {what} ({reason})") from error
 
 
 def number(tensor: "torch.Tensor") -> float:

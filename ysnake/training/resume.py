@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from ysnake.shared.errors import InputError
 from ysnake.training import memory, parallel
 from ysnake.training import settings as settings_of
 from ysnake.training.parallel import Ranks
-from ysnake.training.run import WRITTEN, Progress, Run, assemble
+from ysnake.training.run import SHARDS, WRITTEN, Progress, Run, assemble
 from ysnake.training.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
             if last != folder:
                 checkpoint.put_back(last, folder)
             files.remove_unfinished(settings.run)
+            shutil.rmtree(settings.run / SHARDS, ignore_errors=True)
             settings_of.write(settings)  # with what this command line has changed
             _forget_metrics_after(run.folder / "metrics.jsonl", run.progress.step)
 

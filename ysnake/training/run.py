@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 KEPT_RECOMPUTING = 1 << 24  # bytes of the largest block that is kept: memory before time
 MEAN_OVER = 50  # steps that the training loss is averaged over where it decides or is shown
+SHARDS = ".optimizer.new"  # in a run folder: a sharded optimizer that becomes a part of last/
 WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png")  # files that training writes as it goes
 
 
@@ -135,7 +136,7 @@ def save_last(run: Run) -> None:
     from ysnake.checkpoints import checkpoint
 
     ranks = run.ranks
-    shards = run.folder / f".{checkpoint.OPTIMIZER}.new"
+    shards = run.folder / SHARDS
     training = {
         "optimizer": ranks.save_optimizer(run.model, run.optimizer, shards),
         "progress": asdict(run.progress),
