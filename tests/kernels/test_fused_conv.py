@@ -139,6 +139,26 @@ def test_step_on_rows_of_a_state(name, integer):
 
 
 @pytest.mark.parametrize("name", ["reference", "eager", "fused"])
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("size", [4, 7])
+def test_a_step_of_a_state_with_older_tokens(name, size, contiguous):
+    x, weight, bias = randn(2, 6), randn(6, 4), randn(6)
+    state = randn(2, 6, size) if contiguous else randn(2, size, 6).transpose(1, 2)
+    moved, short = state.clone(), state[:, :, -3:].clone()
+    rows, indices = torch.cat([state, randn(3, 6, size)]), torch.tensor([1, -1, 0], device=DEVICE)
+    before = rows.clone()
+    with backend(name):
+        y = causal_conv1d_step(x, moved, weight, bias, "silu")
+        expected = causal_conv1d_step(x, short, weight, bias, "silu")
+        padded = causal_conv1d_step(x[[1, 0, 0]], rows, weight, bias, "silu", indices)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(moved, torch.cat([state[:, :, 1:], x[:, :, None]], 2))
+    torch.testing.assert_close(padded[[2, 0]], expected)
+    assert not padded[1].any()
+    assert torch.equal(rows, torch.cat([moved, before[2:]]))
+
+
+@pytest.mark.parametrize("name", ["reference", "eager", "fused"])
 def test_a_step_keeps_an_exact_state(name):
     """A float32 state under bfloat16 tokens is not rounded."""
     state = randn(2, 6, 3)
@@ -211,6 +231,7 @@ def test_unsupported_width_is_an_error():
 
 BAD = {
     "conv_state: expected shape (2, 6, 3)": {"conv_state": torch.rand(3, 6, 3)},
+    "conv_state: expected at least 3 tokens, got 2": {"conv_state": torch.rand(2, 6, 2)},
     "conv_state_indices: expected shape (2,)": {"conv_state_indices": torch.tensor([1])},
     "conv_state_indices: expected one of int32, int64": {"conv_state_indices": torch.rand(2)},
     "conv_state_indices: expected rows from 0 to 1": {"conv_state_indices": torch.tensor([2, 1])},

@@ -117,8 +117,8 @@ def causal_conv1d_step(
 
     Args:
         x: (batch, channels), the new token.
-        conv_state: (batch, channels, width - 1), the tokens before it, oldest first. With
-            `conv_state_indices` (rows, channels, width - 1), any number of rows.
+        conv_state: (batch, channels, size), size at least width - 1: the tokens before it, oldest
+            first. With `conv_state_indices` (rows, channels, size), any number of rows.
         weight, bias, activation: as in `causal_conv1d`.
         conv_state_indices: (batch,) int32 or int64, the row of `conv_state` that belongs to each
             x, no row twice; the other rows stay as they are. An x whose row is -1 is padding: its y
@@ -133,18 +133,20 @@ def causal_conv1d_step(
     check_rank("x", x, "batch, channels")
     width = _check_weight(x, weight, bias, activation)
     rows = x.shape[0]
+    check_rank("conv_state", conv_state, "rows, channels, size")
     if conv_state_indices is not None:
-        check_rank("conv_state", conv_state, "rows, channels, width - 1")
         rows = conv_state.shape[0]
         check_indices("conv_state_indices", conv_state_indices, x, rows)
-    check("conv_state", conv_state, (rows, x.shape[1], width - 1), x)
+    size = conv_state.shape[2]
+    if size < width - 1:
+        raise ValueError(f"conv_state: expected at least {width - 1} tokens, got {size}")
+    check("conv_state", conv_state, (rows, x.shape[1], size), x)
     name = choose(x)
-    arguments = (x, conv_state, weight, bias, activation, conv_state_indices)
     with torch.autocast(x.device.type, enabled=False):
         if name == "fused":
             from ysnake_kernels.conv import fused  # here, since it needs triton
 
-            return fused.conv_step(*arguments)
+            return fused.conv_step(x, conv_state, weight, bias, activation, conv_state_indices)
         step = (reference if name == "reference" else eager).conv_step
 
         def run(indices: Tensor | None, x: Tensor) -> Tensor:

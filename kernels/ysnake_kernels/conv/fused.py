@@ -54,7 +54,21 @@ def conv_step(
         ValueError: the width is not supported.
     """
     _check_width(weight)
-    return _in_place(x, conv_state, weight, bias, conv_state_indices, activation is not None)
+    older = conv_state.shape[2] - weight.shape[1] + 1  # tokens that the kernel does not look at
+    _move_on(conv_state, older, conv_state_indices)
+    seen = conv_state[:, :, older:]
+    return _in_place(x, seen, weight, bias, conv_state_indices, activation is not None)
+
+
+def _move_on(conv_state: Tensor, count: int, rows: Tensor | None) -> None:
+    """Move the oldest `count` tokens of the rows in use on by one, before a step of the others."""
+    if count == 0:
+        return
+    if rows is None:
+        conv_state[:, :, :count] = conv_state[:, :, 1 : count + 1].clone()
+    else:
+        rows = rows[rows >= 0]
+        conv_state[rows, :, :count] = conv_state[rows, :, 1 : count + 1]
 
 
 def _check_width(weight: Tensor) -> None:

@@ -50,6 +50,7 @@ def conv_step(
     """Arguments as `causal_conv1d_step` has checked them; `conv_state` is updated in place."""
     rows = slice(None) if conv_state_indices is None else conv_state_indices
     before, new = conv_state[rows], x[:, :, None]
-    y = conv(new, weight, bias, None, before, activation)
+    seen = before[:, :, before.shape[2] - weight.shape[1] + 1 :]
+    y = conv(new, weight, bias, None, seen, activation)
     conv_state[rows] = torch.cat([before[:, :, 1:], new.to(conv_state.dtype)], dim=2)
     return y[:, :, 0]

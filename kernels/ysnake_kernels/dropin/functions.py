@@ -68,13 +68,13 @@ def causal_conv1d_update(
     check_rank("conv_state", conv_state, "batch, channels, size")
     check_rank("weight", weight, "channels, width")
     size, width = conv_state.shape[-1], weight.shape[-1]
+    tokens = x[..., None] if isinstance(x, Tensor) and x.ndim == 2 else x
+    check_rank("x", tokens, "batch, channels, tokens")
+    if tokens.shape[2] == 1 and cache_seqlens is None:
+        options = (weight, bias, activation, conv_state_indices)
+        return conv.causal_conv1d_step(tokens[..., 0], conv_state, *options).view(x.shape)
     if size < width - 1:
         raise ValueError(f"conv_state: expected at least {width - 1} tokens, got {size}")
-    if x.ndim == 2 and size == width - 1 and cache_seqlens is None:
-        indices = conv_state_indices
-        return conv.causal_conv1d_step(x, conv_state, weight, bias, activation, indices)
-    tokens = x[..., None] if x.ndim == 2 else x
-    check_rank("x", tokens, "batch, channels, tokens")
     batch, channels, _ = tokens.shape
     rows = batch
     if conv_state_indices is not None:
