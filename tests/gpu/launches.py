@@ -16,7 +16,7 @@ import torch
 import ysnake_kernels as ours
 from torch import Tensor
 
-from ysnake.inference.decoding import Decoder
+from ysnake.inference.replay import ReplayedStep
 from ysnake.model import Model
 from ysnake.model.config import ModelConfig
 
@@ -157,11 +157,11 @@ def train(
 
 def decode(model: Model, dtype: torch.dtype) -> None:
     """Read a prompt, then write two tokens, as on a GPU."""
-    decoder = Decoder(model.to(dtype))
-    decoder.fast = False  # which is for a CPU
-    _, state = decoder.step(torch.ones(BATCH, LENGTH, dtype=torch.int64), last_only=True)
+    model = model.to(dtype)
+    _, state = model.step(torch.ones(BATCH, LENGTH, dtype=torch.int64), last_only=True)
+    write = torch.no_grad()(ReplayedStep(model).write)
     for _ in range(2):
-        decoder.step(torch.ones(BATCH, dtype=torch.int64), state)
+        write(torch.ones(BATCH, dtype=torch.int64), state)
 
 
 def model_cases(sizes: Sizes, thorough: bool) -> Iterator[Case]:

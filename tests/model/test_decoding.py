@@ -13,6 +13,7 @@ from small import model, python, saved
 from torch.nn.functional import cross_entropy
 
 from ysnake.inference.decoding import WEIGHTS, Decoder
+from ysnake.inference.replay import ReplayedStep
 from ysnake.shared.errors import InputError
 
 FORMS = {
@@ -45,6 +46,16 @@ def test_steps_equal_the_models_own(sizes, batch):
     assert torch.allclose(logits[:, 0], more[:, -1], atol=2e-6)
     logits, _ = decoder.step(tokens, state, last_only=True)
     assert torch.allclose(logits, plain.step(tokens, again)[0][:, -1], atol=2e-6)
+
+
+@pytest.mark.parametrize("sizes", FORMS.values(), ids=FORMS)
+def test_the_step_for_a_gpu_equals_the_models_own(sizes):
+    plain, tokens = model(**sizes).eval(), ids(3, 6)
+    expected, _ = plain.step(tokens)
+    step, state = ReplayedStep(plain), plain.empty_state(3)
+    with torch.no_grad():
+        for i in range(tokens.shape[1]):
+            assert torch.allclose(step.write(tokens[:, i], state), expected[:, i], atol=2e-6)
 
 
 COMPILER = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))

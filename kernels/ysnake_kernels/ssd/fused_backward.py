@@ -179,39 +179,41 @@ def columns_kernel(
         decay_j = ft.load_row(numbers, tile, head, K, DECAY)
         decay_i, _ = ft.load_decays(numbers, chunk, head, K)
         step = ft.load_row(numbers, tile, head, K, STEP)
-        L = tl.exp2(tl.where(seen, decay_i[None, :] - decay_j[:, None], float("-inf")))  # [j, i]
         exit = tl.exp2(ft.load_decay_of_last(numbers, last, head, K) - decay_j)
         if place.seq_idx is not None:
             exit = tl.where(doc == left, exit, 0.0)
-        CBL = CB * L
-        between = CBL * step[:, None]  # [j, i], from x_j to y_i
-        if D is not None and not K.D_PER_CHANNEL:
-            between += tl.where(tj[:, None] == ti[None, :], tl.load(D + head).to(K.ACC), 0.0)
         sent, kept, onward, skipped = (tl.zeros([K.Q], K.ACC),) * 4
         for p0 in range(0, K.P2, K.PS):
+            # In an order that lets few large tiles live at once: registers are short here.
             p = p0 + tl.arange(0, K.PS)
             X = ft.load_tile(xs, tile, head, p, K.P)  # [Q, PS]
+            Gc = ft.load_tile(Gs, chunk, head, p, K.P)  # [CHUNK, PS]
+            XG = ft.dot(X, tl.trans(Gc), K)  # [j, i]
+            diagonal = tj[:, None] == ti[None, :]
+            if D is not None and not K.D_PER_CHANNEL:
+                skipped += tl.sum(tl.where(diagonal, XG, 0.0), 1)
+            L = tl.exp2(tl.where(seen, decay_i[None, :] - decay_j[:, None], float("-inf")))
+            XG *= L
+            dCB += XG * step[:, None]
+            flow = XG * CB
+            sent += tl.sum(tl.where(later, flow, 0.0), 1)
+            kept += tl.sum(tl.where(diagonal, flow, 0.0), 1)
+            between = CB * L * step[:, None]  # [j, i], from x_j to y_i
+            if D is not None and not K.D_PER_CHANNEL:
+                between += tl.where(diagonal, tl.load(D + head).to(K.ACC), 0.0)
+            dX = ft.dot(between, Gc, K)
             dS = ft.load_state(dstates, slot, head, p, n, K)  # [PS, N2]
             B_ = ft.load_tile(Bs, tile, group, n, K.N)  # [Q, N2]
             du = ft.dot(B_, tl.trans(dS), K) * exit[:, None]  # [Q, PS]
             onward += tl.sum(X.to(K.ACC) * du, 1)
-            dB_ = ft.dot(X.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
-            Gc = ft.load_tile(Gs, chunk, head, p, K.P)  # [CHUNK, PS]
-            XG = ft.dot(X, tl.trans(Gc), K)  # [j, i]
-            dCB += XG * L * step[:, None]
-            flow = XG * CBL
-            sent += tl.sum(tl.where(later, flow, 0.0), 1)
-            kept += tl.sum(tl.where(tj[:, None] == ti[None, :], flow, 0.0), 1)
-            dX = ft.dot(between, Gc, K, du * step[:, None])
-            if D is not None:
-                if K.D_PER_CHANNEL:
-                    Gt = ft.load_tile(Gs, tile, head, p, K.P).to(K.ACC)
-                    dX += Gt * ft.load_skip(D, head, p, K)
-                    at_channel = dD + (at_tile + head) * K.P + p
-                    tl.store(at_channel, tl.sum(Gt * X.to(K.ACC), 0), mask=p < K.P)
-                else:
-                    skipped += tl.sum(tl.where(tj[:, None] == ti[None, :], XG, 0.0), 1)
+            dX += du * step[:, None]
+            if D is not None and K.D_PER_CHANNEL:
+                Gt = ft.load_tile(Gs, tile, head, p, K.P).to(K.ACC)
+                dX += Gt * ft.load_skip(D, head, p, K)
+                at_channel = dD + (at_tile + head) * K.P + p
+                tl.store(at_channel, tl.sum(Gt * X.to(K.ACC), 0), mask=p < K.P)
             ft.store_tile(dX, ft.View(dx, K.HEADS * K.P), tile, head, p, K.P)
+            dB_ = ft.dot(X.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
         ft.store_row(sent * step, numbers, tile, head, K, SENT)
         ft.store_row(onward * step, numbers, tile, head, K, ONWARD)
         ft.store_row(sent + kept + onward, numbers, tile, head, K, DSTEP)
