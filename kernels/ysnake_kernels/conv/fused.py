@@ -36,7 +36,7 @@ def conv(
     Raises:
         ValueError: the width is not supported.
     """
-    _check_width(weight)
+    check_width(weight)
     return _differentiable(x, weight, bias, seq_idx, initial_states, activation is not None)
 
 
@@ -53,7 +53,7 @@ def conv_step(
     Raises:
         ValueError: the width is not supported.
     """
-    _check_width(weight)
+    check_width(weight)
     older = conv_state.shape[2] - weight.shape[1] + 1  # tokens that the kernel does not look at
     _move_on(conv_state, older, conv_state_indices)
     seen = conv_state[:, :, older:]
@@ -71,7 +71,7 @@ def _move_on(conv_state: Tensor, count: int, rows: Tensor | None) -> None:
         conv_state[rows, :, :count] = conv_state[rows, :, 1 : count + 1]
 
 
-def _check_width(weight: Tensor) -> None:
+def check_width(weight: Tensor) -> None:
     if weight.shape[1] > MAX_WIDTH:
         raise ValueError(
             f"weight: expected a width of at most {MAX_WIDTH} with backend 'fused', "
@@ -405,11 +405,14 @@ def _backward(
     seq_idx: Tensor | None,
     initial_states: Tensor | None,
     activation: bool,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and initial states; that of x goes to `dx`, if given."""
     batch, channels, length = x.shape
     acc = accumulator(x, weight, bias, initial_states)
     taps, shift, seq_idx, dfinal = _contiguous(weight, bias, seq_idx, dfinal)
-    dx, dweight, dbias, dhistory = _empty_gradients(x, weight, bias, initial_states)
+    dx = empty_like(x) if dx is None else dx
+    dweight, dbias, dhistory = _empty_gradients(weight, bias, initial_states, like=x)
     width = weight.shape[1]
     tokens = length if initial_states is None else length + width - 1
     blocks = ceil_divide(tokens, BACKWARD["LANES"] * BACKWARD["RUN"])
@@ -435,17 +438,23 @@ def _backward(
     return dx, dweight, dbias, dhistory
 
 
-def _empty_gradients(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-    """Contiguous but for x's; of no elements for an argument that was not given, since an operator
-    in torch's library returns no None."""
-    return empty_like(x), *(
-        x.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t in others
+def _empty_gradients(*tensors: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous; of no elements for an argument that was not given, since an operator in torch's
+    library returns no None."""
+    return tuple(
+        like.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for t in tensors
     )
 
 
 _conv = torch.library.custom_op("ysnake::conv", _forward, mutates_args=())
-_conv_backward = torch.library.custom_op("ysnake::conv_backward", _backward, mutates_args=())
+_conv_backward = torch.library.custom_op(
+    "ysnake::conv_backward",
+    lambda *arguments: _backward(*arguments),
+    mutates_args=(),
+    schema="(Tensor dy, Tensor? dfinal, Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, "
+    "Tensor? initial_states, bool activation) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_conv.register_fake
@@ -455,7 +464,7 @@ def _(x, weight, bias, seq_idx, initial_states, activation):
 
 @_conv_backward.register_fake
 def _(dy, dfinal, x, weight, bias, seq_idx, initial_states, activation):
-    return _empty_gradients(x, weight, bias, initial_states)
+    return empty_like(x), *_empty_gradients(weight, bias, initial_states, like=x)
 
 
 def _save(ctx, inputs, output):

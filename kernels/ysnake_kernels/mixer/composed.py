@@ -43,6 +43,17 @@ def mixer(
     norm_before_gate; `dtype` is that of the output projection.
     """
     chunk_size, dt_softplus, dt_limit = scan_options
+    if name == "fused" and norm_weight is not None and not torch.compiler.is_compiling():
+        from ysnake_kernels.mixer import fused
+
+        fused.check_sizes(sizes, ngroups, conv_weight, norm_options[1])
+        projection = (None if t is None else t.to(dtype) for t in (out_weight, out_bias))
+        return fused.Mixer.apply(
+            *(zxbcdt, conv_weight, conv_bias, dt_bias, A, D, conv_states, initial_states, seq_idx),
+            *(norm_weight, *projection, sizes, ngroups, activation),
+            (dt_softplus, *map(float, dt_limit)),
+            norm_options,
+        )
 
     def compute(
         zxbcdt, weight, bias, dt_bias, A, D, edge, states, seq_idx, norm, projection, shift

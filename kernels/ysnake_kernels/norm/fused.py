@@ -36,11 +36,16 @@ def norm(
     Raises:
         ValueError: a group does not fit the registers of a multiprocessor.
     """
+    check_group(group_size)
+    return _differentiable(x, weight, bias, z, eps, group_size, norm_before_gate, out_dtype)
+
+
+def check_group(group_size: int) -> None:
+    """Raise ValueError where a group does not fit the registers of a multiprocessor."""
     if group_size > MAX_GROUP:
         raise ValueError(
             f"group_size: expected at most {MAX_GROUP} with backend 'fused', got {group_size}"
         )
-    return _differentiable(x, weight, bias, z, eps, group_size, norm_before_gate, out_dtype)
 
 
 @triton.jit
@@ -121,6 +126,7 @@ def _backward_kernel(
     z_row,
     dy_row,
     more_row,
+    dz_row,
     EPS: tl.constexpr,
     GROUP: tl.constexpr,
     NORM_FIRST: tl.constexpr,
@@ -144,6 +150,8 @@ def _backward_kernel(
         row = start + tl.arange(0, ROWS).to(tl.int64)
         inside = (row < rows)[:, None] & (col < GROUP)[None, :]
         offsets = row[:, None] * features + feature[None, :]
+        if z is not None:
+            at_dz = dz + row[:, None] * dz_row * UNIT + feature[None, :]
         xs, grad = next_x.to(ACC), next_dy.to(ACC)  # [R F]
         following = start + tl.num_programs(0) * ROWS
         next_x = _load(x, following, rows, x_row, col, GROUP, ROWS, UNIT)
@@ -163,7 +171,7 @@ def _backward_kernel(
             affine = unit * w
             if bias is not None:
                 affine += tl.load(bias + feature, col < GROUP, other=0.0).to(ACC)[None, :]
-            tl.store(dz + offsets, (grad * affine * slope).to(dz.dtype.element_ty), inside)
+            tl.store(at_dz, (grad * affine * slope).to(dz.dtype.element_ty), inside)
             grad *= gate
         dw += grad * unit
         if bias is not None:
@@ -172,7 +180,7 @@ def _backward_kernel(
         grad *= w
         dv = (grad - unit * (tl.sum(grad * unit, 1) / GROUP)[:, None]) * rstd
         if z is not None and not NORM_FIRST:
-            tl.store(dz + offsets, (dv * xs * slope).to(dz.dtype.element_ty), inside)
+            tl.store(at_dz, (dv * xs * slope).to(dz.dtype.element_ty), inside)
             dv *= gate
         if more is not None:
             dv += _load(more, start, rows, more_row, col, GROUP, ROWS, UNIT).to(ACC)
@@ -292,16 +300,19 @@ def gradients(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """Those of x, of what was added to it, of weight, bias and z.
 
-    `x` is the sum, `more` its gradient from elsewhere, which is added to that of the norm.
+    `x` is the sum, `more` its gradient from elsewhere, which is added to that of the norm. `dz` is
+    where the gradient of z goes, with adjacent features.
     """
 
     def like(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
         return t if t is None else torch.empty(t.shape, dtype=dtype, device=t.device)
 
-    dx, dz = like(x, x.dtype), like(z, None if z is None else z.dtype)
+    dx = like(x, x.dtype)
+    dz = like(z, z.dtype) if dz is None and z is not None else dz
     dadded = None if added_dtype is None else like(x, added_dtype)
     xs, zs, dys, mores = _rows(x), _rows(z), _rows(dy), _rows(more)
     rows, features = xs.shape
@@ -311,14 +322,15 @@ def gradients(
     programs = min(ceil_divide(rows, tile["ROWS"]), ceil_divide(PROGRAMS, groups))
     dweight = torch.empty(programs, features, dtype=acc, device=x.device)
     dbias = None if bias is None else torch.empty_like(dweight)
-    strides, unit = _strides(xs, zs, dys, mores)
+    dzs = None if dz is None else dz.view(-1, features)
+    strides, unit = _strides(xs, zs, dys, mores, dzs)
     if rows > 0:
         options = eps, group_size, norm_before_gate
         with torch.cuda.device_of(x):
             shift = None if bias is None else bias.contiguous()
             _launcher(_backward_kernel, tile, options, unit, x, weight, bias, z)(
                 (programs, groups),
-                (xs, weight.contiguous(), shift, zs, dys, mores, dx, dadded, dz, dweight, dbias),
+                (xs, weight.contiguous(), shift, zs, dys, mores, dx, dadded, dzs, dweight, dbias),
                 (rows, features, *strides),
             )
     if bias is not None:

@@ -29,9 +29,7 @@ def scan(
     Raises:
         ValueError: a head or state is larger than the kernels hold.
     """
-    for name, what, size in (("x", "head", x.shape[3]), ("B", "state", B.shape[3])):
-        if size > LARGEST:
-            raise ValueError(f"{name}: expected a {what} size of at most {LARGEST}, got {size}")
+    check_sizes(x.shape[3], B.shape[3])
     small = (A, D, initial_states, dt_bias, seq_idx, cu_seqlens)
     A, D, initial_states, dt_bias, seq_idx, cu_seqlens = (
         None if t is None else t.contiguous() for t in small
@@ -40,6 +38,13 @@ def scan(
     return _differentiable(
         x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, *options
     )
+
+
+def check_sizes(head_dim: int, state: int) -> None:
+    """Raise ValueError where a head or its state is larger than the kernels hold."""
+    for name, what, size in (("x", "head", head_dim), ("B", "state", state)):
+        if size > LARGEST:
+            raise ValueError(f"{name}: expected a {what} size of at most {LARGEST}, got {size}")
 
 
 _scan = torch.library.custom_op(

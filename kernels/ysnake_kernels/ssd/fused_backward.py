@@ -14,6 +14,8 @@ With G = dy silu(z), u = step x, S the entering state, dS the leaving state's gr
 the flow from token j to token i, the gradient of cs_i - cs_j, is M_ij = (C_i . B_j) L_ij G_i . u_j.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -34,6 +36,8 @@ from ysnake_kernels.ssd.fused_tiles import (
     segments,
 )
 from ysnake_kernels.triton_launch import Launcher, launcher
+
+CONTIGUOUS = torch.contiguous_format
 
 
 @triton.jit
@@ -67,13 +71,13 @@ def work_of(place, splits, count, K):
 
 @triton.jit(
     do_not_specialize=[
-        *("x_token", "B_token", "C_token", "G_token"),
+        *("x_token", "B_token", "C_token", "G_token", "dC_token"),
         *("length", "padded", "sequences", "splits", "count"),
     ]
 )
 def rows_kernel(
     x, B, C, D, G, rows, seq_idx, cu_seqlens, states, dC, y,
-    x_token, B_token, C_token, G_token, length, padded, sequences, splits, count, K,
+    x_token, B_token, C_token, G_token, dC_token, length, padded, sequences, splits, count, K,
 ):  # fmt: skip
     """dC and the flow into the tokens of a tile, from the chunk's entering state on. Also y before
     the gate, if it is wanted."""
@@ -127,19 +131,20 @@ def rows_kernel(
                 ft.store_tile(read, ft.View(y, K.HEADS * K.P), tile, head, p, K.P)
         ft.store_row(into, numbers, tile, head, K, INTO)
     B_all = ft.load_tile(Bs, chunk, group, n, K.N)  # [CHUNK, N2]
-    dCs = ft.View(dC, splits * (K.HEADS // K.PER_GROUP) * K.N)
+    dCs = ft.View(dC, dC_token * K.UNIT)
     ft.store_tile(ft.dot(dCB, B_all, K, dC_), dCs, tile, share, n, K.N)
 
 
 @triton.jit(
     do_not_specialize=[
-        *("x_token", "B_token", "C_token", "G_token"),
+        *("x_token", "B_token", "C_token", "G_token", "dx_token", "dB_token"),
         *("length", "padded", "sequences", "splits", "count"),
     ]
 )
 def columns_kernel(
     x, B, C, D, G, rows, seq_idx, cu_seqlens, states, dstates, dx, dB, dD, through,
-    x_token, B_token, C_token, G_token, length, padded, sequences, splits, count, K,
+    x_token, B_token, C_token, G_token, dx_token, dB_token, length, padded, sequences, splits,
+    count, K,
 ):  # fmt: skip
     """dx, dB, dD and the flow out of the tokens of a tile; the chunk's first tile also gets the
     flow through the chunk, from its entering to its leaving state."""
@@ -212,7 +217,7 @@ def columns_kernel(
                 dX += Gt * ft.load_skip(D, head, p, K)
                 at_channel = dD + (at_tile + head) * K.P + p
                 tl.store(at_channel, tl.sum(Gt * X.to(K.ACC), 0), mask=p < K.P)
-            ft.store_tile(dX, ft.View(dx, K.HEADS * K.P), tile, head, p, K.P)
+            ft.store_tile(dX, ft.View(dx, dx_token * K.UNIT), tile, head, p, K.P)
             dB_ = ft.dot(X.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
         ft.store_row(sent * step, numbers, tile, head, K, SENT)
         ft.store_row(onward * step, numbers, tile, head, K, ONWARD)
@@ -220,7 +225,7 @@ def columns_kernel(
         if D is not None and not K.D_PER_CHANNEL:
             tl.store(dD + at_tile + head, tl.sum(skipped, 0))
     C_all = ft.load_tile(Cs, chunk, group, n, K.N)  # [CHUNK, N2]
-    dBs = ft.View(dB, splits * (K.HEADS // K.PER_GROUP) * K.N)
+    dBs = ft.View(dB, dB_token * K.UNIT)
     ft.store_tile(ft.dot(dCB, C_all, K, dB_), dBs, tile, share, n, K.N)
 
     if tile.t0 == chunk.t0:
@@ -233,10 +238,10 @@ def columns_kernel(
             tl.store(through + slot.to(tl.int64) * K.HEADS + head, flow)
 
 
-@triton.jit(do_not_specialize=["dt_token", "length", "padded", "sequences"])
+@triton.jit(do_not_specialize=["dt_token", "ddt_token", "length", "padded", "sequences"])
 def steps_kernel(
     dt, A, dt_bias, rows, cu_seqlens, ddt, through, dA, ddt_bias,
-    dt_token, length, padded, sequences, K, HEADS: tl.constexpr,
+    dt_token, ddt_token, length, padded, sequences, K, HEADS: tl.constexpr,
 ):  # fmt: skip
     """ddt, and a chunk's shares of dA and ddt_bias, of HEADS heads.
 
@@ -270,8 +275,8 @@ def steps_kernel(
     decay, rates = ft.log_decays(step, A, head, K)
     flow = tl.where(decay < tl.full([], ft.LOWEST, K.ACC), 0.0, flow)
     dstep = (dstep + flow * rates) * slope
-    first = (chunk.earlier + chunk.t0).to(tl.int64) * K.HEADS
-    at_dt = ddt + first + chunk.q[:, None] * K.HEADS + head[None, :]
+    first = (chunk.earlier + chunk.t0).to(tl.int64) * ddt_token
+    at_dt = ddt + first + chunk.q[:, None] * ddt_token + head[None, :]
     tl.store(at_dt, dstep.to(ddt.dtype.element_ty), mask=used)
     tl.store(dA + at_sum, tl.sum(step * flow, 0), mask=known)
     tl.store(ddt_bias + at_sum, tl.sum(dstep, 0), mask=known)
@@ -284,17 +289,29 @@ def splits_of_group(programs: int, per_group: int, multiprocessors: int) -> int:
     return next((d for d in divisors if programs * d >= 2 * multiprocessors), per_group)
 
 
-def backward(dy, dfinal, *arguments) -> tuple[Tensor | None, ...]:
+class Into(NamedTuple):
+    """Where `backward` writes the gradients of x, dt, B and C.
+
+    The numbers of a token lie side by side. The tensors may be slices of a larger one.
+    """
+
+    dx: Tensor
+    ddt: Tensor
+    dB: Tensor
+    dC: Tensor
+
+
+def backward(dy, dfinal, *arguments, into: Into | None = None) -> tuple[Tensor | None, ...]:
     """Gradients of the first nine fields of a Scan, None for what is absent; the arguments are
     those of `forward`."""
     given, options = ft.Scan(*arguments[:11]), arguments[11:]
     z, exact = given.z, accumulator(*given[:9])
     if z is None:
-        return _ungated(dy, dfinal, None, given, options, exact)
+        return _ungated(dy, dfinal, None, given, options, exact, into)
     # The gate comes off before the kernels. From y before the gate, its own gradient follows.
     G = (dy.to(exact) * F.silu(z.to(exact))).to(dy.dtype)
     y = torch.empty(given.x.shape, dtype=given.x.dtype, device=given.x.device)
-    *others, _, dinitial, ddt_bias = _ungated(G, dfinal, y, given, options, exact)
+    *others, _, dinitial, ddt_bias = _ungated(G, dfinal, y, given, options, exact, into)
     dz = torch.ops.aten.silu_backward(dy.to(exact) * y.to(exact), z.to(exact)).to(z.dtype)
     return *others, dz, dinitial, ddt_bias
 
@@ -306,6 +323,7 @@ def _ungated(
     given: ft.Scan,
     options: tuple[bool, float, float],
     exact: torch.dtype,
+    into: Into | None,
 ) -> tuple[Tensor | None, ...]:
     """`backward` from the gradient G of y before the gate, with None for dz. Writes y, if given."""
     batch, length, heads, P = given.x.shape
@@ -314,8 +332,10 @@ def _ungated(
     sequences = len(given.cu_seqlens) - 1 if packed else batch
     x, B, C, G = (ft.side_by_side(t) for t in (given.x, given.B, given.C, G))
     dt, D, bias = ft.side_by_side(given.dt), given.D, given.dt_bias
-    unit, tokens = ft.strides(x, B, C, G)
     family, multiprocessors = device(x.device)
+    if into is None:
+        into = Into(*(torch.empty_like(t, memory_format=CONTIGUOUS) for t in (x, dt, B, C)))
+    unit, tokens = ft.strides(x, B, C, G, into.dx, into.dB, into.dC)
     K = ft.constants(given, unit, family, *options)
     chunk = ft.configured("states", family, K, 0)[1].chunk
     sweep, rows, columns = (
@@ -342,44 +362,46 @@ def _ungated(
     states, dstates = (empty(slots, heads, P, N, dtype=factors) for _ in range(2))
     through, sums = empty(slots, heads), empty(2, slots, heads)
     dD = None if D is None else empty(column_tiles, *D.shape)
-    dx, ddt = empty(*x.shape, dtype=x.dtype), empty(*dt.shape, dtype=dt.dtype)
     initial, where = given.initial_states, (given.seq_idx, given.cu_seqlens)
     dinitial = None if initial is None else torch.empty_like(initial)
-    dB, dC = (
-        empty(batch, length, splits * groups, N, dtype=t.dtype if splits == 1 else exact)
-        for t in (B, C)
-    )
+    dx, ddt, dB, dC = into
+    if splits > 1:  # each share of a group's heads has its own
+        dB, dC = (empty(batch, length, splits * groups, N) for _ in range(2))
+        tokens[5:] = [splits * groups * N // unit] * 2
 
     with torch.cuda.device_of(x):
         numbers, padded = compute_decays(given, sequences, K, chunk, ft.BACKWARD_ROWS)
-        sizes = (*tokens, length, padded, sequences)
+        sizes = (length, padded, sequences)
         for stored in [True] if count == 1 else [False, True]:
             between = (states, dstates) if stored else (None, None)
             launch(states_kernel, sweep, count, ft.BACKWARD_ROWS)(
                 (2 * sequences * count * heads * slices,),
                 (x, B, C, G, numbers, initial, dfinal, *where, dinitial, ends, dends, whole,
                  *between),
-                sizes,
+                (*tokens[:4], *sizes),
             )  # fmt: skip
         read = (x, B, C, D, G, numbers, *where, states)
-        launch(rows_kernel, rows)((row_tiles * groups * splits,), (*read, dC, y), (*sizes, *shares))
+        launch(rows_kernel, rows)(
+            (row_tiles * groups * splits,),
+            (*read, dC, y),
+            (*tokens[:4], tokens[6], *sizes, *shares),
+        )
         launch(columns_kernel, columns)(
             (column_tiles * groups * splits,),
             (*read, dstates, dx, dB, dD, through),
-            (*sizes, *shares),
+            (*tokens[:6], *sizes, *shares),
         )
         at_once = heads_at_once(heads)
         launcher(steps_kernel, (ft.in_tiles(K, 0, chunk, 0), at_once))(
             (slots * ceil_divide(heads, at_once),),
             (dt, given.A, bias, numbers, given.cu_seqlens, ddt, through, *sums),
-            (dt.stride(1), length, padded, sequences),
+            (dt.stride(1), ddt.stride(1), *sizes),
         )
 
     if splits > 1:
-        dB, dC = (
-            d.unflatten(2, (splits, groups)).sum(2).to(t.dtype) for d, t in ((dB, B), (dC, C))
-        )
+        for d, whole in ((dB, into.dB), (dC, into.dC)):
+            whole.copy_(d.unflatten(2, (splits, groups)).sum(2))
     dA = sums[0].sum(0).to(given.A.dtype)
     ddt_bias = None if bias is None else sums[1].sum(0).to(bias.dtype)
     dD = None if D is None else dD.sum(0).to(D.dtype)
-    return dx, ddt, dA, dB, dC, dD, None, dinitial, ddt_bias
+    return dx, ddt, dA, into.dB, into.dC, dD, None, dinitial, ddt_bias
