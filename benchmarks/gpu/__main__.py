@@ -64,7 +64,7 @@ STAGES = {
     ),
     "decode": Stage("decode", 30, MODELS, 2, dry_jobs=MODELS[:1]),
     "ncu": Stage("ncu", 42),
-    "quick": Stage("quick", 38, ("plain", "carried state"), 2, dry_jobs=("plain",)),
+    "quick": Stage("quick", 38, ("plain", "carried state", "no graphs"), 3, dry_jobs=("plain",)),
 }
 CALLS = {
     "a": ["versions", "precompile", "check", "sanitize"],

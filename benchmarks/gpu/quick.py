@@ -1,4 +1,5 @@
-"""Stage `quick`: `ysnake.train --preset quick` for 200 steps, with and without --carry-state."""
+"""Stage `quick`: `ysnake.train --preset quick` for 200 steps, with and without --carry-state, and
+without CUDA graphs."""
 
 import subprocess
 import sys
@@ -16,6 +17,7 @@ def run(job: str, options: Options) -> None:
         command = [sys.executable, "-m", "ysnake.train", "--preset", "quick", "--run", str(run)]
         command += ["--max-steps", str(steps), "--eval-every", "100"]
         command += ["--carry-state"] * (job == "carried state")
+        command += ["--no-graphs"] * (job == "no graphs")
         if options.dry:
             command += ["--device", "cpu", "--max-documents", "4", "--d-model", "32"]
             command += ["--n-layers", "1", "--seq-len", "16", "--batch-size", "2"]

@@ -1,17 +1,16 @@
-"""Work on a GPU by replays of CUDA graphs.
+"""Decoding on a GPU by replays of CUDA graphs.
 
-A small model's kernels take a GPU less time than Python needs to launch them. A CUDA graph launches
-them all at once. It reads and writes the tensors with which it was captured, so it is used again
-only where the same tensors come again.
+A graph reads and writes the state with which it was captured. So it is used again only where the
+same state comes again.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ysnake.model.cuda_graph import Graph
 from ysnake.model.network import Model, State
 
 MOST = 32  # graphs that are kept: as many as a server writes rows
@@ -41,9 +40,9 @@ class ReplayedStep:
         if graph is None:
             if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
-            graph = Graph(lambda ids: self.write(ids, state), ids, self.pool)
+            graph = Graph(lambda given: [self.write(given[0], state)], [ids], self.pool)
             self.graphs[key] = graph
-        return graph(ids)
+        return graph([ids])[0]
 
     def write(self, ids: Tensor, state: State) -> Tensor:
         """As `Model.step`, with fewer kernels."""
@@ -53,20 +52,3 @@ class ReplayedStep:
             h, projected = block.project(h, mixed)
             mixed = block.mixer.one_token(projected, A, layer)
         return self.model.lm_head(backbone.normed(h, mixed)[:, -1])
-
-
-class Graph:
-    """A function of a tensor as a CUDA graph, which has run before: its kernels are compiled."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], given: Tensor, pool: Any):
-        self.given = given.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU in the meantime.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            self.result = function(self.given)
-
-    def __call__(self, given: Tensor) -> Tensor:
-        """A copy of the result: the next graph of the pool writes over it."""
-        self.given.copy_(given)
-        self.graph.replay()
-        return self.result.clone()

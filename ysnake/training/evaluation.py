@@ -29,7 +29,7 @@ def held_out_loss(run: Run) -> float | None:
         for batch in data.held_out_windows(
             run.val, settings.seq_len, settings.batch_size, VAL_TOKENS
         ):
-            loss += step.batch_loss(run, batch).item()
+            loss += step.batch_loss(run, *step.windows(run, batch), None).item()
             n_targets += batch.n_targets
     return run.ranks.total(loss) / n_targets if n_targets else None
 

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections import deque
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,10 @@ from ysnake.training.evaluation import evaluate
 from ysnake.training.optimiser import make_moments
 from ysnake.training.plot import draw_loss
 from ysnake.training.progress_bar import progress_bar
+from ysnake.training.replay import Replays
 from ysnake.training.run import MEAN_OVER, Run, keep_good, save_last
 from ysnake.training.signals import Stop
-from ysnake.training.step import train_step
+from ysnake.training.step import add_gradients, train_step
 from ysnake.training.stopping import reason_to_end
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
     n_tokens = settings.accumulate * settings.batch_size * settings.seq_len
     path = run.folder / "metrics.jsonl" if run.ranks.first else Path(os.devnull)
     make_moments(run.optimizer)
+    if not settings.no_graphs and run.device.type == "cuda" and run.ranks.size == 1:
+        run.replays = Replays(partial(add_gradients, run))
     with (
         cli.writing(path),
         path.open("a", buffering=1) as metrics,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from ysnake.model.network import Model, State
     from ysnake.text.data import Tokens
+    from ysnake.training.replay import Replays
 
 KEPT_RECOMPUTING = 1 << 24  # bytes of the largest block that is kept: memory before time
 MEAN_OVER = 50  # steps that the training loss is averaged over where it decides or is shown
@@ -63,7 +64,8 @@ class Run:
     progress: Progress
     ranks: Ranks
     loss: "Callable[..., torch.Tensor]"  # the model's, of this rank's part of a batch
-    carried: "State | None"  # the state that the next step starts from, with carry_state
+    carried: "State | None" = None  # the state that the next step starts from, with carry_state
+    replays: "Replays | None" = None  # on a GPU, of step.add_gradients
 
     @property
     def folder(self) -> Path:
@@ -99,7 +101,7 @@ def assemble(
     model.backbone.recompute = settings.recompute
     loss = ranks.spread(model, cli.pick_device(settings.device))
     optimizer = make_optimizer(model, settings.weight_decay)
-    run = Run(settings, model, tokenizer, optimizer, train, val, progress, ranks, loss, None)
+    run = Run(settings, model, tokenizer, optimizer, train, val, progress, ranks, loss)
     forget_carried(run)
     return run
 

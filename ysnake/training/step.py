@@ -10,7 +10,9 @@ from ysnake.training.settings import Settings
 from ysnake.training.signals import Stop
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Sequence
+
+    from torch import Tensor
 
     from ysnake.model.network import State
     from ysnake.text.data import Batch
@@ -30,22 +32,48 @@ def learning_rate(settings: Settings, progress: Progress) -> float:
     return settings.lr * warm * (DECAY_TO + (1 - DECAY_TO) * cosine)
 
 
-def batch_loss(run: Run, batch: "Batch", state: "State | None" = None) -> "torch.Tensor":
-    """Summed loss of this rank's part of a batch, in nats."""
+def batch_loss(
+    run: Run, ids: "Tensor", targets: "Tensor", seq_idx: "Tensor | None", state: "State | None"
+) -> "Tensor":
+    """Summed loss of windows on the run's device, in nats."""
     import torch
 
-    batch = run.ranks.part(batch)
-    ids, targets, seq_idx = (
-        torch.from_numpy(array).to(run.device)
-        for array in (batch.ids, batch.targets, batch.seq_idx)
-    )
-    if bool((seq_idx == seq_idx[:, :1]).all()):
-        seq_idx = None  # one document in each window
     precision = run.settings.precision
     lower = precision == "bfloat16" or (precision == "auto" and run.device.type == "cuda")
     autocast = torch.autocast(run.device.type, torch.bfloat16) if lower else nullcontext()
     with autocast:
         return run.loss(ids, targets, seq_idx, state)
+
+
+def windows(run: Run, batch: "Batch") -> "tuple[Tensor, Tensor, Tensor | None]":
+    """ids, targets and seq_idx of this rank's part of a batch, on the run's device."""
+    import torch
+
+    batch = run.ranks.part(batch)
+    ids, targets = (torch.from_numpy(t).to(run.device) for t in (batch.ids, batch.targets))
+    if (batch.seq_idx == batch.seq_idx[:, :1]).all():
+        return ids, targets, None  # one document in each window
+    return ids, targets, torch.from_numpy(batch.seq_idx).to(run.device)
+
+
+def add_gradients(run: Run, given: "Sequence[Tensor | None]") -> "list[Tensor]":
+    """Add a batch's part of the step's gradient to the weights' own.
+
+    Args:
+        given: ids, targets, seq_idx, the targets of the whole step, then each layer's convolution
+            and scan state, if the state is carried.
+
+    Returns:
+        The batch's part of the step's loss, and the states after it.
+    """
+    from ysnake.model.network import LayerState
+
+    ids, targets, seq_idx, n_targets, *states = given
+    pairs = zip(states[::2], states[1::2], strict=True)
+    state = [LayerState(conv, ssm) for conv, ssm in pairs] or None
+    loss = batch_loss(run, ids, targets, seq_idx, state) / n_targets
+    (loss * run.ranks.size).backward()  # ranks average, and here is a share of the loss
+    return [loss.detach(), *(t for layer in state or () for t in (layer.conv, layer.ssm))]
 
 
 def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
@@ -65,9 +93,10 @@ def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
     else:
         batches = [data.training_windows(*cut, i, settings.seed) for i in indices]
         state = None
-    n_targets = max(1, sum(batch.n_targets for batch in batches))
+    n_targets = max(1.0, sum(batch.n_targets for batch in batches))
+    n_targets = torch.tensor(n_targets, dtype=torch.float32, device=run.device)
 
-    run.optimizer.zero_grad()
+    run.optimizer.zero_grad(set_to_none=run.replays is None)  # a graph adds to the same tensors
     total = torch.zeros((), device=run.device)
     for i, batch in enumerate(batches, 1):
         if run.ranks.any(stop.requested):
@@ -77,9 +106,12 @@ def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
             layer.conv = layer.conv * keep[:, None, None]
             layer.ssm = layer.ssm * keep[:, None, None, None].to(layer.ssm)
         with run.ranks.exchanging(run.loss, now=i == len(batches)):
-            loss = batch_loss(run, batch, state) / n_targets
-            (loss * run.ranks.size).backward()  # ranks average, and here is a share of the loss
-        total += loss.detach()
+            before = [t for layer in state or () for t in (layer.conv, layer.ssm)]
+            given = [*windows(run, batch), n_targets, *before]
+            loss, *after = run.replays(given) if run.replays else add_gradients(run, given)
+        for layer, conv, ssm in zip(state or (), after[::2], after[1::2], strict=True):
+            layer.conv, layer.ssm = conv, ssm
+        total += loss
     loss = run.ranks.total(total)
     norm = parallel.number(torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP))
 
