@@ -45,7 +45,7 @@ STAGES = {
         "check", 75, (*DTYPES, "model", "million"), 6, dry_jobs=("bfloat16", "model", "million")
     ),
     "sanitize": Stage("sanitize", 45, ("memcheck", "racecheck"), 2, dry_jobs=("memcheck",)),
-    "sweep": Stage("sweep", 45),
+    "sweep": Stage("sweep", 60),
     "time": Stage("measure", 50, ("fused", "eager", "first call"), dry_jobs=("fused", "eager")),
     "peers": Stage("peers", 100, ("compile", "scan", "mixer"), dry_jobs=("scan",)),
     "train": Stage(

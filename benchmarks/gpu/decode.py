@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.gpu.common import Options, card_alone, copy_bandwidth, reason, seconds, synchronize
 from benchmarks.gpu.train import SIZES, ours
 from ysnake.inference.decoding import Decoder
+from ysnake.inference.replay import ReplayedStep
 from ysnake.model import State
 
 
@@ -48,7 +49,13 @@ def measure(
     model: torch.nn.Module, batch: int, row: dict, bandwidth: float, options: Options
 ) -> None:
     device = options.device
-    step, _, state = step_of(model, batch)
+    step, ids, state = step_of(model, batch)
+    one_by_one = ReplayedStep(model).write
+
+    @torch.no_grad()
+    def plain_step() -> None:
+        ids.copy_(one_by_one(ids, state).argmax(-1))
+
     weights = sum(p.nbytes for p in model.parameters())
     states = sum(2 * t.nbytes for layer in state for t in (layer.conv, layer.ssm))
 
@@ -57,9 +64,10 @@ def measure(
         more |= {"bytes": weights + states, "share": (weights + states) / spent / bandwidth}
         options.write("decode", **row, **more)
 
-    write("no graph", plain_seconds(step, device))
+    write("kernel by kernel", plain_seconds(plain_step, device))
+    write("Decoder", plain_seconds(step, device))  # with Python's time, as a program has it
     if device == "cuda":
-        write("graph", seconds([step], device))
+        write("graph", seconds([plain_step], device))
 
 
 def plain_seconds(step: Callable[[], None], device: str, count: int = 20) -> float:

@@ -79,6 +79,7 @@ ENTRIES = [
             *(config(64, 64, 8, stages) for stages in (1, 2, 3)),
             *(config(64, 64, 4, stages) for stages in (1, 2)),
             *(config(32, 64, 4, stages) for stages in (1, 2)),
+            *(config(64, 32, 4, stages) for stages in (1, 2)),
         ),
     ),
     Entry(
@@ -179,21 +180,25 @@ def candidates(entry: Entry) -> list[dict[tuple, Config]]:
 
 
 def tasks(device: str) -> list[tuple[str, Callable[[], object]]]:
-    """Of stage `precompile`: every configuration on every shape, once."""
+    """Of stage `precompile`: every configuration on every shape, once.
 
-    def task(entry: Entry, table: dict, s: Shape) -> Callable[[], object]:
+    The table's keys depend on the card, which the parent process must not touch.
+    """
+
+    def task(entry: Entry, number: int, s: Shape) -> Callable[[], object]:
         def call() -> None:
-            with using(table):
-                Work(s, device).call(entry.pass_)()
+            for table in candidates(entry)[number : number + 1]:
+                with using(table):
+                    Work(s, device).call(entry.pass_)()
 
         return call
 
     return [
-        (f"{table} {s.batch} x {s.length}", task(entry, table, s))
+        (f"{entry.key}, {number}, {s.batch} x {s.length}", task(entry, number, s))
         for s in (*USUAL, *WIDE)
         for entry in ENTRIES
         if s in entry.shapes
-        for table in candidates(entry)[1:]
+        for number in range(1, len(entry.configs) + 1)
     ]
 
 

@@ -3,9 +3,9 @@
 Step sizes and cumulative decays are computed as in the forward. A light sweep in both directions
 stores, for every chunk of CHUNK tokens, the state that enters it and the gradient of the state that
 leaves it. Then all tiles are independent: a program owns one tile and some heads of a group, as
-rows i of the chunk's quadratic form (dC) or as its columns j (dx, dB), and adds the heads'
-shares of dC or dB before it writes them. A last small kernel turns what passes through each token
-into the gradients of dt and A. No atomics: deterministic.
+rows i of the chunk's quadratic form (dC, and dB within the chunk) or as its columns j (dx, dB), and
+adds the heads' shares of dC or dB before it writes them. A last small kernel turns what passes
+through each token into the gradients of dt and A. No atomics: deterministic.
 
 With G = dy silu(z), u = step x, S the entering state, dS the leaving state's gradient and
 
@@ -69,18 +69,26 @@ def work_of(place, splits, count, K):
     return chunk, slot, ft.move(chunk, t0, tl.arange(0, K.Q)), share, group, first_head
 
 
+@triton.jit
+def within(dB_within, number, splits, tokens, K):
+    """What tile `number` of every chunk adds to dB: of dB_within [tiles, tokens, shares, N]."""
+    token = splits * (K.HEADS // K.PER_GROUP) * K.N
+    return ft.View(dB_within + tl.cast(number, tl.int64) * tokens * token, token)
+
+
 @triton.jit(
     do_not_specialize=[
         *("x_token", "B_token", "C_token", "G_token", "dC_token"),
-        *("length", "padded", "sequences", "splits", "count"),
+        *("length", "padded", "sequences", "splits", "count", "tokens"),
     ]
 )
 def rows_kernel(
-    x, B, C, D, G, rows, seq_idx, cu_seqlens, states, dC, y,
-    x_token, B_token, C_token, G_token, dC_token, length, padded, sequences, splits, count, K,
+    x, B, C, D, G, rows, seq_idx, cu_seqlens, states, dC, dB_within, y,
+    x_token, B_token, C_token, G_token, dC_token, length, padded, sequences, splits, count, tokens,
+    K,
 ):  # fmt: skip
-    """dC and the flow into the tokens of a tile, from the chunk's entering state on. Also y before
-    the gate, if it is wanted."""
+    """dC and the flow into the tokens of a tile, from the chunk's entering state on, and what the
+    tile adds to its chunk's dB. Also y before the gate, if it is wanted."""
     xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
     Cs, Gs = ft.View(C, C_token * K.UNIT), ft.View(G, G_token * K.UNIT)
     numbers = ft.Rows(rows, padded, ft.BACKWARD_ROWS)
@@ -133,18 +141,21 @@ def rows_kernel(
     B_all = ft.load_tile(Bs, chunk, group, n, K.N)  # [CHUNK, N2]
     dCs = ft.View(dC, dC_token * K.UNIT)
     ft.store_tile(ft.dot(dCB, B_all, K, dC_), dCs, tile, share, n, K.N)
+    C_ = ft.load_tile(Cs, tile, group, n, K.N)
+    part = within(dB_within, (tile.t0 - chunk.t0) // K.Q, splits, tokens, K)
+    ft.store_tile(ft.dot(tl.trans(dCB), C_, K), part, chunk, share, n, K.N)
 
 
 @triton.jit(
     do_not_specialize=[
         *("x_token", "B_token", "C_token", "G_token", "dx_token", "dB_token"),
-        *("length", "padded", "sequences", "splits", "count"),
+        *("length", "padded", "sequences", "splits", "count", "tokens"),
     ]
 )
 def columns_kernel(
-    x, B, C, D, G, rows, seq_idx, cu_seqlens, states, dstates, dx, dB, dD, through,
+    x, B, C, D, G, rows, seq_idx, cu_seqlens, states, dstates, dB_within, dx, dB, dD, through,
     x_token, B_token, C_token, G_token, dx_token, dB_token, length, padded, sequences, splits,
-    count, K,
+    count, tokens, K, ROW_TILE: tl.constexpr,
 ):  # fmt: skip
     """dx, dB, dD and the flow out of the tokens of a tile; the chunk's first tile also gets the
     flow through the chunk, from its entering to its leaving state."""
@@ -177,7 +188,7 @@ def columns_kernel(
         entered = ft.document(place, tile, tl.maximum(chunk.t0 - 1, tile.start))
     B_j, C_i = ft.load_tile(Bs, tile, group, n, K.N), ft.load_tile(Cs, chunk, group, n, K.N)
     CB = ft.dot(B_j, tl.trans(C_i), K)  # [j, i]
-    dCB = tl.zeros([K.Q, K.CHUNK], K.ACC)
+    itself = tl.sum(tl.where(tj[:, None] == ti[None, :], CB, 0.0), 1)  # B_j . C_j
     dB_ = tl.zeros([K.Q, K.N2], K.ACC)
     for r in range(count):
         head = first_head + r
@@ -187,7 +198,7 @@ def columns_kernel(
         exit = tl.exp2(ft.load_decay_of_last(numbers, last, head, K) - decay_j)
         if place.seq_idx is not None:
             exit = tl.where(doc == left, exit, 0.0)
-        sent, kept, onward, skipped = (tl.zeros([K.Q], K.ACC),) * 4
+        sent, onward, own = (tl.zeros([K.Q], K.ACC),) * 3
         for p0 in range(0, K.P2, K.PS):
             # In an order that lets few large tiles live at once: registers are short here.
             p = p0 + tl.arange(0, K.PS)
@@ -195,14 +206,9 @@ def columns_kernel(
             Gc = ft.load_tile(Gs, chunk, head, p, K.P)  # [CHUNK, PS]
             XG = ft.dot(X, tl.trans(Gc), K)  # [j, i]
             diagonal = tj[:, None] == ti[None, :]
-            if D is not None and not K.D_PER_CHANNEL:
-                skipped += tl.sum(tl.where(diagonal, XG, 0.0), 1)
+            own += tl.sum(tl.where(diagonal, XG, 0.0), 1)
             L = tl.exp2(tl.where(seen, decay_i[None, :] - decay_j[:, None], float("-inf")))
-            XG *= L
-            dCB += XG * step[:, None]
-            flow = XG * CB
-            sent += tl.sum(tl.where(later, flow, 0.0), 1)
-            kept += tl.sum(tl.where(diagonal, flow, 0.0), 1)
+            sent += tl.sum(tl.where(later, XG * L * CB, 0.0), 1)
             between = CB * L * step[:, None]  # [j, i], from x_j to y_i
             if D is not None and not K.D_PER_CHANNEL:
                 between += tl.where(diagonal, tl.load(D + head).to(K.ACC), 0.0)
@@ -221,12 +227,13 @@ def columns_kernel(
             dB_ = ft.dot(X.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
         ft.store_row(sent * step, numbers, tile, head, K, SENT)
         ft.store_row(onward * step, numbers, tile, head, K, ONWARD)
-        ft.store_row(sent + kept + onward, numbers, tile, head, K, DSTEP)
+        ft.store_row(sent + own * itself + onward, numbers, tile, head, K, DSTEP)
         if D is not None and not K.D_PER_CHANNEL:
-            tl.store(dD + at_tile + head, tl.sum(skipped, 0))
-    C_all = ft.load_tile(Cs, chunk, group, n, K.N)  # [CHUNK, N2]
-    dBs = ft.View(dB, dB_token * K.UNIT)
-    ft.store_tile(ft.dot(dCB, C_all, K, dB_), dBs, tile, share, n, K.N)
+            tl.store(dD + at_tile + head, tl.sum(own, 0))
+    for t0 in range(0, tl.minimum(K.CHUNK, chunk.end - chunk.t0), ROW_TILE):
+        part = within(dB_within, t0 // ROW_TILE, splits, tokens, K)
+        dB_ += ft.load_tile(part, tile, share, n, K.N)
+    ft.store_tile(dB_, ft.View(dB, dB_token * K.UNIT), tile, share, n, K.N)
 
     if tile.t0 == chunk.t0:
         for r in range(count):
@@ -345,7 +352,8 @@ def _ungated(
     count = segments(sequences, 2 * heads, slices, batch * length, multiprocessors)
     row_tiles, column_tiles = slots * (chunk // rows[0].Q), slots * (chunk // columns[0].Q)
     splits = splits_of_group((row_tiles + column_tiles) * groups, heads // groups, multiprocessors)
-    shares = splits, heads // groups // splits  # of a group, and heads of a share
+    # shares of a group, heads of a share, and tokens
+    shares = splits, heads // groups // splits, batch * length
 
     def empty(*shape: int, dtype: torch.dtype = exact) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -361,6 +369,7 @@ def _ungated(
     factors = torch.bfloat16 if tl.bfloat16 == K.DOT else exact
     states, dstates = (empty(slots, heads, P, N, dtype=factors) for _ in range(2))
     through, sums = empty(slots, heads), empty(2, slots, heads)
+    dB_within = empty(chunk // rows[0].Q, batch * length, splits * groups, N)
     dD = None if D is None else empty(column_tiles, *D.shape)
     initial, where = given.initial_states, (given.seq_idx, given.cu_seqlens)
     dinitial = None if initial is None else torch.empty_like(initial)
@@ -383,12 +392,12 @@ def _ungated(
         read = (x, B, C, D, G, numbers, *where, states)
         launch(rows_kernel, rows)(
             (row_tiles * groups * splits,),
-            (*read, dC, y),
+            (*read, dC, dB_within, y),
             (*tokens[:4], tokens[6], *sizes, *shares),
         )
-        launch(columns_kernel, columns)(
+        launch(columns_kernel, columns, rows[0].Q)(
             (column_tiles * groups * splits,),
-            (*read, dstates, dx, dB, dD, through),
+            (*read, dstates, dB_within, dx, dB, dD, through),
             (*tokens[:6], *sizes, *shares),
         )
         at_once = heads_at_once(heads)

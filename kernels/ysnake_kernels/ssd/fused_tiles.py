@@ -437,7 +437,10 @@ def device(place: torch.device) -> tuple[str, int]:
     if place.type != "cuda":
         return "interpreter", 1
     about = torch.cuda.get_device_properties(place)
-    family = getattr(about, "gcnArchName", "").split(":")[0] or f"sm_{about.major}{about.minor}"
+    if torch.version.hip:
+        family = about.gcnArchName.split(":")[0]
+    else:  # torch has that name for NVIDIA's cards too: it is the card's
+        family = f"sm_{about.major}{about.minor}"
     return family, about.multi_processor_count
 
 
@@ -454,7 +457,7 @@ TABLE = {
     # the fastest on an H200; rows and columns spill, but two programs share a multiprocessor
     ("states", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=8, stages=2, chunk=64),
     ("rows", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=4, stages=2),
-    ("columns", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=4, stages=1),
+    ("columns", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=4, stages=2),
     ("forward", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=1),
     ("states", 2, "wide"): Config(tile=64, p_slice=64, warps=8, stages=2, chunk=64),
     ("rows", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=2),
