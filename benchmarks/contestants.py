@@ -129,7 +129,7 @@ def step_transformers(
     if dropin:
         import ysnake_kernels.dropin
 
-        ysnake_kernels.dropin.install()
+        ysnake_kernels.dropin.install(fused_training=True)
     from transformers import Mamba2ForCausalLM
 
     model = Mamba2ForCausalLM.from_pretrained(folder).train()

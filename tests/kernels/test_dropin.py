@@ -8,8 +8,9 @@ from importlib.util import find_spec
 import pytest
 import torch
 from ysnake_kernels import ssd_scan, ssd_step
+from ysnake_kernels.dropin import blocks, norms
 from ysnake_kernels.dropin import functions as f
-from ysnake_kernels.dropin.modules import Mamba2, RMSNorm
+from ysnake_kernels.dropin.modules import Mamba2
 
 
 def python(code: str) -> str:
@@ -49,6 +50,13 @@ from mamba_ssm.ops.triton.layernorm_gated import RMSNorm, rmsnorm_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 from mamba_ssm.ops.triton.ssd_combined import mamba_split_conv1d_scan_combined
+from mamba_ssm.ops.triton.layernorm_gated import LayerNorm, layernorm_fn
+from mamba_ssm.ops.triton.layer_norm import RMSNorm as AddingRMSNorm, layer_norm_fn, rms_norm_fn
+from mamba_ssm.modules.block import Block
+from mamba_ssm.utils.generation import InferenceParams
+from causal_conv1d import causal_conv1d_varlen_states
+from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states as same_states
+assert AddingRMSNorm is not RMSNorm and same_states is causal_conv1d_varlen_states
 assert Mamba2 is same and mamba_ssm.ops.triton.layernorm_gated.RMSNorm is RMSNorm
 for module in (causal_conv1d, mamba_ssm):
     assert importlib.util.find_spec(module.__name__).name == module.__name__
@@ -58,18 +66,23 @@ for function in (causal_conv1d_fn, mamba_chunk_scan_combined, Mamba2):
     assert kinds == {"POSITIONAL_OR_KEYWORD"}
 assert pickle.loads(pickle.dumps(selective_state_update)) is selective_state_update
 
-for statement in (
-    "from mamba_ssm import selective_scan_fn",
-    "from mamba_ssm.ops.triton.layernorm_gated import LayerNorm",
-    "import mamba_ssm.ops.selective_scan_interface",
-    "from mamba_ssm.ops.selective_scan_interface import selective_scan_fn",
-    "from mamba_ssm.utils.generation import InferenceParams",
-    "from causal_conv1d import causal_conv1d_varlen_states",
-):
+refused = {
+    "from mamba_ssm import selective_scan_fn": "belongs to Mamba-1",
+    "from mamba_ssm import Mamba": "belongs to Mamba-1",
+    "import mamba_ssm.ops.selective_scan_interface": "belongs to Mamba-1",
+    "from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn": "belongs to Mamba-1",
+    "from mamba_ssm import MambaLMHeadModel": "load its checkpoints",
+    "from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel": "load its checkpoints",
+    "from mamba_ssm.ops.triton.layernorm_gated import GroupNorm": "",
+    "from mamba_ssm.utils.generation import decode": "",
+    "from causal_conv1d import cpp_functions": "",
+}
+for statement, reason in refused.items():
     try:
         exec(statement)
     except ModuleNotFoundError as error:
         assert "not offered by ysnake_kernels.dropin" in str(error), error
+        assert reason in str(error), error
         assert error.name in ("mamba_ssm", "causal_conv1d")
     else:
         raise AssertionError(statement)
@@ -368,6 +381,127 @@ def test_names_and_shapes_of_a_block_are_those_of_a_checkpoint():
         "norm.weight": (128,),
         "out_proj.weight": (64, 128),
     }
-    assert list(RMSNorm(8).state_dict()) == ["weight"]
+    assert list(norms.GatedRMSNorm(8).state_dict()) == ["weight"]
     with pytest.raises(NotImplementedError, match="process_group"):
         Mamba2(64, process_group=object())
+
+
+def test_last_tokens_of_packed_sequences():
+    x, bounds = random(9, 3), torch.tensor([0, 2, 2, 9], dtype=torch.int32)
+    states = f.causal_conv1d_varlen_states(x, bounds, 4)
+    expected = torch.zeros(3, 3, 4)
+    expected[0, :, 2:] = x[:2].T
+    expected[2] = x[5:].T
+    assert torch.equal(states, expected)
+
+
+def split_inputs(spare=0):
+    zxbcdt = random(2, 9, spare + 2 * 8 + 2 * 3 + 2)  # d_inner 8, a group of 3, 2 heads
+    weights = (random(14, 4, seed=1), random(14, seed=2), random(2, seed=3), -random(2).exp())
+    return zxbcdt, *weights, random(2, seed=4)
+
+
+def test_the_mixer_with_half_a_gated_unit():
+    zxbcdt, *weights = split_inputs(spare=12)
+    norm, projection = random(8, seed=5), random(7, 14, seed=6)
+    options = {"chunk_size": 256, "rmsnorm_weight": norm, "headdim": 4}
+    plain = f.mamba_split_conv1d_scan_combined(zxbcdt[..., 12:], *weights, **options)
+    z0, x0 = zxbcdt[..., :6], zxbcdt[..., 6:12]
+    expected = torch.cat([torch.nn.functional.silu(z0) * x0, plain], -1) @ projection.T
+    options |= {"outproj_weight": projection, "return_final_states": True}
+    y, states = f.mamba_split_conv1d_scan_combined(zxbcdt, *weights, **options)
+    torch.testing.assert_close(y, expected)
+    assert states.shape == (2, 2, 4, 3)
+
+
+def test_padding_after_the_last_document_of_scan_and_mixer():
+    documents = torch.tensor([[0] * 4 + [1] * 3 + [-1] * 2] * 2, dtype=torch.int32)
+    zxbcdt, *weights = split_inputs()
+    projection = {"outproj_weight": random(7, 8), "outproj_bias": random(7)}
+    y = f.mamba_split_conv1d_scan_combined(zxbcdt, *weights, 256, seq_idx=documents, **projection)
+    short = {"seq_idx": documents[:, :7], **projection}
+    expected = f.mamba_split_conv1d_scan_combined(zxbcdt[:, :7], *weights, 256, **short)
+    torch.testing.assert_close(y[:, :7], expected)
+    assert not y[:, 7:].any()
+    x, dt, A = random(2, 9, 2, 4), random(2, 9, 2, seed=1), -random(2).exp()
+    B = random(2, 9, 1, 3, seed=2)
+    y, states = f.mamba_chunk_scan_combined(
+        *(x, dt, A, B, B, 256),
+        seq_idx=documents,
+        dt_softplus=True,
+        return_final_states=True,
+        state_dtype=torch.float64,
+    )
+    expected = ssd_scan(
+        *(x[:, :7], dt[:, :7], A, B[:, :7], B[:, :7]), seq_idx=documents[:, :7], dt_softplus=True
+    )
+    torch.testing.assert_close(y[:, :7], expected)
+    assert not y[:, 7:].any()
+    assert states.dtype == torch.float64
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_layer_norm_with_a_gate(before, group_size):
+    x, z, weight, bias = random(2, 3, 8), random(2, 3, 8, seed=1), random(8), random(8, seed=2)
+    gate = torch.nn.functional.silu(z)
+    v = x if before else x * gate
+    groups = v.unflatten(-1, (-1, group_size or 8))
+    unit = groups - groups.mean(-1, keepdim=True)
+    unit = unit / (unit.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = unit.flatten(-2) * weight + bias
+    expected = expected * gate if before else expected
+    options = {"group_size": group_size, "norm_before_gate": before}
+    torch.testing.assert_close(norms.layernorm_fn(x, weight, bias, z, **options), expected)
+    module = norms.GatedLayerNorm(8, 1e-6, **options)
+    module.load_state_dict({"weight": weight, "bias": bias})
+    torch.testing.assert_close(module(x, z), expected)
+    rms = norms.layernorm_fn(x, weight, bias, z, is_rms_norm=True, **options)
+    torch.testing.assert_close(rms, norms.rmsnorm_fn(x, weight, bias, z, **options))
+
+
+def test_norm_of_a_sum():
+    x, residual, weight = random(2, 8), random(2, 8, seed=1), random(8, seed=2)
+    y, total = norms.rms_norm_fn(x, weight, None, residual, prenorm=True)
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(total, (8,), weight, 1e-6))
+    y, total = norms.layer_norm_fn(
+        x.bfloat16(), weight, None, prenorm=True, residual_in_fp32=True, is_rms_norm=True
+    )
+    assert (y.dtype, total.dtype) == (torch.bfloat16, torch.float32)
+    with pytest.raises(NotImplementedError, match="rowscale: not offered"):
+        norms.layer_norm_fn(x, weight, None, rowscale=random(2))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_model_of_blocks(fused):
+    """Two blocks, token by token, give what they give for the whole text."""
+
+    def block(index):
+        def mixer(dim):
+            return Mamba2(dim, d_state=8, headdim=8, layer_idx=index)
+
+        return blocks.Block(32, mixer, lambda dim: torch.nn.Linear(dim, dim), norms.RMSNorm, fused)
+
+    torch.manual_seed(0)
+    layers = [block(0), block(1)]
+
+    def run(u, memory=None):
+        residual = None
+        for layer in layers:
+            u, residual = layer(u, residual, inference_params=memory)
+        return u + residual
+
+    u = random(2, 9, 32)
+    whole = run(u)
+    whole.sum().backward()
+    assert all(p.grad is not None for layer in layers for p in layer.parameters())
+    with torch.no_grad():
+        memory = blocks.InferenceParams(max_seqlen=9, max_batch_size=2)
+        out = [run(u[:, :4], memory)]
+        for t in range(4, 9):
+            memory.seqlen_offset = t
+            out.append(run(u[:, t : t + 1], memory))
+    torch.testing.assert_close(torch.cat(out, 1), whole)
+    memory.reset(9, 2)
+    assert memory.seqlen_offset == 0

@@ -1,35 +1,64 @@
 """Our operators under the names of mamba_ssm and causal-conv1d, for code that imports those.
 
 `install()` makes both packages importable. transformers and others then find them as if they had
-been installed, on any device. `functions` and `modules` have what they get, `for_transformers` has
-what models of transformers get instead.
+been installed, on any device. `functions`, `modules`, `norms` and `blocks` have what they get.
+`for_transformers` has what models of transformers get instead.
 """
 
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
+from typing import Any
 
 from ysnake_kernels import allocator
-from ysnake_kernels.dropin import functions, modules
+from ysnake_kernels.dropin import blocks, functions, norms
 from ysnake_kernels.dropin.for_transformers import Models
+from ysnake_kernels.dropin.modules import Mamba2
 
 # The releases whose interface this is; "+ysnake" says that it is not them.
 _VERSIONS = {"mamba_ssm": "2.3.0+ysnake", "causal_conv1d": "1.6.0+ysnake"}
-_SCANS = ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined")
-_STEP = ("selective_state_update",)
-_CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
-_OFFERED: dict[str, tuple[str, ...]] = {
-    "mamba_ssm": (*_SCANS, *_STEP, "Mamba2"),  # functions at the root too: transformers asks there
-    "mamba_ssm.modules": (),
-    "mamba_ssm.modules.mamba2": ("Mamba2",),
-    "mamba_ssm.ops": (),
-    "mamba_ssm.ops.triton": (),
+
+
+def _named(*objects: Any, **others: Any) -> dict[str, Any]:
+    return {o.__name__: o for o in objects} | others
+
+
+_SCANS = _named(functions.mamba_chunk_scan_combined, functions.mamba_split_conv1d_scan_combined)
+_STEP = _named(functions.selective_state_update)
+_VARLEN = _named(functions.causal_conv1d_varlen_states)
+_CONVOLUTIONS = _named(functions.causal_conv1d_fn, functions.causal_conv1d_update)
+_OFFERED: dict[str, dict[str, Any]] = {
+    # functions at the root too: transformers asks there
+    "mamba_ssm": {**_SCANS, **_STEP, **_named(Mamba2)},
+    "mamba_ssm.modules": {},
+    "mamba_ssm.modules.block": _named(blocks.Block),
+    "mamba_ssm.modules.mamba2": _named(Mamba2),
+    "mamba_ssm.ops": {},
+    "mamba_ssm.ops.triton": {},
     "mamba_ssm.ops.triton.ssd_combined": _SCANS,
     "mamba_ssm.ops.triton.selective_state_update": _STEP,
-    "mamba_ssm.ops.triton.layernorm_gated": ("RMSNorm", "rmsnorm_fn"),
-    "causal_conv1d": _CONVOLUTIONS,
+    "mamba_ssm.ops.triton.layernorm_gated": _named(
+        norms.rmsnorm_fn,
+        norms.layernorm_fn,
+        RMSNorm=norms.GatedRMSNorm,
+        LayerNorm=norms.GatedLayerNorm,
+    ),
+    "mamba_ssm.ops.triton.layer_norm": _named(
+        norms.layer_norm_fn, norms.rms_norm_fn, norms.RMSNorm
+    ),
+    "mamba_ssm.utils": {},
+    "mamba_ssm.utils.generation": _named(blocks.InferenceParams),
+    "causal_conv1d": {**_CONVOLUTIONS, **_VARLEN},
     "causal_conv1d.causal_conv1d_interface": _CONVOLUTIONS,
+    "causal_conv1d.causal_conv1d_varlen": _VARLEN,
+}
+_MAMBA_1 = "it belongs to Mamba-1, for which there is no operator here"
+_MODEL = "load its checkpoints with transformers' Mamba2ForCausalLM, or with ysnake"
+_REASONS = {  # by the last part of the name
+    **dict.fromkeys(("Mamba", "mamba_inner_fn", "selective_scan_fn", "mamba_simple"), _MAMBA_1),
+    "selective_scan_interface": _MAMBA_1,
+    **dict.fromkeys(("MambaLMHeadModel", "models", "mixer_seq_simple"), _MODEL),
 }
 
 
@@ -62,7 +91,7 @@ def install(
             raise RuntimeError(f"install: {package} has been imported already; call it before")
     bound = [name for name in sys.modules if name.startswith("transformers.models.")]
     bound = [
-        name for name in bound if _CONVOLUTIONS[0] in getattr(sys.modules[name], "__dict__", ())
+        name for name in bound if "causal_conv1d_fn" in getattr(sys.modules[name], "__dict__", ())
     ]
     if wanted and bound:
         raise RuntimeError(
@@ -97,7 +126,7 @@ def _add_module(name: str, models: Models) -> None:
         if name == package and (special := models.offer(attribute)):
             return special
         if attribute in _OFFERED[name]:
-            return getattr(functions, attribute, None) or getattr(modules, attribute)
+            return _OFFERED[name][attribute]
         raise AttributeError(_not_offered(f"{name}.{attribute}"), name=attribute, obj=module)
 
     module.__getattr__ = look_up
@@ -123,5 +152,8 @@ class _Refuser:
 
 
 def _not_offered(name: str) -> str:
-    package = name.partition(".")[0]
-    return f"{name}: not offered by ysnake_kernels.dropin, which stands in for {package} here"
+    package, last = name.partition(".")[0], name.rpartition(".")[2]
+    reason = f"; {_REASONS[last]}" if last in _REASONS else ""
+    return (
+        f"{name}: not offered by ysnake_kernels.dropin, which stands in for {package} here{reason}"
+    )

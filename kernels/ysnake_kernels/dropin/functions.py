@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ysnake_kernels import conv, mixer
-from ysnake_kernels.checks import INTEGERS, check, check_indices, check_rank
+from ysnake_kernels.checks import INTEGERS, check, check_indices, check_rank, check_whole
 from ysnake_kernels.norm import rms_norm_gated
 from ysnake_kernels.numerics import accumulator, step_sizes
 from ysnake_kernels.padding import documents_before_padding, skip_padding
@@ -31,9 +31,7 @@ def causal_conv1d_fn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`ysnake_kernels.causal_conv1d`; `final_states_out` receives the final states. Tokens whose
     seq_idx is -1, at the end, are padding: their outputs are zero."""
-    padding = None
-    if isinstance(seq_idx, Tensor) and seq_idx.dtype in INTEGERS:
-        seq_idx, padding = documents_before_padding(seq_idx)
+    seq_idx, padding = _without_padding(seq_idx)
     options = (initial_states, return_final_states, activation)
     out = conv.causal_conv1d(x, weight, bias, seq_idx, *options)
     y, states = out if return_final_states else (out, None)
@@ -42,6 +40,13 @@ def causal_conv1d_fn(
     if not return_final_states:
         return y
     return y, states if final_states_out is None else final_states_out.copy_(states)
+
+
+def _without_padding(seq_idx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """`documents_before_padding`, for what may be no document numbers: checks name that."""
+    if isinstance(seq_idx, Tensor) and seq_idx.dtype in INTEGERS:
+        return documents_before_padding(seq_idx)
+    return seq_idx, None
 
 
 @torch.no_grad()
@@ -112,6 +117,26 @@ def _update(tokens, conv_state, weight, bias, activation, cache_seqlens, indices
     return y
 
 
+def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -> Tensor:
+    """The last tokens of each packed sequence, with zeros before short ones.
+
+    Args:
+        x: (tokens, channels), the sequences in a row.
+        cu_seqlens: (sequences + 1,), where they begin and end.
+        state_len: how many tokens of each.
+
+    Returns:
+        (sequences, channels, state_len).
+    """
+    check_rank("x", x, "tokens, channels")
+    check_whole("state_len", state_len)
+    check("cu_seqlens", cu_seqlens, (cu_seqlens.numel(),), x, dtypes=INTEGERS)
+    places = cu_seqlens[1:, None] + torch.arange(-state_len, 0, device=x.device)
+    inside = places >= cu_seqlens[:-1, None]
+    states = x[places.clamp(min=0)] * inside[..., None].to(x.dtype)
+    return states.transpose(1, 2)
+
+
 def mamba_chunk_scan_combined(
     x: Tensor,
     dt: Tensor,
@@ -129,13 +154,16 @@ def mamba_chunk_scan_combined(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
     return_varlen_states: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """`ysnake_kernels.ssd_scan`, with the states after each packed sequence on request.
 
     Args:
+        seq_idx: as in `ssd_scan`; tokens of -1, at the end, are padding, and their y is zero.
         cu_seqlens: (sequences + 1,), where the packed sequences of a batch of one begin and end;
             they do not see each other. Not needed where `seq_idx` says the same.
         return_varlen_states: also return the state after each sequence of `cu_seqlens`.
+        state_dtype: of the returned states; None means float32 (float64 if an input is).
 
     Returns:
         y; then, each if asked for, the final states (batch, heads, P, N), and the states after
@@ -148,6 +176,7 @@ def mamba_chunk_scan_combined(
             seq_idx = None
         else:
             cu_seqlens = None
+    seq_idx, padding = _without_padding(seq_idx)
     y, states = ssd_scan(
         x,
         dt,
@@ -164,6 +193,9 @@ def mamba_chunk_scan_combined(
         dt_limit=dt_limit,
         return_final_states=True,
     )
+    if padding is not None:
+        y = y.masked_fill(padding[..., None, None], 0)
+    states = states if state_dtype is None else states.to(state_dtype)
     out = (y,)
     if return_final_states:
         out += (states if cu_seqlens is None else states[-1:],)
@@ -193,28 +225,37 @@ def mamba_split_conv1d_scan_combined(
     ngroups: int = 1,
     norm_before_gate: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`ysnake_kernels.mamba_split_conv1d_scan_combined`, at a chunk size that it chooses."""
-    return mixer.mamba_split_conv1d_scan_combined(
-        zxbcdt,
-        conv1d_weight,
-        conv1d_bias,
-        dt_bias,
-        A,
-        D,
-        None,
-        initial_states,
-        seq_idx,
-        dt_limit,
-        return_final_states,
-        activation,
-        rmsnorm_weight,
-        rmsnorm_eps,
-        outproj_weight,
-        outproj_bias,
-        headdim,
-        ngroups,
-        norm_before_gate,
-    )
+    """`ysnake_kernels.mamba_split_conv1d_scan_combined`, at a chunk size that it chooses.
+
+    With `headdim`, the first features may be more than the mixer has use for. They are two halves
+    z0 and x0, and silu(z0) * x0 goes before the mixer's features into the output projection.
+    Tokens whose seq_idx is -1, at the end, are padding; their outputs are zero.
+    """
+    seq_idx, padding = _without_padding(seq_idx)
+    options = (None, initial_states, seq_idx, dt_limit, return_final_states, activation)
+    options = (*options, rmsnorm_weight, rmsnorm_eps)
+    projection = (outproj_weight, outproj_bias)
+    shape = (headdim, ngroups, norm_before_gate)
+    weights = (conv1d_weight, conv1d_bias, dt_bias, A, D)
+    spare = 0
+    if headdim is not None:
+        d_inner = headdim * A.shape[0]
+        spare = zxbcdt.shape[-1] - d_inner - conv1d_weight.shape[0] - A.shape[0]
+    if spare > 0 and spare % 2 == 0:
+        gated, zxbcdt = zxbcdt.tensor_split([spare], dim=-1)
+        out = mixer.mamba_split_conv1d_scan_combined(zxbcdt, *weights, *options, None, None, *shape)
+        y, *states = out if return_final_states else (out,)
+        z0, x0 = gated.chunk(2, dim=-1)
+        y = torch.cat([F.silu(z0) * x0, y], dim=-1)
+        y = y if outproj_weight is None else F.linear(y, *projection)
+    else:
+        out = mixer.mamba_split_conv1d_scan_combined(
+            zxbcdt, *weights, *options, *projection, *shape
+        )
+        y, *states = out if return_final_states else (out,)
+    if padding is not None:
+        y = y.masked_fill(padding[..., None], 0)
+    return (y, *states) if states else y
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The modules of mamba_ssm that others build models of: its gated RMSNorm and its Mamba2 block.
+"""mamba_ssm's Mamba2 layer.
 
 Constructor arguments, parameter names and shapes, and so checkpoints, are theirs.
 """
@@ -15,37 +15,10 @@ from ysnake_kernels.dropin.functions import (
     causal_conv1d_update,
     mamba_chunk_scan_combined,
     mamba_split_conv1d_scan_combined,
-    rmsnorm_fn,
     selective_state_update,
 )
+from ysnake_kernels.dropin.norms import GatedRMSNorm as RMSNorm
 from ysnake_kernels.linear import Linear
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm over groups of features, gated by silu(z) before or after."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-5,
-        group_size: int | None = None,
-        norm_before_gate: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
-        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", None)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        return rmsnorm_fn(
-            x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate
-        )
 
 
 class Mamba2(nn.Module):
