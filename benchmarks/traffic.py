@@ -164,7 +164,8 @@ def backward(s: Shape) -> list[Kernel]:
     summed = {"dB": size["B"], "dC": size["C"]}
     partial = {name: v * s.splits * 4 / s.item for name, v in summed.items()}  # in float32
     written = summed if s.splits == 1 else partial
-    shared = 4 * K * s.state * s.splits * s.groups / s.heads  # products of B and C, per head
+    shared = 2 * K * s.state * s.splits * s.groups / s.heads  # a product of B and C, per head
+    within = {"dB within chunks": s.batch * s.length * s.splits * s.groups * s.state * 4}
     through, sums = {"flow through chunks": chunks * 4}, {"shares of dA": chunks * 8}
     kernels, entering = [decays(s, 3)], {}
     if s.back_segments > 1:
@@ -181,12 +182,12 @@ def backward(s: Shape) -> list[Kernel]:
         Kernel(
             "rows",
             inputs | S | {"decays": 2 * row},
-            {"dC": written["dC"], "flows": row, **gated},
-            (4 * NP + (4 if s.z else 2) * K * s.head_dim + shared) * n,
+            {"dC": written["dC"], "flows": row, **within, **gated},
+            (4 * NP + (4 if s.z else 2) * K * s.head_dim + 3 * shared) * n,
         ),
         Kernel(
             "columns",
-            inputs | S | dS | {"decays, steps": 3 * row},
+            inputs | S | dS | {"decays, steps": 3 * row} | within,
             {"dx": size["x"], "dB": written["dB"], "flows": 3 * row, **through},
             (4 * NP + 4 * K * s.head_dim + shared) * n,
         ),

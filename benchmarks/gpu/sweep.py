@@ -79,7 +79,6 @@ ENTRIES = [
             *(config(64, 64, 8, stages) for stages in (1, 2, 3)),
             *(config(64, 64, 4, stages) for stages in (1, 2)),
             *(config(32, 64, 4, stages) for stages in (1, 2)),
-            *(config(64, 32, 4, stages) for stages in (1, 2)),
         ),
     ),
     Entry(
@@ -89,7 +88,6 @@ ENTRIES = [
             *(config(32, 64, 4, stages) for stages in (1, 2, 3)),
             *(config(64, 64, 8, stages) for stages in (1, 2)),
             *(config(64, 64, 4, stages) for stages in (1, 2)),
-            *(config(64, 32, 4, stages) for stages in (1, 2)),
             config(32, 32, 4, 2),
         ),
     ),
