@@ -15,6 +15,8 @@ def initialise(model: nn.Module, init: str) -> None:
     """
     if init not in ("hippo", "uniform"):
         raise ValueError(f"init: expected 'hippo' or 'uniform', got {init!r}")
+    if model.backbone.embeddings.weight.is_meta:  # the weights will come from a file
+        return
     c = model.config
     nn.init.normal_(model.backbone.embeddings.weight, std=0.02)
     heads = [] if c.tied else [m for m in model.lm_head.modules() if isinstance(m, nn.Linear)]
