@@ -25,9 +25,9 @@ def trainings(tmp_path, request):
     attack.close()
 
 
-@pytest.mark.parametrize("trainings", [(KINDS[1], KINDS[3])], indirect=True)
+@pytest.mark.parametrize("trainings", [(KINDS[1], KINDS[6])], indirect=True)
 def test_trainings_end_as_if_nothing_had_happened(trainings):
-    """Each fault once, to one training of one process and one of two."""
+    """Each fault once, to one training of one process and one of four."""
     for kind in trainings.bench.whole:
         run = kills.Run(trainings.bench, kind, seed="0")
         happened = {fault.__name__: fault() for fault in run.faults()}

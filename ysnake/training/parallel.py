@@ -89,7 +89,8 @@ def _connect(backend: str) -> None:
     import torch.distributed as dist
 
     store, rank, size = next(dist.rendezvous("env://", timeout=STUCK_AFTER))
-    store = dist.PrefixStore(f"restart {os.environ.get(RESTARTS, 0)}", store)
+    part = f"restart {os.environ.get(RESTARTS, 0)} of {size}"
+    store = dist.PrefixStore(part, store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=STUCK_AFTER)
 
 
@@ -239,6 +240,7 @@ class Ranks:
         model.to(device)
         if self.size == 1:
             return model.loss
+        import torch
         from torch import nn
         from torch.nn.parallel import DistributedDataParallel
 
@@ -252,7 +254,13 @@ class Ranks:
             def forward(self, *batch: Any) -> "torch.Tensor":
                 return model.loss(*batch)
 
-        return DistributedDataParallel(Loss(), gradient_as_bucket_view=True)
+        loss = DistributedDataParallel(Loss(), gradient_as_bucket_view=True)
+        # The first backward pass decides in which order gradients are exchanged from then on, and
+        # with it their last bits. So it is made at once: the first step is then like all others.
+        ids = torch.zeros(1, model.config.conv_width, dtype=torch.int64, device=device)
+        loss(ids, ids).backward()
+        model.zero_grad()
+        return loss
 
     def exchanging(self, loss: Callable, now: bool) -> Any:
         """Context of a forward and a backward pass: whether gradients are exchanged already."""
