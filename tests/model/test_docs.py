@@ -1,0 +1,89 @@
+"""README and docs: links lead somewhere, commands have the options they use, snippets run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from small import saved
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND = re.compile(r"python -m (ysnake\.\w+|benchmarks\.\w+)([^\n`]*)")
+
+
+def names(pages):
+    return [str(page.relative_to(ROOT)) for page in pages]
+
+
+def anchor(heading):
+    """A heading's name in a link, as public hosts make it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, part = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{target} in {page.name}"
+        if part:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.M)
+            assert part in map(anchor, headings), f"{target} in {page.name}"
+
+
+@cache
+def help_of(module):
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(re.findall(r"(?<![\w-])--?[a-zA-Z][\w-]*", done.stdout))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+def test_commands_have_the_options_they_use(page):
+    for module, rest in COMMAND.findall(page.read_text(encoding="utf-8")):
+        words = shlex.split(re.split(r" && | \| | < |  #", rest)[0])
+        for option in (word for word in words if word.startswith("-")):
+            assert option in help_of(module), f"{module} {option} in {page.name}"
+
+
+def snippets(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+
+
+SNIPPETS = [(page, code) for page in PAGES for code in snippets(page)]
+
+
+def given_scan():
+    torch.manual_seed(0)
+    x, dt = torch.randn(1, 9, 2, 4), torch.randn(1, 9, 2)
+    B, C = torch.randn(2, 1, 9, 1, 8)
+    A, D, bias = -torch.rand(2), torch.rand(2), torch.zeros(2)
+    return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "bias": bias}
+
+
+@pytest.mark.parametrize(
+    ("page", "code"), SNIPPETS, ids=[f"{page.name}: {code[:30]!r}" for page, code in SNIPPETS]
+)
+def test_snippets_run(page, code, tmp_path, monkeypatch):
+    """Each in a folder with a run in runs/mine; one that needs a server is compiled only."""
+    compiled = compile(code, str(page), "exec")
+    if "ollama.Client" in code:
+        return
+    if "dropin" in code:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return
+    if "runs/mine" in code:
+        (tmp_path / "runs/mine").mkdir(parents=True)
+        saved(tmp_path).rename(tmp_path / "runs/mine/best")
+        monkeypatch.chdir(tmp_path)
+    exec(compiled, given_scan())
