@@ -3,12 +3,33 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 SERVE = ["starlette>=1.7", "uvicorn>=0.54"]
 GGUF = ["gguf>=0.17"]
 # Torch for GPUs brings the Triton that it needs. Torch for CPUs brings none, and only tests and
 # benchmarks need one there.
 TRITON = ['triton>=3.6; platform_system == "Linux"']
+
+# Python runs this line when it starts; see ysnake_dropin_hook.
+HOOK = "import os; os.environ.get('YSNAKE_DROPIN') and __import__('ysnake_dropin_hook')"
+
+
+class BuildWithHook(build_py):
+    """Also puts the hook beside the packages. An editable install goes without."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            Path(self._hook()).write_text(HOOK + "\n", encoding="utf-8")
+
+    def get_outputs(self, include_bytecode=1):
+        outputs = super().get_outputs(include_bytecode)
+        return outputs if self.editable_mode else [*outputs, self._hook()]
+
+    def _hook(self):
+        return str(Path(self.build_lib, "ysnake_dropin.pth"))
+
 
 setup(
     name="ysnake",
@@ -20,7 +41,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=[*find_packages(include=["ysnake", "ysnake.*"]), *find_packages("kernels")],
-    package_dir={"ysnake_kernels": "kernels/ysnake_kernels"},
+    py_modules=["ysnake_dropin_hook"],
+    package_dir={"": "kernels", "ysnake": "ysnake"},
+    cmdclass={"build_py": BuildWithHook},
     package_data={
         "ysnake": ["py.typed"],
         "ysnake.data_generation": ["lists/*.txt"],

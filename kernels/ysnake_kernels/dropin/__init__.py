@@ -115,7 +115,7 @@ def _is_ours(package: str) -> bool:
 def _add_module(name: str, models: Models) -> None:
     """Put the module into sys.modules, and into its parent, as importing it would."""
     package, _, _ = name.partition(".")
-    spec = ModuleSpec(name, loader=None, origin=__file__, is_package=True)
+    spec = ModuleSpec(name, loader=_Loader(), origin=__file__, is_package=True)
     spec.has_location = True
     module: ModuleType = module_from_spec(spec)
     module.__doc__ = f"Stands in for {name}; made by ysnake_kernels.dropin."
@@ -135,6 +135,18 @@ def _add_module(name: str, models: Models) -> None:
     parent, _, child = name.rpartition(".")
     if parent:
         setattr(sys.modules[parent], child, module)
+
+
+class _Loader:
+    """Of modules that stand in: an import that began before `install` gets the one that it made."""
+
+    @staticmethod
+    def create_module(spec: ModuleSpec) -> ModuleType | None:
+        return sys.modules.get(spec.name)
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        """Nothing is left to do."""
 
 
 class _Refuser:
