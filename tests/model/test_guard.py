@@ -121,6 +121,11 @@ def test_the_log_of_errors_is_bounded(capsys, monkeypatch):
     assert len(lines) == error_log.MOST
     assert max(map(len, lines)) == error_log.LONGEST
     assert r"number 0 \x1b[2J" in lines[0]
+    for _ in range(1000):
+        logging.getLogger("any").warning("a bad request")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == error_log.MOST
+    assert "no more warning is logged" in lines[-1]
     monkeypatch.setattr(error_log, "PERIOD", 0.0)
     logging.getLogger("any").error("later")
     assert "later" in capsys.readouterr().err

@@ -2,27 +2,32 @@
 
 import logging
 import time
+from collections import Counter
 
 PERIOD = 3600.0  # seconds
-MOST = 50  # records in each period
+MOST = 50  # warnings, and as many errors, in each period
 LONGEST = 10_000  # characters of a record
 
 
 class _Bound(logging.Filter):
-    """Lets through the first `MOST` records of each period and says which is the last."""
+    """Lets through the first `MOST` records of each period and says which is the last.
+
+    Warnings and errors count apart: a client who sends many bad requests hides no error of ours.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.since, self.count = time.monotonic(), 0
+        self.since, self.counts = time.monotonic(), Counter()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if time.monotonic() - self.since >= PERIOD:
-            self.since, self.count = time.monotonic(), 0
-        self.count += 1
-        if self.count == MOST:
-            record.msg = f"{record.getMessage()} (no more is logged within this hour)"
+            self.since, self.counts = time.monotonic(), Counter()
+        kind = "error" if record.levelno >= logging.ERROR else "warning"
+        self.counts[kind] += 1
+        if self.counts[kind] == MOST:
+            record.msg = f"{record.getMessage()} (no more {kind} is logged within this hour)"
             record.args = ()
-        return self.count <= MOST
+        return self.counts[kind] <= MOST
 
 
 class _Shown(logging.Formatter):
