@@ -28,7 +28,7 @@ from ysnake.shared.errors import InputError
 OPTIONS = "--d-model 32 --n-layers 2 --d-state 8 --head-dim 8 --seq-len 24 --batch-size 4"
 OPTIONS += " --vocab-size 300 --threads 1 --max-steps 12 --eval-every 6 --checkpoint-every 1"
 ANIMALS = ("adder", "boa", "cobra", "krait", "mamba", "python", "viper")
-MOST_FAULTS = 4  # of one training
+MOST_FAULTS = 10  # of one training
 DISK = "64m"  # the size of the disk that can be filled, where one can be mounted
 
 
@@ -162,7 +162,8 @@ class Run:
         return self.struck(Blow(self.moment(), path, signal.SIGKILL, self.some_ranks()))
 
     def moment(self) -> float:
-        return self.chance.uniform(0, self.bench.whole[self.kind].seconds)
+        """Seconds after the start; seldom so many that a resumed training has ended by then."""
+        return self.chance.uniform(0, 0.6 * self.bench.whole[self.kind].seconds)
 
     def some_ranks(self) -> tuple[int, ...]:
         n = self.kind.processes
@@ -241,7 +242,7 @@ class Run:
         """Let some faults happen, then go on to the end and compare. Returns what has happened."""
         faults = [*self.faults(), self.kill, self.kill_in_save]  # these twice as often
         counts: Counter[str] = Counter()
-        for _ in range(self.chance.randint(1, MOST_FAULTS)):
+        for _ in range(self.chance.randint(2, MOST_FAULTS)):
             fault = self.chance.choice(faults)
             if fault():
                 counts[fault.__name__] += 1
