@@ -235,6 +235,8 @@ class Ranks:
             mesh = init_device_mesh(device, (self.size,))
             for module in (*model.backbone.layers, model):  # each moves its weights to the device
                 fully_shard(module, mesh=mesh)
+            # that a block returns a view: no block changes in place what another has returned
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             register_fsdp_forward_method(model, "loss")
             return model.loss
         model.to(device)
