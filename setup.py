@@ -49,6 +49,7 @@ setup(
         "ysnake.data_generation": ["lists/*.txt"],
         "ysnake.serving": ["page.html"],
         "ysnake_kernels": ["py.typed"],
+        "ysnake_kernels.dropin": ["hub/build/*/*"],
     },
     install_requires=[
         "torch>=2.11",

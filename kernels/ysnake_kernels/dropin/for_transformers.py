@@ -63,7 +63,7 @@ def _model_being_imported() -> str | None:
 
 
 def _convolution_for(model: str, asked: set[str]) -> Callable:
-    """`causal_conv1d_fn` for a model, with every activation and width that the model can have.
+    """`convolve` for a model.
 
     Documents that only the convolution kept apart would see each other in the scan. So `seq_idx` is
     refused, as transformers does without a drop-in, where the scan does not know of documents.
@@ -82,18 +82,29 @@ def _convolution_for(model: str, asked: set[str]) -> Callable:
                 f"seq_idx: the scan of {model} does not know of packed documents and would mix "
                 "them; give it one document in a row"
             )
-        if _has_operator(x, weight):
-            ours, theirs = _split_activation(activation)
-            y = functions.causal_conv1d_fn(x, weight, bias, seq_idx, activation=ours)
-        elif seq_idx is not None:
-            width = weight.shape[1]
-            raise ValueError(f"seq_idx: packed documents need another width than {width}")
-        else:
-            theirs, back = activation, weight.shape[1] - 1
-            y = _torch_convolution(x, weight, bias, back)[..., : x.shape[2]]
-        return _activate(y, theirs).to(x.dtype)
+        return convolve(x, weight, bias, seq_idx, activation)
 
     return causal_conv1d_fn
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """`functions.causal_conv1d_fn` with every activation and width that a model can have."""
+    if _has_operator(x, weight):
+        ours, theirs = _split_activation(activation)
+        y = functions.causal_conv1d_fn(x, weight, bias, seq_idx, activation=ours)
+    elif seq_idx is not None:
+        width = weight.shape[1]
+        raise ValueError(f"seq_idx: packed documents need another width than {width}")
+    else:
+        theirs = activation
+        y = _torch_convolution(x, weight, bias, weight.shape[1] - 1)[..., : x.shape[2]]
+    return _activate(y, theirs).to(x.dtype)
 
 
 def _scan_mixes_documents(model: str, asked: set[str], cu_seq_lens_q: Tensor | None) -> bool:
