@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         elif any(shelf.wants for shelf in shelves):
             console.print("Everything was asked from every angle; there is no more to ask.")
         if any(shelf.counts[KEPT] for shelf in shelves):
-            console.print(f"next: python -m ysnake.train --data {options.out}", markup=False)
+            console.print(f"next: {cli.command_line('train')} --data {options.out}", markup=False)
     return code
 
 

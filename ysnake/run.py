@@ -24,6 +24,8 @@ class Options:
     prompt: str | None = None
     """Text to go on from. Left out: asked for line by line, or read from a pipe, whose last
     line break does not count."""
+    prompt_file: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Read the prompt from this file, in UTF-8: a system limits the length of an argument."""
     max_tokens: int = 200
     """Tokens to write at most."""
     sampling: Sampling = field(default_factory=Sampling)
@@ -50,6 +52,8 @@ def main(argv: list[str]) -> int:
         raise InputError(f"--max-tokens: expected at least 1, got {options.max_tokens}")
     if "" in options.stop:
         raise InputError("--stop: expected texts of at least one character")
+    if options.prompt is not None and options.prompt_file is not None:
+        raise InputError("--prompt-file: expected no --prompt beside it")
 
     from ysnake.checkpoints import checkpoint
 
@@ -71,6 +75,8 @@ def main(argv: list[str]) -> int:
 
     how = (options.sampling, options.max_tokens, options.stop)
     prompt = options.prompt and terminal.check_text(options.prompt, "--prompt")
+    if options.prompt_file is not None:
+        prompt = read_prompt(options.prompt_file)
     if prompt is None and sys.stdin and sys.stdin.isatty() and options.save_state is None:
         converse(new_context, tokenizer, *how)
         return cli.DONE
@@ -80,9 +86,21 @@ def main(argv: list[str]) -> int:
     read(context, tokenizer, prompt)
     if options.save_state is not None:
         context.save(options.save_state)
+        size = options.save_state.stat().st_size / 1e6
+        print(f"{options.save_state}: {size:.1f} MB, whatever the length", file=sys.stderr)
     else:
         complete(context, tokenizer, *how)
     return cli.DONE
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a file, without a line break at its end."""
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise terminal.not_text(str(path), error.start, "utf-8") from error
+    except OSError as error:
+        raise InputError(f"--prompt-file: {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

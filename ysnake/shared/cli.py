@@ -21,6 +21,14 @@ RUNS = Path("runs")
 MOST_THREADS = 4096
 
 Options = TypeVar("Options")
+through_ysnake = False  # whether this process is the program `ysnake`
+
+
+def command_line(program: str) -> str:
+    """How a command is called in the way that the user called this one."""
+    if through_ysnake:
+        return f"ysnake {program.replace('_', '-')}"
+    return f"python -m ysnake.{program}"
 
 
 def parse(
@@ -29,7 +37,7 @@ def parse(
     """The options given to `program`; `--help` and what cannot be read end the process."""
     return tyro.cli(
         options,
-        prog=f"python -m ysnake.{program}",
+        prog=command_line(program),
         args=argv,
         default=default,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
@@ -103,7 +111,7 @@ def newest_run() -> Path:
     """The folder of the run that was begun or resumed last."""
     found = runs()
     if not found:
-        raise InputError(f"{RUNS}: no run there yet; python -m ysnake.train makes one")
+        raise InputError(f"{RUNS}: no run there yet; {command_line('train')} makes one")
     return max(found, key=lambda folder: (folder / "settings.json").stat().st_mtime)
 
 

@@ -60,6 +60,18 @@ def lock(path: Path, busy: str, patience: float = 0.0) -> Iterator[bool]:
             os.close(descriptor)
 
 
+def held(path: Path) -> bool:
+    """Whether a process holds the lock file `path`."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:  # not there, or not for us to open
+        return False
+    try:
+        return _try(descriptor) is False
+    finally:
+        os.close(descriptor)
+
+
 def _locked(path: Path, busy: str, until: float) -> int | None:
     """A descriptor of the file `path`, locked; None where the file system has no locks."""
     while True:

@@ -52,3 +52,31 @@ def plot_loss(folder: Path) -> None:
     with files.replacing(folder / "loss.png") as new, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
         figure.savefig(new, dpi=150, format="png")
+
+
+def plot_two(runs: dict[str, list[dict]], path: Path) -> None:
+    """Draw the losses of runs, by name, from the lines of their metrics.jsonl."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for (name, lines), color in zip(runs.items(), ("#1b7837", "#762a83"), strict=True):
+        name = escape_controls(name)
+        train = [(x["tokens"], x["train_loss"]) for x in lines if x["train_loss"] is not None]
+        val = [(x["tokens"], x["val_loss"]) for x in lines if x.get("val_loss") is not None]
+        if train:
+            tokens, losses = map(np.array, zip(*train, strict=True))
+            width = min(50, len(losses))
+            mean = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+            axes.plot(tokens[width - 1 :], mean, color=color, label=f"{name}, training")
+        if val:
+            axes.plot(*zip(*val, strict=True), "o--", color=color, label=f"{name}, held out")
+    axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", ylim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    for text in axes.legend(frameon=False).get_texts():
+        text.set_parse_math(False)
+    with files.replacing(path) as new, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+        figure.savefig(new, dpi=150, format="png")

@@ -43,10 +43,12 @@ def summary(run: Run) -> str:
         f"[bold]{cli.markup(run.folder)}[/]: {why} ({progress.elapsed / 60:.1f} minutes of "
         f"training, {progress.skipped} steps skipped)",
         f"picture: {cli.markup(run.folder / 'loss.png')}",
-        f'next: python -m ysnake.run {folder} --prompt "..."',
+        f'next: {cli.command_line("run")} {folder} --prompt "..."',
     ]
     if further := _further(run):
-        lines.append(f"train it further: python -m ysnake.train --run {folder} --resume {further}")
+        lines.append(
+            f"train it further: {cli.command_line('train')} --run {folder} --resume {further}"
+        )
     falling = progress.evaluations > 1 and progress.evaluations_since_best == 0
     if falling and progress.ended in ("steps", "time"):
         lines.append("the held-out loss was still falling, so more training will help")

@@ -1,0 +1,258 @@
+"""The command `ysnake`, the conversation that remembers, the list of runs, and the doctor."""
+
+import importlib.util
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from small import TINY, corpus, python, saved
+
+from ysnake import __main__ as front
+from ysnake import __version__, doctor, runs, train
+from ysnake.checkpoints import checkpoint
+from ysnake.inference.chat import Chat
+from ysnake.inference.conversation import read
+from ysnake.inference.decoding import Decoder
+from ysnake.inference.generate import Context
+from ysnake.inference.sampling import Sampling
+from ysnake.shared import cli, run_lock
+from ysnake.shared.errors import InputError
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder of the user's, with nothing in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "through_ysnake", False)
+    return tmp_path
+
+
+def test_bare_ysnake_says_what_to_do_next(here, capsys):
+    assert front.main([]) == 0
+    assert "ysnake train" in capsys.readouterr().out.splitlines()[-1]
+    (here / "runs/first").mkdir(parents=True)
+    (here / "runs/first/settings.json").write_text("{}")
+    assert front.main([]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "first" in last
+    assert "ysnake chat" in last
+
+
+def test_every_command_is_there(here, capsys):
+    for name in front.COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            front.main([name, "--help"])
+        assert ended.value.code == 0
+        assert f"usage: ysnake {name}" in capsys.readouterr().out
+    assert front.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ysnake {__version__}\n"
+    with pytest.raises(InputError, match="brew: expected one of train"):
+        front.main(["brew"])
+
+
+def test_as_a_module(here):
+    done = python("ysnake", "--version", cwd=here)
+    assert done.stdout == f"ysnake {__version__}\n"
+
+
+# The conversation
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    _, tokenizer, model = checkpoint.load_all(saved(tmp_path_factory.mktemp("chat")))
+    return Decoder(model), tokenizer
+
+
+@pytest.fixture
+def chat(loaded):
+    return Chat(*loaded, Sampling(temperature=0), 5, ())
+
+
+def test_it_remembers_what_was_said(chat, loaded, capsys):
+    """As if all lines and replies were one text."""
+    decoder, tokenizer = loaded
+    chat.answer("The adder")
+    first = capsys.readouterr()
+    assert "tokens, " in first.err
+    chat.answer("The boa")
+    whole = Context(decoder, tokenizer.get_vocab_size())
+    for text in ("The adder", "\n", "The boa", "\n"):
+        read(whole, tokenizer, text)
+        if text != "\n":
+            list(whole.generate(Sampling(temperature=0), 5))
+    torch.testing.assert_close(chat.context.logits, whole.logits)
+
+
+def test_undo_and_clear(chat):
+    chat.answer("The adder")
+    logits = chat.context.logits
+    chat.answer("The boa")
+    chat.answer("/undo")
+    assert torch.equal(chat.context.logits, logits)
+    chat.answer("/undo")
+    assert chat.context.logits is None
+    with pytest.raises(InputError, match="/undo"):
+        chat.answer("/undo")
+    chat.answer("The adder")
+    chat.answer("/clear")
+    assert chat.context.logits is None
+    chat.answer("")  # there is nothing to go on from
+    assert chat.context.logits is None
+
+
+def test_settings(chat, capsys):
+    chat.answer("/set temperature 0.7")
+    chat.answer("/set top-k 3")
+    chat.answer("/set max_tokens 9")
+    chat.answer("/set")
+    assert (chat.sampling.temperature, chat.sampling.top_k, chat.max_tokens) == (0.7, 3, 9)
+    assert "temperature 0.7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("/help me", None),
+        ("/sing", "/sing"),
+        ("/", "/help"),
+        ("/set temperature hot", "/set temperature"),
+        ("/set temperature", "nothing"),
+        ("/set temperature -1", "temperature"),
+        ("/set max_tokens 0", "max_tokens"),
+        ("/set mood 3", "temperature"),
+        ("/save", "/save"),
+        ("/save nothing.state", "nothing has been said"),
+        ("/load missing.state", "missing.state"),
+    ],
+)
+def test_commands_that_cannot_be_done(chat, here, line, names):
+    if names is None:
+        return chat.answer(line)
+    with pytest.raises(InputError, match=names):
+        chat.answer(line)
+    assert chat.context.logits is None
+
+
+def test_save_and_load(chat, loaded, here, capsys):
+    chat.answer("The adder")
+    chat.answer("/save a.state")
+    assert "MB, whatever the length" in capsys.readouterr().err
+    other = Chat(*loaded, Sampling(temperature=0), 5, ())
+    other.answer("/load a.state")
+    torch.testing.assert_close(other.context.logits, chat.context.logits)
+
+
+def test_a_slash_can_be_typed(chat):
+    chat.answer("//bin")
+    assert chat.context.logits is not None
+
+
+def test_prompt_from_a_file(tmp_path, here):
+    folder = saved(tmp_path)
+    (tmp_path / "long.txt").write_text("The adder " * 40_000, encoding="utf-8")
+    options = ["--temperature", "0", "--max-tokens", "3"]
+    done = python("ysnake.run", folder, "--prompt-file", "long.txt", *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    for file, names in (("bad.txt", "is not UTF-8"), ("none.txt", "none.txt")):
+        done = python("ysnake.run", folder, "--prompt-file", file, cwd=tmp_path)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert names in done.stderr
+
+
+# The list of runs
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    data = corpus(folder)
+    for name, lr in (("first", "0.001"), ("second", "0.002")):
+        argv = ["--data", str(data), "--run", str(folder / "runs" / name), "--lr", lr]
+        argv += ["--vocab-size", "300", "--max-steps", "3", "--eval-every", "2", *TINY]
+        assert train.main(argv) == 0
+    return folder
+
+
+def test_runs_are_listed(two_runs, monkeypatch, capsys):
+    monkeypatch.chdir(two_runs)
+    (two_runs / "runs/first/metrics.jsonl").open("a").write('{"step": 4, "torn')
+    assert runs.main(["--csv"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith("run,state,parameters,steps,loss")
+    assert {line.split(",")[0] for line in lines} == {"runs/first", "runs/second"}
+    assert all(line.split(",")[1] == "steps" for line in lines)
+    assert runs.main([]) == 0
+    assert "runs/second" in capsys.readouterr().out
+    with run_lock.lock(two_runs / "runs/first" / run_lock.TRAINING, "busy"):
+        assert runs.state(two_runs / "runs/first") == "in training"
+
+
+def test_two_runs_are_compared(two_runs, monkeypatch, capsys):
+    monkeypatch.chdir(two_runs)
+    assert runs.main(["--compare", "runs/first", "runs/second"]) == 0
+    out = capsys.readouterr().out
+    assert "0.002" in out
+    assert "d_model" not in out  # the same in both
+    assert (two_runs / "compare.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="not a run"):
+        runs.main(["--compare", "runs/first", "runs/third"])
+
+
+def test_no_runs(here):
+    with pytest.raises(InputError, match="no run there yet"):
+        runs.main([])
+
+
+# The doctor
+
+
+def test_doctor_here(capsys):
+    assert doctor.main(["--no-test"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in out
+    assert "CPU: eager" in out
+
+
+def test_self_test(monkeypatch):
+    monkeypatch.setattr(doctor, "SECONDS", 0.0)
+    found = doctor.self_test()
+    assert found["operators against the reference"].startswith("right")
+    assert not [value for value in found.values() if "not known" in value]
+
+
+class Card:
+    name, total_memory, major, minor, multi_processor_count = "A card", 8e9, 9, 0, 132
+
+
+MACHINES = {
+    "CUDA": {"triton": True, "compiler": "/usr/bin/cc", "gpu": True, "says": "Triton is installed"},
+    "no compiler": {"triton": True, "compiler": None, "gpu": True, "says": "which is missing"},
+    "no Triton": {"triton": False, "compiler": None, "gpu": True, "says": "slow"},
+    "macOS": {"triton": False, "compiler": None, "gpu": False, "says": "C compiler: none"},
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+def test_doctor_elsewhere(monkeypatch, capsys, machine):
+    """What it asks is answered as other machines answer."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: find_spec(name) if machine["triton"] or name != "triton" else None,
+    )
+    monkeypatch.setattr(shutil, "which", lambda name: machine["compiler"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: machine["gpu"])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Card)
+    if not machine["gpu"]:
+        monkeypatch.setattr(sys, "platform", "darwin")
+    assert doctor.main(["--no-test"]) == 0
+    out = capsys.readouterr().out
+    assert machine["says"] in out
+    assert ("sm_90" in out) == machine["gpu"]
+    assert json.dumps(out)  # plain text

@@ -1,0 +1,68 @@
+"""`ysnake`, or `python -m ysnake`: one command in front of all others."""
+
+import importlib
+
+from ysnake import __version__
+from ysnake.shared import cli
+from ysnake.shared.errors import InputError
+
+COMMANDS = {
+    "train": "train a model on documents, or go on with a run",
+    "run": "complete a text",
+    "chat": "write with a model, line by line; it remembers all that was said",
+    "serve": "a page and the APIs of Ollama and OpenAI",
+    "evaluate": "measure a model on text that it has not seen",
+    "export": "take a model to Ollama, as GGUF",
+    "generate-data": "have llama 3.1 in Ollama write a corpus",
+    "runs": "list the runs of this folder, or compare two",
+    "doctor": "what this machine is, and what ysnake uses of it",
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: ysnake COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "`ysnake COMMAND --help` lists the options of a command.",
+        ]
+    )
+
+
+def advice() -> str:
+    """What to do next in this folder."""
+    if not cli.runs():
+        return "No run here yet. To train a small model within minutes: ysnake train"
+    name = cli.newest_run()
+    return f"The newest run is {name}. To write with it: ysnake chat"
+
+
+def main(argv: list[str]) -> int:
+    """Run the command that is named first; returns its exit code."""
+    if not argv:
+        print(f"{usage()}\n\n{advice()}")
+        return cli.DONE
+    name, *rest = argv
+    if name in ("--help", "-h", "help"):
+        print(usage())
+        return cli.DONE
+    if name == "--version":
+        print(f"ysnake {__version__}")
+        return cli.DONE
+    if name not in COMMANDS:
+        raise InputError(f"{name}: expected one of {', '.join(COMMANDS)}")
+    cli.through_ysnake = True
+    return importlib.import_module(f"ysnake.{name.replace('-', '_')}").main(rest)
+
+
+def console_script() -> None:
+    """What the installed program `ysnake` calls."""
+    cli.run(main)
+
+
+if __name__ == "__main__":
+    console_script()

@@ -1,0 +1,272 @@
+"""`python -m ysnake.doctor`: what this machine is, and what ysnake uses of it.
+
+The report has a form to paste into a bug report. It names no user, file or network.
+"""
+
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+from ysnake import __version__
+from ysnake.shared import cli
+
+PACKAGES = ("torch", "triton", "einops", "tokenizers", "safetensors", "numpy", "transformers")
+EXTRAS = {
+    "serve": ("starlette", "uvicorn"),
+    "gguf": ("gguf",),
+    "test": ("pytest", "hypothesis", "xdist"),
+}
+SECONDS = 3.0  # of each part of the self-test
+
+
+@dataclass
+class Options:
+    """Say what this machine is, what ysnake uses of it and why, and how fast that is."""
+
+    no_test: bool = False
+    """Leave out the self-test, which takes about a quarter of a minute."""
+
+
+def main(argv: list[str]) -> int:
+    """Print the report; returns the exit code, which says whether the self-test was right."""
+    options = cli.parse(Options, argv, "doctor")
+    console = cli.console()
+    for title, facts in (
+        ("machine", machine()),
+        ("packages", packages()),
+        ("torch", torch_facts()),
+        ("implementation of the operators", implementations()),
+    ):
+        show(console, title, facts)
+    if options.no_test:
+        return cli.DONE
+    results = self_test()
+    show(console, "self-test", results)
+    return cli.FAILED if any("WRONG" in value for value in results.values()) else cli.DONE
+
+
+def show(console, title: str, facts: dict[str, str]) -> None:
+    console.print(f"[bold]{title}[/]")
+    for name, value in facts.items():
+        console.print(f"  {cli.markup(name)}: {cli.markup(value)}")
+
+
+def asked(question: Callable[[], object]) -> str:
+    """The answer, or the error in one line: a report goes on past what it cannot find out."""
+    try:
+        return str(question())
+    except Exception as error:  # each question asks another library
+        return f"not known ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+
+
+def machine() -> dict[str, str]:
+    return {
+        "ysnake": __version__,
+        "python": platform.python_version(),
+        "system": asked(platform.platform),
+        "processor": asked(processor),
+        "cores": asked(os.cpu_count),
+        "memory": asked(memory),
+        "C compiler": shutil.which("cc") or shutil.which("gcc") or shutil.which("cl") or "none",
+    }
+
+
+def processor() -> str:
+    if sys.platform == "linux":
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2] for line in file if line.startswith("model name")]
+        if names:
+            return names[0].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory() -> str:
+    from ysnake.training.memory import available
+
+    free = available()
+    return "not known" if free is None else f"{free / 1e9:.1f} GB available"
+
+
+def packages() -> dict[str, str]:
+    """Versions, and which extras are whole."""
+
+    def version(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return "not installed"
+
+    found = {name: version(name) for name in PACKAGES}
+    for extra, modules in EXTRAS.items():
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        state = f"not installed ({', '.join(missing)} missing)" if missing else "installed"
+        found[f"extra [{extra}]"] = state
+    return found
+
+
+def torch_facts() -> dict[str, str]:
+    import torch
+
+    facts = {
+        "threads": asked(torch.get_num_threads),
+        "CPU kernels": asked(torch.backends.cpu.get_cpu_capability),
+        "oneDNN": asked(torch.backends.mkldnn.is_available),
+        "MKL": asked(torch.backends.mkl.is_available),
+        "16-bit products on the CPU": asked(sixteen_bits),
+        "CUDA": asked(lambda: torch.version.cuda or "none, built without"),
+        "HIP": asked(lambda: torch.version.hip or "none, built without"),
+    }
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            facts[f"GPU {i}"] = asked(lambda i=i: gpu(i))
+    else:
+        facts["GPU"] = "none that torch can use"
+    return facts
+
+
+def sixteen_bits() -> str:
+    import torch
+
+    known = torch.cpu.get_capabilities()
+    names = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
+    return ", ".join(name for name in names if known.get(name)) or "none known"
+
+
+def gpu(index: int) -> str:
+    import torch
+
+    about = torch.cuda.get_device_properties(index)
+    name = f"{about.name}, {about.total_memory / 1e9:.0f} GB"
+    return f"{name}, sm_{about.major}{about.minor}, {about.multi_processor_count} multiprocessors"
+
+
+def implementations() -> dict[str, str]:
+    """Which one each device takes, and why."""
+    import torch
+    from ysnake_kernels.backend import choose
+
+    has_triton = importlib.util.find_spec("triton") is not None
+    forced = os.environ.get("YSNAKE_BACKEND")
+    why = f"YSNAKE_BACKEND={forced}" if forced else "the default on a CPU"
+    facts = {"CPU": f"{asked(lambda: choose(torch.empty(0)))} ({why})"}
+    if torch.cuda.is_available():
+        if not forced:
+            why = "Triton is installed" if has_triton else "Triton is not installed: slow"
+        compiler = shutil.which("cc") or shutil.which("gcc")
+        if has_triton and not compiler:
+            why += "; Triton needs a C compiler, which is missing"
+        facts["GPU"] = f"{asked(lambda: choose(torch.empty(0, device='cuda')))} ({why})"
+    return facts
+
+
+def self_test() -> dict[str, str]:
+    """Operators against their definition, and speeds."""
+    import torch
+
+    device = cli.pick_device("auto")
+    facts = {
+        "device": device,
+        "operators against the reference": asked(lambda: operators(device)),
+        "matrix products, float32": asked(lambda: products(device, torch.float32)),
+        "matrix products, bfloat16": asked(lambda: products(device, torch.bfloat16)),
+        "training, quick preset, 8 x 128": asked(lambda: training(device)),
+        "writing, quick preset": asked(lambda: writing(device)),
+    }
+    return facts
+
+
+def operators(device: str) -> str:
+    """Compare the scan and its gradients with the plain loop that defines it."""
+    import torch
+    from ysnake_kernels import backend, ssd_scan
+
+    torch.manual_seed(0)
+    shapes = {"x": (2, 70, 4, 16), "dt": (2, 70, 4), "B": (2, 70, 1, 16), "C": (2, 70, 1, 16)}
+    given = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    given["A"] = -torch.rand(4, device=device)
+
+    def found(exact: bool) -> list[torch.Tensor]:
+        leaves = {k: (t.double() if exact else t).requires_grad_() for k, t in given.items()}
+        if exact:
+            with backend("reference"):
+                y = ssd_scan(**leaves, dt_softplus=True)
+        else:
+            y = ssd_scan(**leaves, dt_softplus=True)
+        return [y, *torch.autograd.grad(y.square().sum(), list(leaves.values()))]
+
+    given = {name: t.detach() for name, t in given.items()}
+    pairs = list(zip(found(False), found(True), strict=True))
+    far = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+    return f"{'right' if far < 1e-3 else 'WRONG'}, largest relative error {far:.0e}"
+
+
+def repeated(work: Callable[[], object], device: str) -> float:
+    """The time of one call, in seconds: the fastest of those that fit into SECONDS."""
+    import torch
+
+    def once() -> float:
+        began = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return max(time.perf_counter() - began, 1e-9)
+
+    once()
+    until, best = time.perf_counter() + SECONDS, once()
+    while time.perf_counter() < until:
+        best = min(best, once())
+    return best
+
+
+def products(device: str, dtype) -> str:
+    import torch
+
+    size = 8192 if device == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return f"{2 * size**3 / repeated(lambda: a @ b, device) / 1e9:,.0f} GFLOP/s"
+
+
+def quick_model(device: str):
+    import torch
+
+    from ysnake.model import Model
+    from ysnake.model.config import PRESETS, ModelConfig
+
+    preset = PRESETS["quick"]
+    sizes = {name: preset.settings[name] for name in ("d_model", "n_layers", "d_state")}
+    torch.manual_seed(0)
+    return Model(ModelConfig(vocab_size=preset.max_vocab, **sizes)).to(device)
+
+
+def training(device: str) -> str:
+    import torch
+
+    model = quick_model(device)
+    ids = torch.randint(model.config.vocab_size, (8, 128), device=device)
+
+    def step() -> None:
+        model.zero_grad()
+        model.loss(ids, ids).backward()
+
+    return f"{ids.numel() / repeated(step, device):,.0f} tokens/s, without the optimiser"
+
+
+def writing(device: str) -> str:
+    import torch
+
+    from ysnake.inference.decoding import Decoder
+
+    model = quick_model(device)
+    decoder, state = Decoder(model), model.empty_state(1)
+    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    return f"{1 / repeated(lambda: decoder.step(ids, state), device):,.0f} tokens/s"
+
+
+if __name__ == "__main__":
+    cli.run(main)
