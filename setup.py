@@ -64,6 +64,7 @@ setup(
         "rich>=13.9",
         "matplotlib>=3.9",
     ],
+    entry_points={"console_scripts": ["ysnake = ysnake.__main__:console_script"]},
     extras_require={
         "serve": SERVE,
         "gguf": GGUF,
