@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def drawn_body(chance: random.Random, path: str) -> dict[str, Any]:
             else:
                 target = body[inner] if isinstance(body.get(inner), dict) else {}
                 body[inner] = target
-        target[chance.choice([*names, "unknown"])] = chance.choice(VALUES)
+        target[chance.choice([*names, "unknown"])] = deepcopy(chance.choice(VALUES))
     return body
 
 
