@@ -29,6 +29,7 @@ OPTIONS = "--d-model 32 --n-layers 2 --d-state 8 --head-dim 8 --seq-len 24 --bat
 OPTIONS += " --vocab-size 300 --threads 1 --max-steps 12 --eval-every 6 --checkpoint-every 1"
 ANIMALS = ("adder", "boa", "cobra", "krait", "mamba", "python", "viper")
 MOST_FAULTS = 10  # of one training
+CALLS = 120  # that write to the disk, until a training is killed: those of about six saves
 DISK = "64m"  # the size of the disk that can be filled, where one can be mounted
 
 
@@ -154,12 +155,11 @@ class Run:
 
     def kill(self) -> bool:
         """With -9, at any moment: one rank, or all as when the machine loses power."""
-        return self.struck(Blow(self.moment(), None, signal.SIGKILL, self.some_ranks()))
+        return self.struck(Blow(signal.SIGKILL, self.some_ranks(), self.moment()))
 
     def kill_in_save(self) -> bool:
-        """With -9, while a checkpoint is written."""
-        path = str(self.run / self.chance.choice(("last.new", "last.new", "best.new")))
-        return self.struck(Blow(self.moment(), path, signal.SIGKILL, self.some_ranks()))
+        """With -9, while a checkpoint or another file of the run is written."""
+        return self.struck(Blow(signal.SIGKILL, (0,), calls=self.chance.randint(1, CALLS)))
 
     def moment(self) -> float:
         """Seconds after the start; seldom so many that a resumed training has ended by then."""
@@ -178,7 +178,7 @@ class Run:
 
     def hang_up(self) -> bool:
         """The terminal is closed: what is done must be saved."""
-        blow = Blow(self.moment(), None, signal.SIGHUP, self.some_ranks())
+        blow = Blow(signal.SIGHUP, self.some_ranks(), self.moment())
         ended = self.go_on(blow=blow)
         if not any(ended.codes):
             return False

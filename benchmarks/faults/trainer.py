@@ -4,6 +4,7 @@
 a line of JSON on its standard output. Linux only, since it waits for processes by `pidfd_open`.
 """
 
+import itertools
 import json
 import os
 import resource
@@ -14,9 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+WRITING = ("fsync", "rename", "replace", "truncate")  # of `os`: most are within a save
 LONGEST = 180.0  # seconds that a training may take
 AFTER_FAILURE = 0.1  # seconds until torchrun ends the other ranks, and until they are told again
 
@@ -26,16 +31,16 @@ class Blow:
     """A signal to some ranks of a training, at a moment.
 
     Args:
-        seconds: when, after the start.
-        path: if given, the moment is when this file appears after that.
         signal: the number of the signal.
         ranks: which ranks it is sent to.
+        seconds: when, after the start.
+        calls: instead of a time, when each of them makes so many calls of `WRITING`.
     """
 
-    seconds: float
-    path: str | None = None
-    signal: int = 9
-    ranks: tuple[int, ...] = (0,)
+    signal: int
+    ranks: tuple[int, ...]
+    seconds: float = 0.0
+    calls: int | None = None
 
 
 @dataclass
@@ -125,15 +130,13 @@ def run(argv: list[str], processes: int, blow: Blow | None, file_limit: int | No
                 os.environ.update(launch)
                 if launch:
                     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+                if blow is not None and blow.calls is not None and rank in blow.ranks:
+                    strike_within(blow.calls, blow.signal)
                 train(argv, errors.fileno(), file_limit)
             pids.append(pid)
         codes = Ranks(pids)
-        if blow is not None:
-            over = codes.any_ended(blow.seconds)
-            while blow.path and not over and not os.path.exists(blow.path):
-                over = codes.any_ended(1e-4)
-            if not over:
-                codes.send(blow.signal, blow.ranks)
+        if blow is not None and blow.calls is None and not codes.any_ended(blow.seconds):
+            codes.send(blow.signal, blow.ranks)
         hung = codes.wait(began + LONGEST)
         errors.seek(0)
         text = errors.read().decode(errors="replace")
@@ -151,6 +154,19 @@ def launch_environment(processes: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def strike_within(calls: int, number: int) -> None:
+    """Send this process a signal when it makes so many calls of `WRITING`."""
+    made = itertools.count(1)
+
+    def counted(real: Callable, *arguments: Any, **more: Any) -> Any:
+        if next(made) == calls:
+            os.kill(os.getpid(), number)
+        return real(*arguments, **more)
+
+    for name in WRITING:
+        setattr(os, name, partial(counted, getattr(os, name)))
 
 
 def train(argv: list[str], errors: int, file_limit: int | None) -> None:
