@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -85,5 +86,6 @@ def test_snippets_run(page, code, tmp_path, monkeypatch):
     if "runs/mine" in code:
         (tmp_path / "runs/mine").mkdir(parents=True)
         saved(tmp_path).rename(tmp_path / "runs/mine/best")
+        shutil.copytree(tmp_path / "runs/mine/best", tmp_path / "runs/mine/last")
         monkeypatch.chdir(tmp_path)
     exec(compiled, given_scan())

@@ -1,0 +1,57 @@
+"""`ysnake.load`: completing, scoring and logits from Python."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from small import python, saved
+
+import ysnake
+from ysnake.shared.errors import InputError
+from ysnake.shared.shown import escape_controls
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("loaded"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return ysnake.load(folder)
+
+
+def test_generate_is_what_the_command_writes(folder, model, tmp_path):
+    options = ["--temperature", "0", "--max-tokens", "9"]
+    done = python("ysnake.run", folder, "--prompt", "The adder", *options, cwd=tmp_path)
+    text = model.generate("The adder", 9, temperature=0)
+    assert done.stdout == escape_controls(text, keep="\n\t") + "\n"
+    assert "".join(model.generate("The adder", 9, temperature=0, stream=True)) == text
+    assert model.generate("The adder", 9, temperature=0, stop=[text[3:5]]) == text[:3]
+
+
+def test_loss_follows_from_the_logits(model):
+    text = "The boa sleeps."
+    ids = torch.tensor([*model.tokenizer.encode(text).ids, model.decoder.model.config.eos_id])
+    logits = model.logits(text)
+    assert logits.shape == (len(ids), model.tokenizer.get_vocab_size())
+    full, _ = model.decoder.step(torch.tensor([[model.decoder.model.config.bos_id, *ids[:-1]]]))
+    expected = torch.nn.functional.cross_entropy(full[0], ids)
+    assert model.loss(text) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_wrong_arguments(model, tmp_path):
+    with pytest.raises(InputError, match="max_tokens"):
+        model.generate("a", 0)
+    with pytest.raises(InputError, match="temperature"):
+        model.generate("a", temperature=-1)
+    with pytest.raises(TypeError, match="mood"):
+        model.generate("a", mood=1)
+    with pytest.raises(InputError, match="nowhere"):
+        ysnake.load(tmp_path / "nowhere")
+
+
+def test_importing_it_does_not_import_torch():
+    code = "import sys, ysnake; ysnake.load; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
