@@ -1,5 +1,6 @@
 """Two import packages in one distribution: `ysnake`, and `ysnake_kernels` from kernels/."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,6 +11,10 @@ GGUF = ["gguf>=0.17"]
 # Torch for GPUs brings the Triton that it needs. Torch for CPUs brings none, and only tests and
 # benchmarks need one there.
 TRITON = ['triton>=3.6; platform_system == "Linux"']
+
+# Read as text, since importing the package would need what is not installed yet.
+INIT = Path("ysnake/__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
 
 # Python runs this line when it starts; see ysnake_dropin_hook.
 HOOK = "import os; os.environ.get('YSNAKE_DROPIN') and __import__('ysnake_dropin_hook')"
@@ -33,7 +38,7 @@ class BuildWithHook(build_py):
 
 setup(
     name="ysnake",
-    version="0.1.0",
+    version=VERSION,
     description="Why Snakes: train and run a Mamba-2 language model on any machine",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -70,7 +75,7 @@ setup(
         "gguf": GGUF,
         "test": [
             *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6"),
-            *("transformers>=5", "ruff>=0.12"),
+            *("transformers>=5", "ruff>=0.12", "mypy>=1.18"),
             "hypothesis>=6.100",
             *SERVE,
             *GGUF,
