@@ -1,4 +1,4 @@
-"""`python -m ysnake.evaluate`: how well a model predicts a text it has not seen."""
+"""`python -m ysnake.evaluate`: how well a model predicts text that it was not trained on."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +20,17 @@ class Options:
     data: Annotated[tuple[Path, ...], arg(metavar="PATH...")] = ()
     """Files and folders of documents, as for training."""
     max_documents: int | None = None
-    """Take so many documents only, in turn from each file."""
+    """Use at most this many documents, from each file in turn."""
     encoding: str = "utf-8"
     """Encoding of the files, for example utf-16 or cp1252."""
     text_field: Annotated[str, arg(metavar="NAME")] = "text"
     """Field of a .jsonl line that holds the document."""
     weights: Literal["float32", "int8"] = "float32"
-    """int8: measure what --weights int8 of ysnake.run writes with."""
+    """int8: measure the weights that `ysnake.run --weights int8` uses."""
     device: str = "auto"
-    """auto (CUDA, else CPU), cpu, cuda or mps."""
+    """auto (CUDA if available, else CPU), cpu, cuda or mps."""
     threads: int | None = None
-    """Threads on the CPU; by default one for each core."""
+    """CPU threads; by default one for each core."""
 
 
 def main(argv: list[str]) -> int:
@@ -40,9 +40,11 @@ def main(argv: list[str]) -> int:
     from ysnake.text import data
 
     if not options.data:
-        raise InputError("--data: expected files or folders to evaluate on")
+        raise InputError("expected files or folders to evaluate on", field="--data")
     if options.max_documents is not None and options.max_documents < 1:
-        raise InputError(f"--max-documents: expected at least 1, got {options.max_documents}")
+        raise InputError(
+            f"expected at least 1, got {options.max_documents}", field="--max-documents"
+        )
     corpus = data.open_corpus(options)
 
     from rich.progress import Progress
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> int:
         task = bar.add_task("reading", total=corpus.size)
         total = score(decoder, tokenizer, corpus.pieces(), lambda n: bar.advance(task, n))
     if total.tokens == 0:
-        raise InputError("--data: no text in these files")
+        raise InputError("no text in these files", field="--data")
     for line in [*corpus.left_out.lines(), total.warning()]:
         if line:
             console.print(line, markup=False)

@@ -23,11 +23,11 @@ class Options:
     path: Positional[Annotated[Path | None, arg(metavar="PATH")]] = None
     """A run or a checkpoint folder; by default the newest run."""
     checkpoint: Literal["best", "last"] | None = None
-    """Which checkpoint of a run; by default best where patience ended it, else last."""
+    """The checkpoint of the run; by default best if --patience ended training, else last."""
     gguf: Annotated[Path, arg(metavar="FILE")]
-    """The file to write; one of that name is replaced."""
+    """The file to write. An existing one is replaced."""
     type: Literal["f32", "f16", "q8_0"] = "f32"
-    """Of the matrices: exact, half the size, or about a quarter of it."""
+    """Type of the matrices: f32 is exact, f16 takes half the size, q8_0 about a quarter."""
 
 
 def main(argv: list[str]) -> int:

@@ -26,7 +26,9 @@ class Finder:
     """Finds a module by its former path, and loads the module that has taken its place."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name in NEW_PATHS else None
+        if name not in NEW_PATHS:
+            return None
+        return ModuleSpec(name, self)  # type: ignore[arg-type]  # a loader by its methods
 
     def create_module(self, spec: ModuleSpec) -> None:
         """None: Python makes an empty module, which `exec_module` replaces."""

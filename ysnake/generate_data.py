@@ -1,19 +1,19 @@
 """`python -m ysnake.generate_data`: let a language model in Ollama write a corpus.
 
-It is asked about English words, encyclopedia topics and days of the year, by prompts of our own.
-Each document is written the moment it is finished, whole or not at all, and a ledger beside the
-file remembers what was asked, so that a process stopped or killed is taken up where it was.
+It is asked about English words, encyclopedia topics and days of the year. Each document is written
+as soon as it is complete. A ledger beside the file records the questions, so that the same command
+continues after it was stopped or killed. The work is in `ysnake.data_generation`.
 """
 
 import asyncio
 import sys
 
 from ysnake.data_generation import ollama_client
+from ysnake.data_generation.document_store import open_stores
 from ysnake.data_generation.ledger import KEPT
 from ysnake.data_generation.ollama_client import ServerError
 from ysnake.data_generation.options import Options, check
-from ysnake.data_generation.shelf import open_shelves
-from ysnake.data_generation.writer import fill, report
+from ysnake.data_generation.writer import report, write_corpus
 from ysnake.shared import cli
 
 
@@ -22,11 +22,11 @@ def main(argv: list[str]) -> int:
     options = cli.parse(Options, argv, "generate_data")
     check(options)
     console = cli.console()
-    shelves, code = [], cli.DONE
+    stores, code = [], cli.DONE
     try:
         ollama_client.prepare(options.model, options.pull, console)
-        shelves = open_shelves(options)
-        asyncio.run(fill(shelves, options, console))
+        stores = open_stores(options)
+        asyncio.run(write_corpus(stores, options, console))
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         code = cli.FAILED
@@ -34,15 +34,15 @@ def main(argv: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         code = cli.INTERRUPTED
     finally:
-        for shelf in shelves:
-            shelf.close()
-    if shelves:
-        report(shelves, console)
+        for store in stores:
+            store.close()
+    if stores:
+        report(stores, console)
         if code != cli.DONE:
-            console.print("The same command goes on from here.")
-        elif any(shelf.wants for shelf in shelves):
-            console.print("Everything was asked from every angle; there is no more to ask.")
-        if any(shelf.counts[KEPT] for shelf in shelves):
+            console.print("The same command continues from here.")
+        elif any(store.needs_more for store in stores):
+            console.print("All questions have been asked; there are no more.")
+        if any(store.counts[KEPT] for store in stores):
             console.print(f"next: {cli.command_line('train')} --data {options.out}", markup=False)
     return code
 

@@ -1,4 +1,4 @@
-"""`python -m ysnake.run`: give text, get its completion, as it is written and at any length."""
+"""`python -m ysnake.run`: complete a text of any length, and print while writing."""
 
 import sys
 from dataclasses import dataclass, field
@@ -15,45 +15,45 @@ from ysnake.shared.errors import InputError
 
 @dataclass
 class Options:
-    """Complete text with a trained model. Without a prompt: a conversation line by line."""
+    """Complete text with a trained model. Without a prompt it completes each line that you type."""
 
     path: Positional[Annotated[Path | None, arg(metavar="PATH")]] = None
     """A run or a checkpoint folder; by default the newest run."""
     checkpoint: Literal["best", "last"] | None = None
-    """Which checkpoint of a run; by default best where patience ended it, else last."""
+    """The checkpoint of the run; by default best if --patience ended training, else last."""
     prompt: str | None = None
-    """Text to go on from. Left out: asked for line by line, or read from a pipe, whose last
-    line break does not count."""
+    """The text to complete. Without it you are asked line by line, or standard input is read; its
+    last line break is ignored."""
     prompt_file: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Read the prompt from this file, in UTF-8: a system limits the length of an argument."""
+    """Read the prompt from this file, in UTF-8. Systems limit the length of an argument."""
     max_tokens: int = 200
-    """Tokens to write at most."""
+    """Largest number of tokens to generate."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: Annotated[tuple[str, ...], arg(metavar="TEXT...")] = ()
-    """End where one of these texts appears; it is not printed."""
+    """Stop where one of these texts appears; it is not printed."""
     save_state: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Write what the model remembers after the prompt to this file, and complete nothing."""
+    """Save the model's state after the prompt to this file, and generate nothing."""
     load_state: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Go on from what another prompt left in this file."""
+    """Continue from the state in this file."""
     weights: Literal["float32", "int8"] = "float32"
-    """int8 writes faster on a CPU, and nearly the same."""
+    """int8 generates faster on a CPU. The output is nearly identical."""
     compile: bool = False
-    """Write faster on a CPU, for some seconds at the start: torch.compile, with a C++ compiler."""
+    """Generate faster on a CPU, after some seconds of compiling. Needs a C++ compiler."""
     device: str = "auto"
-    """auto (CUDA, else CPU), cpu, cuda or mps."""
+    """auto (CUDA if available, else CPU), cpu, cuda or mps."""
     threads: int | None = None
-    """Threads on the CPU; by default one for each core."""
+    """CPU threads; by default one for each core."""
 
 
 def main(argv: list[str]) -> int:
     """Complete as the command line says; returns the exit code."""
     options = cli.parse(Options, argv, "run")
     if options.max_tokens < 1:
-        raise InputError(f"--max-tokens: expected at least 1, got {options.max_tokens}")
+        raise InputError(f"expected at least 1, got {options.max_tokens}", field="--max-tokens")
     if "" in options.stop:
-        raise InputError("--stop: expected texts of at least one character")
+        raise InputError("expected texts of at least one character", field="--stop")
     if options.prompt is not None and options.prompt_file is not None:
-        raise InputError("--prompt-file: expected no --prompt beside it")
+        raise InputError("cannot be combined with --prompt", field="--prompt-file")
 
     from ysnake.checkpoints import checkpoint
 

@@ -29,8 +29,9 @@ def main(argv: list[str]) -> int:
 
         if not (is_local(options.host) or options.api_key or options.without_key):
             raise InputError(
-                f"--api-key: expected a key, as --host {options.host} lets other machines in; "
-                f"{KEY_VARIABLE} can hold it, and --without-key does without"
+                f"expected a key, as --host {options.host} lets other machines in; "
+                f"{KEY_VARIABLE} can hold it, and --without-key does without",
+                field="--api-key",
             )
         serve(options, listener)
     return cli.DONE

@@ -20,15 +20,17 @@ from ysnake.training.stopping import reason_to_end, summary
 def main(argv: list[str]) -> int:
     """Train as the command line says; returns the exit code."""
     sleep_soon()
-    with launch.heard_once():
-        settings = settings_of.parse(launch.restarted(argv))
+    with launch.printed_once():
+        settings = settings_of.parse(launch.resumed_after_restart(argv))
         sharing.check(settings)
         if settings.plan:
             console = cli.console()
             console.print(plan(settings, console))
             return cli.DONE
         cli.use_threads(settings.threads)
-    with parallel.joined(settings.device, settings.context_parallel, settings.shard) as ranks:
+    with parallel.process_group(
+        settings.device, settings.context_parallel, settings.shard
+    ) as ranks:
         return _train(settings, ranks)
 
 
@@ -42,7 +44,9 @@ def _train(settings: Settings, ranks: Ranks) -> int:
         fit(run, stop, console)
     progress = run.progress
     console.print(summary(run))
-    return {"interrupted": cli.INTERRUPTED, "diverged": cli.FAILED}.get(progress.ended, cli.DONE)
+    return {"interrupted": cli.INTERRUPTED, "diverged": cli.FAILED}.get(
+        progress.ended or "", cli.DONE
+    )
 
 
 if __name__ == "__main__":

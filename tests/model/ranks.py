@@ -62,8 +62,8 @@ def gradients(rank, size, out, context, documents, length, sharded=False, counte
 
     spread = copy.deepcopy(whole)
     spread.zero_grad()
-    loss_of = ranks.spread(spread, "cpu")
-    part = ranks.part(pieces)
+    loss_of = ranks.distribute(spread, "cpu")
+    part = ranks.own_part(pieces)
     tensors = [torch.from_numpy(a) for a in (part.ids, part.targets, part.seq_idx)]
     loss = loss_of(*tensors)
     (loss * size).backward()
@@ -109,8 +109,8 @@ def memory(rank, size, out, context, length, **sizes):
     torch.manual_seed(0)
     model = tiny_model(**sizes)
     ranks = Ranks(rank, size, context, False, None)
-    loss_of = ranks.spread(model, "cpu")
-    part = ranks.part(a_batch(1, length, 3))
+    loss_of = ranks.distribute(model, "cpu")
+    part = ranks.own_part(a_batch(1, length, 3))
     tensors = [torch.from_numpy(a) for a in (part.ids, part.targets, part.seq_idx)]
     short = [t[:, :64] for t in tensors[:2]] + [tensors[2][:, : 64 + (context > 1)]]
     loss_of(*short).backward()  # so that the process has grown as much as it does by itself

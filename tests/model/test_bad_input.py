@@ -119,7 +119,7 @@ LIST = {
         *(train, *NEW, "--vocab-size", "9", "--tokenizer", "word"),
     ),
     "--max-documents: expected at least 1, got 0": (train, *NEW, "--max-documents", "0"),
-    "there: exists already; --resume goes on with a run": (train, *NEW, "--run", "there"),
+    "there: already exists; --resume continues a run": (train, *NEW, "--run", "there"),
     "snakes.txt/run: Not a directory": (train, *NEW, "--run", "snakes.txt/run"),
     f"{'long' * 100}: File name too long": (train, *NEW, "--run", "long" * 100),
     "nowhere: no such checkpoint folder": (train, *NEW, "--from", "nowhere"),

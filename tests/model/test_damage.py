@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder, caplog, where, me
     again = resume.resume(options, Ranks(), Console(quiet=True))
     assert again.progress.step == 5
     assert message in caplog.text
-    assert f"goes on from {folder / 'last.old'}" in caplog.text
+    assert f"continues from {folder / 'last.old'}" in caplog.text
     assert {path.name for path in folder.glob("last*")} == {"last", "last.damaged"}
 
 

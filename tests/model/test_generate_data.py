@@ -21,8 +21,7 @@ import pytest
 from small import environment, python
 
 from ysnake import generate_data as generator
-from ysnake.data_generation import questions
-from ysnake.data_generation import shelf as shelves
+from ysnake.data_generation import document_store, questions
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 from ysnake.text import data, prose
@@ -337,9 +336,9 @@ def ledger(folder, kind="words"):
     return folder / "corpus" / f".{kind}.jsonl"
 
 
-def shelf(folder):
+def store(folder):
     folder.mkdir(exist_ok=True)
-    return shelves.Shelf(folder, "words", 10, 0)
+    return document_store.DocumentStore(folder, "words", 10, 0)
 
 
 def test_torn_anywhere(tmp_path, monkeypatch):
@@ -347,13 +346,13 @@ def test_torn_anywhere(tmp_path, monkeypatch):
     third is either whole or asked for again."""
     asked = list(islice(questions.tasks("words", 0), 4))
     texts = [document(task.entry) for task in asked[:3]]
-    opened = shelf(tmp_path / "corpus")
+    opened = store(tmp_path / "corpus")
     for task, text in zip(asked[:2], texts, strict=False):
-        opened.put(task, text, False, 40)
+        opened.add(task, text, False, 40)
     before = {path: path.read_bytes() for path in (tmp_path / "corpus").iterdir()}
     writes = []
-    monkeypatch.setattr(shelves, "append", lambda file, data, _: writes.append((file, data)))
-    opened.put(asked[2], texts[2], False, 40)
+    monkeypatch.setattr(document_store, "append", lambda file, data, _: writes.append((file, data)))
+    opened.add(asked[2], texts[2], False, 40)
     monkeypatch.undo()
     opened.close()
     assert len(before) == len(writes) == 2
@@ -365,7 +364,7 @@ def test_torn_anywhere(tmp_path, monkeypatch):
     for state in states:
         for path, content in state.items():
             path.write_bytes(content)
-        reopened = shelf(tmp_path / "corpus")
+        reopened = store(tmp_path / "corpus")
         whole = state == states[-1]
         assert documents(tmp_path) == texts[: 3 if whole else 2]
         assert next(reopened.tasks) == asked[3 if whole else 2]
@@ -375,14 +374,14 @@ def test_torn_anywhere(tmp_path, monkeypatch):
 def test_a_file_of_another_hand_is_left_alone(tmp_path):
     (tmp_path / "words.txt").write_text("my own words\n")
     with pytest.raises(InputError, match=r"words\.txt: expected 0 bytes.*got 13"):
-        shelf(tmp_path)
+        store(tmp_path)
     assert (tmp_path / "words.txt").read_text() == "my own words\n"
 
 
 def test_a_damaged_ledger_is_named(tmp_path):
     (tmp_path / ".words.jsonl").write_text("{}}\n")
     with pytest.raises(InputError, match=r"words\.txt: .*\.words\.jsonl, is damaged"):
-        shelf(tmp_path)
+        store(tmp_path)
 
 
 ANSWER = {"entry": "boa", "prompt": 0, "verdict": "kept", "at": 0, "bytes": 13}
@@ -411,17 +410,17 @@ def test_a_ledger_of_another_hand_is_refused(tmp_path, records):
     (tmp_path / ".words.jsonl").write_text(text)
     (tmp_path / "words.txt").write_text("my own words\n")
     with pytest.raises(InputError, match=r"words\.txt: .*\.words\.jsonl, is damaged"):
-        shelf(tmp_path)
+        store(tmp_path)
     assert (tmp_path / ".words.jsonl").read_text() == text
     assert (tmp_path / "words.txt").read_text() == "my own words\n"
 
 
 def test_one_process_at_a_time(tmp_path):
-    opened = shelf(tmp_path)
+    opened = store(tmp_path)
     with pytest.raises(InputError, match=r"words\.txt: another process is writing it"):
-        shelf(tmp_path)
+        store(tmp_path)
     opened.close()
-    shelf(tmp_path).close()
+    store(tmp_path).close()
 
 
 def test_what_is_dropped(server, tmp_path):
@@ -459,7 +458,7 @@ def test_nothing_left_to_ask(server, tmp_path, monkeypatch):
     done = generate(server, tmp_path, "--kinds", "dates", "--count", "9")
     assert done.returncode == 0, done.stderr
     assert "dates.txt: 4 of 9 documents" in done.stdout
-    assert "there is no more to ask" in done.stdout
+    assert "there are no more" in done.stdout
     assert len(set(server.prompts())) == len(server.asked) == 4
 
 
@@ -475,11 +474,11 @@ def test_an_answer_at_the_limit_ends_with_its_last_sentence(server, tmp_path):
 def test_a_thought_that_is_cut_at_the_limit_is_not_kept(tmp_path):
     """A model whose template opens a thought: only its whole answers show where it ends."""
     (tmp_path / "corpus").mkdir()
-    one = shelf(tmp_path / "corpus")
+    one = store(tmp_path / "corpus")
     whole, cut = document("copper"), document("tin")
-    one.put(questions.Task("a", 0), f"The user wants copper.</think>{whole}", False, 5)
-    one.put(questions.Task("b", 0), f"The user wants tin. {document('thought')}", True, 5)
-    one.put(questions.Task("c", 0), f"The user wants tin.</think>{cut} And", True, 5)
+    one.add(questions.Task("a", 0), f"The user wants copper.</think>{whole}", False, 5)
+    one.add(questions.Task("b", 0), f"The user wants tin. {document('thought')}", True, 5)
+    one.add(questions.Task("c", 0), f"The user wants tin.</think>{cut} And", True, 5)
     one.close()
     assert documents(tmp_path) == [whole, cut]
     assert one.counts["stub"] == 1
@@ -506,7 +505,7 @@ def test_a_server_that_breaks_off(server, tmp_path, fault):
     assert f"error: {server.host}: broke off in the middle of an answer" in done.stderr
     assert "Traceback" not in done.stderr
     assert "2 of 5 documents" in done.stdout
-    assert "The same command goes on from here." in done.stdout
+    assert "The same command continues from here." in done.stdout
     assert documents(tmp_path) == [document(prompt) for prompt in server.prompts()[:2]]
     assert (tmp_path / "corpus/words.txt").read_text().endswith(".\n")
     done = generate(server, tmp_path, *command)
@@ -595,7 +594,7 @@ def test_interrupted(server, tmp_path):
     said, _ = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "interrupted" in said
-    assert "The same command goes on from here." in said
+    assert "The same command continues from here." in said
     assert "Traceback" not in said
     answers = {document(prompt) for prompt in server.prompts()}
     assert all(text in answers for kind in questions.KINDS for text in documents(tmp_path, kind))

@@ -216,7 +216,7 @@ def test_a_sharded_optimizer_that_cannot_be_written_or_read_is_named(store, tmp_
     (tmp_path / "file").touch()
     with parallel.joined("cpu", 1, True) as ranks:
         one = model()
-        ranks.spread(one, "cpu")
+        ranks.distribute(one, "cpu")
         optimizer = make_optimizer(one, 0.1)
         make_moments(optimizer)
         with pytest.raises(InputError, match=r"file/x: cannot be written \(.*Not a directory"):
@@ -280,7 +280,10 @@ WRONG = {
     "--seq-len: 24 tokens cannot be split evenly over the 5": (5, ["--context-parallel", "5"]),
     "--seq-len: 2 tokens for each of 12 processes are fewer": (12, ["--context-parallel", "12"]),
     "--memory: plans for one process": (2, ["--memory", "8GB"]),
-    "--carry-state: hands states on in time": (2, ["--context-parallel", "2", "--carry-state"]),
+    "--carry-state: cannot be combined with --context-parallel": (
+        2,
+        ["--context-parallel", "2", "--carry-state"],
+    ),
     "--device: expected auto, cpu or cuda": (2, ["--device", "mps"]),
     "--shard: needs several processes; start them with torchrun": (None, ["--shard"]),
     "--context-parallel: needs several processes": (None, ["--context-parallel", "2"]),
@@ -293,7 +296,7 @@ def test_wrong_combinations_are_said_by_one_rank(tmp_path, monkeypatch, message)
     monkeypatch.chdir(tmp_path)
     size, options = WRONG[message]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch, "TO_BE_NAMED", 0)
+    monkeypatch.setattr(launch, "REPORT_TIME", 0)
     for rank in (0,) if size is None else (0, size - 1):
         if size is not None:
             monkeypatch.setenv("WORLD_SIZE", str(size))

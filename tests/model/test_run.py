@@ -154,7 +154,7 @@ def test_a_prompt_in_pieces_equals_one_piece(monkeypatch):
     ids = torch.randint(300, (50,)).tolist()
     whole, pieces = Context(model(), 300), Context(model(), 300)
     whole.feed(ids)
-    monkeypatch.setattr(generate, "PIECE", 7)
+    monkeypatch.setattr(generate, "PROMPT_STEP", 7)
     pieces.feed(ids)
     torch.testing.assert_close(whole.logits, pieces.logits)
     assert torch.equal(whole.seen, pieces.seen)

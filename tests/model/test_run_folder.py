@@ -155,7 +155,7 @@ def test_a_folder_that_appears_while_a_run_begins_is_kept(tmp_path):
         taken.mkdir(exist_ok=True)
         (taken / "mine").touch()
 
-    with pytest.raises(InputError, match="exists already"):
+    with pytest.raises(InputError, match="already exists"):
         run_folder.make(taken, taken, fill)
     folder, _ = run_folder.make(None, taken, fill)
     assert folder == tmp_path / "runs/new-2"
@@ -199,10 +199,18 @@ def test_a_new_start_after_a_restart_of_the_launcher_goes_on(tmp_path, data, mon
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     run = tmp_path / "runs/mine"
     assert entry(train.main, *argv, "--run", run)[0] == 0
-    assert launch.restarted(argv) == argv
+    assert launch.resumed_after_restart(argv) == argv
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert launch.restarted([*argv, "--run", str(run)])[-3:] == ["--resume", "--run", str(run)]
-    assert launch.restarted(argv)[-3:] == ["--resume", "--run", os.path.join("runs", "mine")]
+    assert launch.resumed_after_restart([*argv, "--run", str(run)])[-3:] == [
+        "--resume",
+        "--run",
+        str(run),
+    ]
+    assert launch.resumed_after_restart(argv)[-3:] == [
+        "--resume",
+        "--run",
+        os.path.join("runs", "mine"),
+    ]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
-    assert launch.restarted(argv) == argv
+    assert launch.resumed_after_restart(argv) == argv
     assert json.loads((run / "settings.json").read_text())["resume"] is False

@@ -24,7 +24,7 @@ from small import environment, python, saved
 from ysnake.checkpoints import checkpoint
 from ysnake.inference.batch import Batch, Job
 from ysnake.inference.decoding import Decoder
-from ysnake.inference.generate import Context, choose, draw, luck
+from ysnake.inference.generate import Context, choose, draw, random_generator
 from ysnake.inference.sampling import Sampling
 from ysnake.shared.shown import escape_controls
 from ysnake.text.tokenizer import decode
@@ -497,9 +497,9 @@ def test_each_row_is_drawn_in_its_own_way():
     ways = [{}, {}, {"top_k": 400}, {"temperature": 0}, {"repetition_penalty": 1.5}, {"top_p": 1}]
     samplings = [Sampling(**way) for way in ways]
     for seed in range(20):
-        together = draw(logits, seen, samplings, [luck(seed + i) for i in range(6)])
+        together = draw(logits, seen, samplings, [random_generator(seed + i) for i in range(6)])
         for i, (token, sampling) in enumerate(zip(together, samplings, strict=True)):
-            assert token == choose(logits[i], seen[i], sampling, luck(seed + i))
+            assert token == choose(logits[i], seen[i], sampling, random_generator(seed + i))
 
 
 def finished(tokenizer, m, jobs, **settings):
@@ -527,8 +527,8 @@ def finished(tokenizer, m, jobs, **settings):
 def test_rows_that_come_and_go_do_not_touch_each_other(folder, monkeypatch):
     from ysnake.inference import batch, generate
 
-    monkeypatch.setattr(batch, "PIECE", 7)  # prompts are read in turns
-    monkeypatch.setattr(generate, "PIECE", 7)
+    monkeypatch.setattr(batch, "PROMPT_STEP", 7)  # prompts are read in turns
+    monkeypatch.setattr(generate, "PROMPT_STEP", 7)
     tokenizer, m = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
     asked = [
         ((0, *range(5, 5 + 3 * i)), Sampling(seed=i, repetition_penalty=1 + i % 2), 4 + 5 * i % 17)

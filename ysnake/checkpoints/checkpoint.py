@@ -1,7 +1,8 @@
-"""Checkpoints: a folder that is a Hugging Face Mamba2 checkpoint, written whole or not at all.
+"""Checkpoints: folders in the format of Hugging Face's Mamba2, written completely or not at all.
 
-The one before stays beside it, for the day that it is damaged. What is read may come from anybody:
-nothing in it can run code, and its size on disk bounds the memory that it takes.
+The checkpoint before stays beside a new one, in case the new one is damaged. A checkpoint that is
+read may come from anybody: nothing in it can run code, and the size of its files limits the memory
+that it takes.
 """
 
 import json
@@ -37,10 +38,10 @@ from ysnake.shared.shown import escape_controls
 from ysnake.text import tokenizer as tokenizers
 
 WEIGHTS = "model.safetensors"
-SHARDS = "model.safetensors.index.json"  # of others: the list of several such files
-PICKLED = "pytorch_model.bin"  # of others: written by torch.save
+SHARDS = "model.safetensors.index.json"  # a list of several such files, as others write it
+PICKLED = "pytorch_model.bin"  # written by torch.save, as others do
 STATE = "training_state.pt"
-OPTIMIZER = "optimizer"  # of a sharded run: a folder of its own
+OPTIMIZER = "optimizer"  # a folder, in the checkpoint of a sharded run
 PROGRESS = "progress.json"
 LONGEST_SAVE = 600  # seconds that a save waits for another process to save the same folder
 
@@ -55,23 +56,23 @@ def save(
     progress: dict[str, Any] | None = None,
     optimizer: Path | None = None,
 ) -> None:
-    """Write a checkpoint folder once it is whole; one of that name becomes `folder`.old.
+    """Write a checkpoint folder, completely or not at all. An existing one becomes `folder`.old.
 
     Args:
         folder: its parent must exist.
-        model: saved in float32 or its own dtype; a factorised head as its product.
-        tokenizer: saved beside it.
-        training: what resuming needs, tensors and plain values; read back by `load_training`.
-        progress: the same for people: plain values.
-        optimizer: a folder that becomes a part of this one.
+        model: saved in its dtype. A factorised head is saved as its product.
+        tokenizer: of the model.
+        training: tensors and plain values that resuming needs; `load_training` reads them.
+        progress: plain values about the run, for people.
+        optimizer: a folder that is moved into this one.
 
     Raises:
-        InputError: a file cannot be written; it is named, and the folder is as it was.
+        InputError: a file cannot be written. The message names it; the folder is unchanged.
     """
     folder = _named_in_utf8(folder)
     new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
     config, generation = to_hugging_face(model.config), _generation_config(model.config, tokenizer)
-    files: dict[str, Callable[[Path], None]] = {
+    files: dict[str, Callable[[Path], object]] = {
         "config.json": lambda path: _write_json(path, config),
         "generation_config.json": lambda path: _write_json(path, generation),
         WEIGHTS: lambda path: save_file(_weights(model), path, {"format": "pt"}),
@@ -97,7 +98,9 @@ def save(
                     write(path)
                 sync(new)
                 path = folder
-                if folder.exists():  # else a save was cut short here before
+                if (
+                    folder.exists()
+                ):  # if not, an earlier save was interrupted between the two renames
                     shutil.rmtree(old, ignore_errors=True)
                     folder.rename(old)
                 new.rename(folder)
@@ -105,13 +108,17 @@ def save(
             except BaseException:
                 shutil.rmtree(new, ignore_errors=True)
                 raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors: a full disk
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors, on a full disk
         raise InputError(f"{path}: cannot be written ({_reason(error)})") from error
 
 
 def sync(folder: Path, contents: bool = True) -> None:
-    """Wait until a folder, and the files in it and below, are on the disk."""
-    windows = os.name == "nt"  # syncs files that are open for writing, and no folders
+    """Wait until a folder and all files in it are on the disk."""
+    windows = os.name == "nt"  # can sync only files that are open for writing
     for path in [*(folder.rglob("*") if contents else ()), folder]:
         if windows and path.is_dir():
             continue
@@ -123,7 +130,7 @@ def sync(folder: Path, contents: bool = True) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Why something could not be written; torch tells only in the error that its own came from."""
+    """Why a file could not be written. Torch's error hides the reason in the error before it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
@@ -131,7 +138,7 @@ def _reason(error: BaseException) -> str:
 
 
 def find(folder: Path | str) -> Path:
-    """The folder itself, or the one set aside when a save was cut short between two renames."""
+    """The folder, or its .old folder if a save was interrupted between its two renames."""
     folder = _named_in_utf8(folder)
     old = folder.with_name(folder.name + ".old")
     if not folder.exists() and old.exists():
@@ -142,7 +149,7 @@ def find(folder: Path | str) -> Path:
 
 
 def _named_in_utf8(folder: Path | str) -> Path:
-    """The folder, unless its path is one that safetensors and tokenizers cannot open."""
+    """The folder. Raises InputError if safetensors and tokenizers cannot open such a path."""
     try:
         str(folder).encode()
     except UnicodeEncodeError as error:
@@ -151,10 +158,10 @@ def _named_in_utf8(folder: Path | str) -> Path:
 
 
 def newest_good(folder: Path | str, read: Callable[[Path], Read]) -> tuple[Path, Read]:
-    """A checkpoint folder and what `read` makes of it; a damaged one is passed over.
+    """Read a checkpoint folder, or the checkpoint before it if that is damaged.
 
-    Then the one before takes its place, if `read` can read that, and a warning names what is
-    damaged.
+    Returns the folder, and what `read` returned for it. If the older one is used, a warning names
+    the damage.
     """
     folder = find(folder)
     old = folder.with_name(folder.name + ".old")
@@ -166,13 +173,13 @@ def newest_good(folder: Path | str, read: Callable[[Path], Read]) -> tuple[Path,
         found = read(old)
     except InputError:
         raise damage from None
-    warning = escape_controls(f"warning: {damage}; goes on from {old}, the one before")
+    warning = escape_controls(f"warning: {damage}; continues from {old}, the checkpoint before")
     logging.getLogger(__name__).warning("%s", warning)
     return old, found
 
 
 def put_back(good: Path, folder: Path) -> None:
-    """Let a checkpoint that was set aside be `folder` again; what is there becomes .damaged."""
+    """Make the checkpoint `good` the one at `folder`; the one there becomes `folder`.damaged."""
     damaged = folder.with_name(folder.name + ".damaged")
     if folder.exists():
         shutil.rmtree(damaged, ignore_errors=True)
@@ -181,9 +188,10 @@ def put_back(good: Path, folder: Path) -> None:
 
 
 def resolve(path: Path | str, which: str | None = None) -> Path:
-    """The checkpoint folder that `path` means: itself, or one of a run folder's two.
+    """The checkpoint folder for a path to a checkpoint or to a run.
 
-    Of a run it is `which`, "best" or "last"; None is best/ where patience ended it, else last/.
+    In a run it is `which`, "best" or "last". None means best/ if --patience ended the run, else
+    last/.
     """
     path = Path(path)
     of_a_run = any((path / name).is_dir() for name in ("last", "last.old", "best"))
@@ -196,7 +204,7 @@ def resolve(path: Path | str, which: str | None = None) -> Path:
 
 
 def _ended(folder: Path) -> str | None:
-    """How the training ended that a checkpoint is of, where it says so."""
+    """How the training of this checkpoint ended, if it has ended and the checkpoint says so."""
     path = folder / PROGRESS
     if not path.is_file():
         return None
@@ -209,7 +217,7 @@ def _ended(folder: Path) -> str | None:
 def load_all(
     path: Path | str, which: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Path, Tokenizer, Model]:
-    """The checkpoint that `resolve` finds, or the one before it where that is damaged."""
+    """Load the checkpoint that `resolve` finds, or the one before it if that is damaged."""
     folder, (tokenizer, model) = newest_good(
         resolve(path, which), lambda folder: (load_tokenizer(folder), load(folder, device))
     )
@@ -217,13 +225,13 @@ def load_all(
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> Model:
-    """Read a model from a folder of ours, of Hugging Face's Mamba2, or of state-spaces/mamba2-*.
+    """Load a model from a folder of ysnake, of Hugging Face's Mamba2, or of state-spaces/mamba2-*.
 
-    Weights of 16 bits become float32, exactly: a CPU is slow in anything else, and training needs
-    the precision.
+    16-bit weights become float32, without loss: a CPU is slow in 16 bits, and training needs the
+    precision.
 
     Raises:
-        InputError: a file is missing, damaged, or of another shape than config.json says.
+        InputError: a file is missing or damaged, or a shape does not match config.json.
     """
     folder = find(folder)
     config = load_config(folder)
@@ -239,12 +247,14 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> Model:
 
 
 def _read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The weights by our names, in float32 or float64, once they are known to fit `config`."""
+    """The weights by their names in our model, in float32 or float64. Checks that they fit."""
     path = next((folder / n for n in (WEIGHTS, SHARDS, PICKLED) if (folder / n).is_file()), None)
     if path is None:
         raise InputError(f"{folder / WEIGHTS}: no such file")
     if path.name == PICKLED:
-        largest = 16 * config.n_in_matrices + HEADER  # float64, a tied embedding twice, and more
+        largest = (
+            16 * config.n_in_matrices + HEADER
+        )  # float64, a tied embedding twice, and a header
         if path.stat().st_size > largest:
             raise InputError(f"{path}: larger than the model that config.json describes")
         weights = check_tensors(path, read_pickled(path))
@@ -255,7 +265,7 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
         files = [folder / name for name in names]
         shapes = {name: shape for file in files for name, shape in read_shapes(file).items()}
         _check_shapes(path, shapes, config)
-        for file in files:  # not before its size is known to be right
+        for file in files:  # after the shapes, which bound its size
             manifest.verify(file)
         weights = {name: t for file in files for name, t in read_safetensors(file).items()}
     for name, weight in weights.items():
@@ -264,7 +274,7 @@ def _read_weights(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
     return {
         weight_name(name): t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
         for name, t in weights.items()
-        if not (config.tied and name == "lm_head.weight")  # it is the embedding
+        if not (config.tied and name == "lm_head.weight")  # the embedding is used instead
     }
 
 
@@ -291,11 +301,11 @@ def _check_shapes(path: Path, found: Shapes, config: ModelConfig) -> None:
 
 
 def _shapes(config: ModelConfig) -> Shapes:
-    """The names and shapes of a model's weights, at no cost."""
+    """The names and shapes of the weights of a model, without allocating them."""
     with torch.device("meta"):
         one = Model(replace(config, n_layers=1)).state_dict()
     layer = "backbone.layers.0."
-    shapes = {}
+    shapes: Shapes = {}
     for name, weight in one.items():
         each = range(config.n_layers if name.startswith(layer) else 1)
         names = (name.replace(layer, f"backbone.layers.{i}.", 1) for i in each)
@@ -319,7 +329,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     """Read the tokenizer of a checkpoint.
 
     Raises:
-        InputError: it is missing, or not the one that this model was trained with.
+        InputError: it is missing, or does not fit the model.
     """
     folder = find(folder)
     path = folder / tokenizers.FILE
@@ -335,13 +345,13 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     last = max(tokenizer.get_vocab().values(), default=-1)
     if last >= rows:
         raise InputError(f"{path}: token {last} does not fit a model with {rows} rows")
-    if not rows - 4 * VOCAB_MULTIPLE < size <= rows:  # others pad to larger multiples than we do
+    if not rows - 4 * VOCAB_MULTIPLE < size <= rows:  # others pad to larger multiples
         raise InputError(f"{path}: {size} tokens do not fit a model with {rows} rows")
     return tokenizer
 
 
 def load_training(folder: Path | str) -> dict[str, Any]:
-    """What `save` was given as `training`; nothing in the file can run code."""
+    """Read what `save` got as `training`. Nothing in the file can run code."""
     path = find(folder) / STATE
     if not path.is_file():
         raise InputError(f"{path}: no such file, so training cannot be resumed from here")
@@ -351,14 +361,14 @@ def load_training(folder: Path | str) -> dict[str, Any]:
 
 
 def head_factors(model: Model) -> dict[str, torch.Tensor]:
-    """The factors of a factorised head, which the saved weights only hold the product of."""
+    """The factors of a factorised head. The saved weights contain only their product."""
     return model.lm_head.state_dict() if isinstance(model.lm_head, FactorisedHead) else {}
 
 
 def with_factors(model: Model, factors: dict[str, torch.Tensor], output_size: int) -> Model:
-    """The loaded model with its head taken apart again into the factors it is trained as."""
-    model.config = replace(model.config, output_size=output_size)
-    model.lm_head = FactorisedHead(model.config)
+    """Replace the head of a loaded model by the two factors that are trained."""
+    c = model.config = replace(model.config, output_size=output_size)
+    model.lm_head = FactorisedHead(c.d_model, output_size, c.vocab_size)
     model.lm_head.load_state_dict(factors)
     return model
 
@@ -381,7 +391,7 @@ def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
         "pad_token_id": config.pad_id,
     }
     if tokenizer is not None and tokenizer.get_vocab_size() < config.vocab_size:
-        # rows that only pad the embedding stand for no token
+        # rows that only pad the embedding are no tokens
         out["suppress_tokens"] = list(range(tokenizer.get_vocab_size(), config.vocab_size))
     return out
 
@@ -391,5 +401,5 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_pickled(path: Path, content: dict[str, Any]) -> None:
-    with path.open("wb") as file:  # opened here, so that an error of the disk is known
+    with path.open("wb") as file:  # opened here, so that an OSError says why it fails
         torch.save(content, file)

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face and of state-spaces, to and from our sizes.
+"""Translating config.json, of Hugging Face and of state-spaces, to and from our ModelConfig.
 
 Only this file knows the names that these projects give to the sizes of a model.
 """
@@ -30,7 +30,7 @@ _HUGGING_FACE_NAMES = {
     "eos_id": "eos_token_id",
     "pad_id": "pad_token_id",
 }
-# What Hugging Face assumes where a config.json leaves a field out and ours differs.
+# Defaults of Hugging Face for missing fields, where they differ from ours.
 _HUGGING_FACE_DEFAULTS = {
     "n_groups": 8,
     "tie_word_embeddings": False,
@@ -42,9 +42,9 @@ _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "state_size", "head_
 
 
 def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
-    """The content of config.json, every field of Mamba2Config written out.
+    """The content of config.json, with every field of Mamba2Config.
 
-    A factorised head is saved as its product, so it is an ordinary untied head there.
+    A factorised head is saved as its product, so there it is an ordinary untied head.
     """
     out: dict[str, Any] = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}
     out |= {theirs: getattr(config, ours) for ours, theirs in _HUGGING_FACE_NAMES.items()}
@@ -53,7 +53,7 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         "chunk_size": config.chunk_size or 256,
         "hidden_act": "silu",
         "initializer_range": 0.02,
-        "rescale_prenorm_residual": False,  # it would rescale again what is loaded
+        "rescale_prenorm_residual": False,  # else loading would rescale the weights again
         "time_step_rank": math.ceil(config.d_model / 16),
         "use_cache": True,
         "dtype": "float32",
@@ -64,10 +64,10 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_json(content: Any) -> ModelConfig:
-    """The model that the content of a config.json describes, Hugging Face's or state-spaces'.
+    """The configuration in a config.json of Hugging Face or of state-spaces.
 
     Raises:
-        InputError: not a Mamba-2 configuration, or one that this model cannot be.
+        InputError: not a Mamba-2 configuration, or one that is not supported.
     """
     if not isinstance(content, dict):
         raise InputError(f"expected an object, got {type(content).__name__}")
@@ -81,10 +81,10 @@ def from_json(content: Any) -> ModelConfig:
 
 
 def from_hugging_face(content: dict[str, Any]) -> ModelConfig:
-    """The model that a config.json describes; its chunk size is left to the operators.
+    """The configuration in a config.json of Hugging Face. The operators choose the chunk size.
 
     Raises:
-        InputError: not a Mamba-2 configuration, or one that this model cannot be.
+        InputError: not a Mamba-2 configuration, or one that is not supported.
     """
     if content.get("model_type") != "mamba2":
         raise InputError(f"expected model_type mamba2, got {content.get('model_type')}")
@@ -124,7 +124,7 @@ _STATE_SPACES_NAMES = {
     "dt_floor": "dt_init_floor",
     "dt_limit": "dt_limit",
 }
-# What a state-spaces model is that this one can be: any other value is refused.
+# The values of these fields that are supported. Any other value is refused.
 _STATE_SPACES_MODEL = {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}
 _STATE_SPACES_LAYER = {
     "d_ssm": None,
@@ -132,17 +132,17 @@ _STATE_SPACES_LAYER = {
     "rmsnorm": True,
     "norm_before_gate": False,
 }
-# What changes nothing in the weights or the result.
+# Fields that change neither the weights nor the result.
 _STATE_SPACES_IGNORED = {"layer", "A_init_range", "conv_init", "chunk_size", "use_mem_eff_path"}
 
 
 def from_state_spaces(content: dict[str, Any]) -> ModelConfig:
-    """The model that a config.json of state-spaces/mamba2-* describes.
+    """The configuration in a config.json of state-spaces/mamba2-*.
 
-    It names no special tokens: they are 0, `<|endoftext|>` in the tokenizer those models share.
+    It names no special tokens. All are 0, `<|endoftext|>` in the tokenizer that these models share.
 
     Raises:
-        InputError: not a Mamba-2 configuration, or one that this model cannot be.
+        InputError: not a Mamba-2 configuration, or one that is not supported.
     """
     layer = content["ssm_cfg"]
     if layer.get("layer") != "Mamba2":
@@ -172,5 +172,5 @@ def from_state_spaces(content: dict[str, Any]) -> ModelConfig:
 
 
 def weight_name(name: str) -> str:
-    """The name that a weight of a Hugging Face or state-spaces checkpoint has in the model."""
+    """The name in our model of a weight in a Hugging Face or state-spaces checkpoint."""
     return name.replace("backbone.embedding.", "backbone.embeddings.")

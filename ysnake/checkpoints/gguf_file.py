@@ -1,7 +1,7 @@
-"""A model as a GGUF file, which llama.cpp, Ollama and what builds on them read.
+"""Writing a model as a GGUF file, which llama.cpp, Ollama and programs based on them read.
 
-The file says what llama.cpp's own converter would say of the same checkpoint, our tokenizer
-included.
+The file has the content that llama.cpp's own converter would write for the same checkpoint and our
+tokenizer.
 """
 
 import json
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
     from ysnake.model.network import Model
 
-CONTEXT = 2**20  # no model of this kind has a limit, but the format asks for one
+CONTEXT = 2**20  # the format requires a limit; such a model has none
 
 
 def write_gguf(file: Path, model: "Model", tokenizer: "Tokenizer", type: str, name: str) -> None:
-    """Write the model to `file` once all of it is known to be expressible, whole or not at all.
+    """Write the model to `file`, completely or not at all.
 
     Raises:
-        InputError: llama.cpp has no such tokenizer or model, or gguf is not installed.
+        InputError: llama.cpp does not support the tokenizer or the model, or gguf is not installed.
     """
     try:
         import gguf
     except ImportError as error:
         raise InputError(
-            "--gguf: needs the package gguf: pip install -c constraints.txt -e '.[gguf]'"
+            "needs the package gguf: pip install -c constraints.txt -e '.[gguf]'", field="--gguf"
         ) from error
 
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MAMBA2])
@@ -60,9 +60,13 @@ def write_gguf(file: Path, model: "Model", tokenizer: "Tokenizer", type: str, na
 def _add_sizes(writer: "GGUFWriter", config: ModelConfig) -> None:
     c = config
     if c.bias:
-        raise InputError("bias: llama.cpp has no biases in the projections of this architecture")
+        raise InputError(
+            "llama.cpp has no biases in the projections of this architecture", field="bias"
+        )
     if c.dt_limit != ModelConfig.dt_limit:
-        raise InputError(f"dt_limit: llama.cpp has no limits of the step size, got {c.dt_limit}")
+        raise InputError(
+            f"llama.cpp has no limits of the step size, got {c.dt_limit}", field="dt_limit"
+        )
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(c.d_model)
     writer.add_feed_forward_length(0)
@@ -77,13 +81,13 @@ def _add_sizes(writer: "GGUFWriter", config: ModelConfig) -> None:
 
 
 def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: "Tokenizer") -> None:
-    """Tokens, merges and special tokens of a tokenizer that works as GPT-2's does."""
+    """Add the tokens, merges and special tokens. The tokenizer must work like GPT-2's."""
     from gguf import TokenType
 
     content = json.loads(tokenizer.to_str())
     model, split = content["model"], content["pre_tokenizer"] or {}
     gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    # a normalizer that composes characters changes text that is not composed, and no other
+    # NFC changes only text with uncomposed characters
     normalizer = (content["normalizer"] or {}).get("type", "NFC")
     if (
         model["type"] != "BPE"
@@ -92,13 +96,15 @@ def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: "Tokeni
         or normalizer != "NFC"
     ):
         raise InputError(
-            "--gguf: llama.cpp has no such tokenizer as this model's; "
-            "it has that of models trained with --tokenizer bpe"
+            "llama.cpp has no such tokenizer as this model's; "
+            "it has that of models trained with --tokenizer bpe",
+            field="--gguf",
         )
     if not model["merges"]:
         raise InputError(
-            "--gguf: llama.cpp takes no tokenizer without merges, and this one has learnt none; "
-            "it needs more text, or a larger --vocab-size"
+            "llama.cpp takes no tokenizer without merges, and this one has learnt none; "
+            "it needs more text, or a larger --vocab-size",
+            field="--gguf",
         )
     added = {token["id"]: token for token in content["added_tokens"]}
     by_id = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
@@ -117,20 +123,22 @@ def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: "Tokeni
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
-    for add, i in (
+    for add, token in (
         (writer.add_bos_token_id, config.bos_id),
         (writer.add_eos_token_id, config.eos_id),
         (writer.add_pad_token_id, config.pad_id),
     ):
-        if i is not None:
-            add(i)
+        if token is not None:
+            add(token)
     writer.add_add_bos_token(config.bos_id is not None)
     if padding := [i for i in range(config.vocab_size) if i not in by_id]:
-        writer.add_array("tokenizer.ggml.suppress_tokens", padding)  # as of 2026, else ignored
+        writer.add_array(
+            "tokenizer.ggml.suppress_tokens", padding
+        )  # known to llama.cpp as of 2026; older ones ignore it
 
 
 def _tensors(model: "Model") -> Iterator[tuple[str, "Tensor"]]:
-    """Name and content, in float32, of every tensor as llama.cpp has it."""
+    """Every tensor in float32, with its name and shape in llama.cpp."""
     import gguf
 
     c = model.config
@@ -138,7 +146,7 @@ def _tensors(model: "Model") -> Iterator[tuple[str, "Tensor"]]:
     weights = {name: weight.detach().float().cpu() for name, weight in model.state_dict().items()}
     if c.tied:
         del weights["lm_head.weight"]
-    if not c.conv_bias:  # llama.cpp asks for one
+    if not c.conv_bias:  # llama.cpp requires a bias
         zeros = weights["backbone.norm_f.weight"].new_zeros(c.d_conv)
         weights |= {f"backbone.layers.{i}.mixer.conv1d.bias": zeros for i in range(c.n_layers)}
     for name, weight in weights.items():
@@ -151,11 +159,13 @@ def _tensors(model: "Model") -> Iterator[tuple[str, "Tensor"]]:
         elif name.endswith("mixer.norm.weight"):
             weight = weight.view(c.n_groups, -1)
         name = name.replace("mixer.dt_bias", "mixer.dt_proj.bias")
-        yield names.get_name(name, try_suffixes=(".weight", ".bias")), weight.contiguous()
+        tensor = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert tensor is not None, name
+        yield tensor, weight.contiguous()
 
 
 def _stored_as(tensor: str, columns: int, type: str) -> "GGMLQuantizationType":
-    """Matrices as asked for, or as f16 where rows do not divide into blocks; the rest as f32."""
+    """The type to store: `type` for matrices, or f16 if rows have no whole blocks; else f32."""
     import gguf
 
     if not tensor.endswith(

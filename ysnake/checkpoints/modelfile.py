@@ -10,7 +10,7 @@ WRITTEN_BY_US = "# Written by ysnake.export, which replaces it when it writes he
 
 
 def modelfile(file: Path, parameters: dict[str, float]) -> str:
-    """What `ollama create -f` reads: plain completion by default with these parameters."""
+    """The text that `ollama create -f` reads: plain completion with these default parameters."""
     return "\n".join(
         (
             WRITTEN_BY_US,
@@ -24,16 +24,18 @@ def modelfile(file: Path, parameters: dict[str, float]) -> str:
 
 
 def check(file: Path) -> Path:
-    """Where the Modelfile beside `file` goes.
+    """The path of the Modelfile beside `file`.
 
     Raises:
-        InputError: one of the two would replace what this command did not write.
+        InputError: writing would replace a file that this command did not write.
     """
     if not file.name:
-        raise InputError(f"--gguf: expected a file to write, got {file}")
+        raise InputError(f"expected a file to write, got {file}", field="--gguf")
     beside = file.with_name(MODELFILE)
     if file.name.lower() == MODELFILE.lower():
-        raise InputError(f"--gguf: {file} is the name of the file that is written beside it")
+        raise InputError(
+            f"{file} is the name of the file that is written beside it", field="--gguf"
+        )
     if beside.is_symlink() or (beside.exists() and not _is_ours(beside)):
         raise InputError(
             f"{beside}: exists, and this command did not write it; move it, or export to another "

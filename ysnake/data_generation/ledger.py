@@ -1,7 +1,7 @@
-"""The ledger of a corpus: what was asked, what became of each answer, and where it lies on disk.
+"""The ledger of a corpus: each question, what became of the answer, and where it is on disk.
 
-It is hidden beside the file of documents. So a process that was stopped or killed is taken up where
-it was.
+It is a hidden file beside the documents. With it a process that was stopped or killed continues
+where it stopped.
 """
 
 import json
@@ -16,7 +16,7 @@ DROPPED = ("refusal", "stub", "duplicate", "near duplicate")
 
 
 def append(file: BinaryIO, data: bytes, path: Path) -> None:
-    """Add bytes to the end of an unbuffered file and wait for the disk; all of them or none.
+    """Append all bytes or none to an unbuffered file, and wait for the disk.
 
     Raises:
         InputError: the disk is full or fails.
@@ -32,10 +32,10 @@ def append(file: BinaryIO, data: bytes, path: Path) -> None:
 
 
 def lock(file: BinaryIO, path: Path) -> None:
-    """Hold a file for this process alone, until the process ends."""
+    """Lock a file for this process until the process ends."""
     try:
         import fcntl
-    except ImportError:  # not on Windows
+    except ImportError:  # Windows has no flock
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,10 +44,10 @@ def lock(file: BinaryIO, path: Path) -> None:
 
 
 def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]]:
-    """Cut off what a killed process left half-written; returns the lines of the ledger.
+    """Cut off what a killed process wrote incompletely. Returns the records of the ledger.
 
     Raises:
-        InputError: the ledger or the file is of another hand. Both stay as they are.
+        InputError: something else has changed the ledger or the file. Both stay unchanged.
     """
     ledger.seek(0)
     *whole, torn = ledger.read().split(b"\n")
@@ -72,7 +72,7 @@ def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]
 
 
 def document_ends(records: list[Any]) -> list[int]:
-    """Where the file ends before the first answer of a ledger, and after each.
+    """The size of the file before the first answer in the ledger, and after each answer.
 
     Raises:
         ValueError, LookupError, TypeError: this command did not write these records.

@@ -1,6 +1,7 @@
-"""Talking to an Ollama server: is it there, has it the model, and one whole answer to a prompt.
+"""Talking to an Ollama server: whether it has the model, and complete answers to prompts.
 
-The server may be anybody's. Its replies are bounded in size, and its words are shown in one line.
+The server is not trusted. The size of its replies is limited, and its messages are shown in one
+line.
 """
 
 import asyncio
@@ -28,16 +29,16 @@ AnyClient = TypeVar("AnyClient", "Client", "AsyncClient")
 
 
 class ServerError(Exception):
-    """The server does not do what it should; the message is one line and names it."""
+    """The server does not work as it should. The message is one line and names the server."""
 
 
 def host() -> str:
-    """The server, as the user knows it."""
+    """The address of the server, as the user gave it."""
     return os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
 
 
 def connect(kind: type[AnyClient], most: int = LARGEST_REPLY) -> AnyClient:
-    """A client whose replies have at most `most` bytes; the progress of a pull has no bound."""
+    """A client whose replies have at most `most` bytes, except for the progress of a pull."""
 
     def bound(response: httpx.Response) -> None:
         if response.headers.get("content-encoding", "identity") != "identity":
@@ -57,7 +58,7 @@ def connect(kind: type[AnyClient], most: int = LARGEST_REPLY) -> AnyClient:
 
 
 class _Bounded(httpx.SyncByteStream, httpx.AsyncByteStream):
-    """The bytes of a reply as they come, ended by an error once there are too many."""
+    """The bytes of a reply as they arrive. Raises an error once there are too many."""
 
     def __init__(self, stream: Any, most: int):
         self.stream, self.left, self.most = stream, most, most
@@ -83,7 +84,7 @@ class _Bounded(httpx.SyncByteStream, httpx.AsyncByteStream):
 
 
 def explain(error: Exception) -> str:
-    """What went wrong with a request, in one line."""
+    """One line that says what went wrong with a request."""
     from ollama import ResponseError
 
     if isinstance(error, ConnectionError | httpx.ConnectError | httpx.ConnectTimeout):
@@ -101,25 +102,25 @@ def explain(error: Exception) -> str:
 
 
 def prepare(model: str, may_pull: bool, console: "Console") -> None:
-    """See that the server is there and has the model; pull it if the user wants.
+    """Check that the server answers and has the model. Pull the model if the user agrees.
 
     Raises:
         ServerError: there is no server, or it is not Ollama.
-        InputError: the model is not there, and is not to be pulled.
+        InputError: the model is missing and must not be pulled.
     """
-    wrong_host = InputError(f"OLLAMA_HOST: expected HOST:PORT, got {host()!r}")
+    wrong_host = InputError(f"expected HOST:PORT, got {host()!r}", field="OLLAMA_HOST")
     try:
-        import ollama  # makes a client of its own, so a bad OLLAMA_HOST fails here already
+        import ollama  # the import creates a client, so a bad OLLAMA_HOST fails here
 
         client = connect(ollama.Client)
     except (ValueError, httpx.InvalidURL) as error:
         raise wrong_host from error
     try:
         there = [model.model or "" for model in client.list().models]
-        if has(client, model):
+        if has_model(client, model):
             return
-        if not may_pull and not agreed(f"{model} is not pulled. Pull it now?"):
-            raise missing(model, there)
+        if not may_pull and not confirmed(f"{model} is not pulled. Pull it now?"):
+            raise missing_model(model, there)
         pull(client, model, console)
     except InputError:
         raise
@@ -132,11 +133,11 @@ def prepare(model: str, may_pull: bool, console: "Console") -> None:
         raise ServerError(f"{host()}: does not answer as Ollama does ({said})") from error
 
 
-# what the client raises for an answer that is no JSON, or JSON of another shape
+# what the client raises for an answer that is not JSON, or has another structure
 _NOT_OLLAMA = (ValueError, TypeError, AttributeError, RecursionError)
 
 
-def has(client: "Client", model: str) -> bool:
+def has_model(client: "Client", model: str) -> bool:
     """Whether the server has the model."""
     import ollama
 
@@ -149,17 +150,17 @@ def has(client: "Client", model: str) -> bool:
     return True
 
 
-def missing(model: str, there: Sequence[str] = ()) -> InputError:
-    """The error of a model that the server does not have."""
+def missing_model(model: str, there: Sequence[str] = ()) -> InputError:
+    """The error for a model that the server does not have."""
     others = f" (there: {', '.join(there)[:300]})" if there else ""
     return InputError(
-        f"--model: {model} is not pulled at {host()}{others}; "
-        f"`ollama pull {model}` or --pull downloads it"
+        f"{model} is not pulled at {host()}{others}; `ollama pull {model}` or --pull downloads it",
+        field="--model",
     )
 
 
-def agreed(question: str) -> bool:
-    """Whether somebody at a terminal says yes."""
+def confirmed(question: str) -> bool:
+    """Ask the user on the terminal. False without a terminal."""
     from rich.prompt import Confirm
 
     if not sys.stdin.isatty():
@@ -171,7 +172,7 @@ def agreed(question: str) -> bool:
 
 
 def pull(client: "Client", model: str, console: "Console") -> None:
-    """Have the server download a model, and show how far it is."""
+    """Let the server download a model, and show the progress."""
     import ollama
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -183,18 +184,20 @@ def pull(client: "Client", model: str, console: "Console") -> None:
                 if part.total:
                     bar.update(shown, total=part.total, completed=part.completed or 0)
     except ollama.ResponseError as error:
-        raise InputError(f"--model: {host()} cannot pull {model}: {error.error[:200]}") from error
-    if not has(client, model):
-        raise ServerError(f"{host()}: broke off while pulling {model}; pull it again to go on")
+        raise InputError(
+            f"{host()} cannot pull {model}: {error.error[:200]}", field="--model"
+        ) from error
+    if not has_model(client, model):
+        raise ServerError(f"{host()}: broke off while pulling {model}; pull it again to continue")
 
 
 async def ask(
     client: "AsyncClient", model: str, prompt: str, system: str, settings: dict[str, Any]
 ) -> Answer:
-    """The model's whole answer; `settings` are Ollama's options.
+    """The complete answer of the model. `settings` are Ollama's options.
 
     Raises:
-        ValueError: the answer has no end, or is not as Ollama answers.
+        ValueError: the answer is incomplete, or not in Ollama's format.
     """
     parts, reason = [], None
     try:
@@ -210,17 +213,17 @@ async def ask(
     return "".join(parts), reason == "length"
 
 
-async def patiently(
+async def with_retries(
     request: Callable[[], Awaitable[Answer]],
     model: str,
     retries: int,
-    tell: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> Answer:
-    """The result of a request, tried again with growing waits where the server may recover.
+    """Send a request, and repeat it after growing pauses while the server may recover.
 
     Raises:
-        ServerError: it did not recover, or refuses the request.
-        InputError: it does not have the model.
+        ServerError: the server did not recover, or refuses the request.
+        InputError: the server does not have the model.
     """
     from ollama import ResponseError
 
@@ -230,10 +233,10 @@ async def patiently(
         except (httpx.RequestError, ConnectionError, ResponseError, ValueError) as error:
             status = getattr(error, "status_code", -1)
             if status == 404:
-                raise missing(model) from error
+                raise missing_model(model) from error
             if attempt == retries or (400 <= status < 500 and status != 429):
                 raise ServerError(explain(error)) from error
             wait = FIRST_WAIT * 2**attempt
-            tell(f"{explain(error)}; trying again in {wait:g} s")
+            print_line(f"{explain(error)}; trying again in {wait:g} s")
         await asyncio.sleep(wait)
     raise AssertionError("the last attempt returns or raises")

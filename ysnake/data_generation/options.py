@@ -2,56 +2,59 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import arg
 
-from ysnake.data_generation.questions import KINDS
+from ysnake.data_generation.questions import KINDS, Kind
 from ysnake.shared.errors import InputError
 
 
 @dataclass
 class Options:
     """Let a language model in Ollama write a corpus: on words, encyclopedia topics and days of the
-    year. Stopped or killed, the same command goes on where it was. The server is the one that the
-    environment variable OLLAMA_HOST names, by default 127.0.0.1:11434."""
+    year. If it is stopped or killed, the same command continues. The environment variable
+    OLLAMA_HOST names the server, by default 127.0.0.1:11434."""
 
     out: Annotated[Path, arg(metavar="DIR")] = Path("corpus")
     """Folder of the corpus: words.txt, topics.txt and dates.txt."""
-    kinds: tuple[Literal["words", "topics", "dates"], ...] = KINDS
+    kinds: tuple[Kind, ...] = KINDS
     """What the documents are about."""
     count: int | None = None
-    """Documents of each kind; by default one on each word, topic and day. More than that ask again
-    from another angle."""
+    """Documents of each kind; by default one on each word, topic and day. More ask again from
+    another angle."""
     model: Annotated[str, arg(metavar="NAME")] = "llama3.1"
-    """Who writes: the name of a model in Ollama."""
+    """The model that writes, by its name in Ollama."""
     pull: bool = False
-    """Have Ollama download the model if it is not there. On a terminal you are asked."""
+    """Let Ollama download the model if it is missing. On a terminal you are asked."""
     parallel: int = 4
     """Requests at a time."""
     seed: int = 0
-    """Decides what is asked, in which order and from which angle."""
+    """Determines the order of the questions and their angles."""
     temperature: float = 0.8
-    """How freely the model writes."""
+    """Sampling temperature of the model."""
     max_tokens: int = 2048
-    """Where an answer is cut, back to its last sentence. A model that thinks first needs many."""
+    """Token limit of an answer. A longer one is cut after its last complete sentence. Reasoning
+    models need a high limit."""
     min_words: int = 40
-    """A shorter document is a stub, and dropped."""
+    """A document with fewer words is dropped as a stub."""
     retries: int = 6
-    """How often a request that failed is tried again: after 0.5 seconds, 1, 2, 4, ..."""
+    """How often a failed request is repeated: after 0.5 seconds, 1, 2, 4, ..."""
 
 
 def check(options: Options) -> None:
-    """See that the options can work.
+    """Check the options.
 
     Raises:
-        InputError: one cannot, named.
+        InputError: a value is impossible. `InputError.field` names the option.
     """
     least = {"count": 1, "parallel": 1, "max_tokens": 1, "min_words": 1}
     least |= {"retries": 0, "temperature": 0}
     for name, limit in least.items():
         value = getattr(options, name)
         if value is not None and not value >= limit:
-            raise InputError(f"--{name.replace('_', '-')}: expected at least {limit}, got {value}")
+            raise InputError(
+                f"expected at least {limit}, got {value}", field=f"--{name.replace('_', '-')}"
+            )
     if not options.kinds:
-        raise InputError(f"--kinds: expected some of {', '.join(KINDS)}")
+        raise InputError(f"expected some of {', '.join(KINDS)}", field="--kinds")

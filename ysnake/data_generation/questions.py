@@ -4,9 +4,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 LISTS = Path(__file__).parent / "lists"
-KINDS = ("words", "topics", "dates")
+Kind = Literal["words", "topics", "dates"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 SYSTEM = (
     "You write short documents of plain English prose. Answer with the document alone: no title, "
     "no headings, no lists, no markdown, no remark before or after it, and do not speak of "
@@ -18,19 +20,19 @@ SYSTEM = (
 
 @dataclass(frozen=True)
 class Task:
-    """One document to ask for: the number `prompt` of the kind's prompts, about `entry`."""
+    """One question: about `entry`, with the prompt number `prompt` of its kind."""
 
     entry: str
     prompt: int
 
 
 def lines(name: str) -> list[str]:
-    """The lines of a file of the package's lists."""
+    """The lines of a file in lists/."""
     return (LISTS / f"{name}.txt").read_text(encoding="utf-8").splitlines()
 
 
 def tasks(kind: str, seed: int) -> Iterator[Task]:
-    """All that can be asked of a kind: each entry once, then each again by its next prompt."""
+    """All questions of a kind: each entry once, then each again with its next prompt."""
     entries, prompts = lines(kind), len(lines(f"{kind}_prompts"))
     chance = random.Random(f"{seed} {kind}")
     chance.shuffle(entries)

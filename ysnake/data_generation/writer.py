@@ -1,4 +1,4 @@
-"""The work of `python -m ysnake.generate_data`: ask, several at a time, and show how far it is."""
+"""Having the language model write documents, several at a time, and showing the progress."""
 
 import asyncio
 import signal
@@ -10,49 +10,51 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ysnake.data_generation import ollama_client
+from ysnake.data_generation.document_store import DocumentStore, next_task
 from ysnake.data_generation.ledger import DROPPED, KEPT
 from ysnake.data_generation.options import Options
 from ysnake.data_generation.questions import SYSTEM
-from ysnake.data_generation.shelf import Shelf, next_task
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-async def fill(shelves: list[Shelf], options: Options, console: "Console") -> None:
-    """Ask for documents, several at a time, until all shelves are full or nothing is left to ask.
+async def write_corpus(stores: list[DocumentStore], options: Options, console: "Console") -> None:
+    """Ask for documents, several at a time, until all stores are full or no question is left.
 
     Raises:
-        ServerError, InputError: as `ollama_client.patiently` and `Shelf.put`.
-        asyncio.CancelledError: Ctrl-C was pressed.
+        ServerError, InputError: see `ollama_client.with_retries` and `DocumentStore.add`.
+        asyncio.CancelledError: the user pressed Ctrl-C.
     """
     from ollama import AsyncClient
 
-    tell = partial(console.print, markup=False)
+    print_line = partial(console.print, markup=False)
 
     async def work(client: AsyncClient) -> None:
-        while found := next_task(shelves):
-            shelf, task = found
-            shelf.asked += 1
-            prompt = shelf.prompts[task.prompt].format(task.entry)
+        while found := next_task(stores):
+            store, task = found
+            store.asked += 1
+            prompt = store.prompts[task.prompt].format(task.entry)
             settings = {
                 "temperature": options.temperature,
                 "seed": zlib.crc32(f"{options.seed} {task.entry} {task.prompt}".encode()) >> 1,
                 "num_predict": options.max_tokens,
             }
             ask = partial(ollama_client.ask, client, options.model, prompt, SYSTEM, settings)
-            answer, cut = await ollama_client.patiently(ask, options.model, options.retries, tell)
-            shelf.asked -= 1
-            shelf.put(task, answer, cut, options.min_words)
+            answer, cut = await ollama_client.with_retries(
+                ask, options.model, options.retries, print_line
+            )
+            store.asked -= 1
+            store.add(task, answer, cut, options.min_words)
             show()
 
     most = options.max_tokens * ollama_client.TOKEN_BYTES + ollama_client.LARGEST_REPLY // 64
-    with progress(shelves, console) as show, cancelled_by_ctrl_c():
+    with progress(stores, console) as show, cancelled_by_ctrl_c():
         async with ollama_client.connect(AsyncClient, most) as client:
             workers = [asyncio.create_task(work(client)) for _ in range(options.parallel)]
             try:
                 await asyncio.gather(*workers)
-            finally:  # if one fails, the others end with it
+            finally:  # if one fails, end the others
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
@@ -60,8 +62,9 @@ async def fill(shelves: list[Shelf], options: Options, console: "Console") -> No
 
 @contextmanager
 def cancelled_by_ctrl_c() -> Iterator[None]:
-    """Ctrl-C cancels the running task where it waits, never in the middle of a write."""
+    """Let Ctrl-C cancel the running task where it waits, never in the middle of a write."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None  # this is called within one
     before = signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(task.cancel))
     try:
         yield
@@ -70,8 +73,8 @@ def cancelled_by_ctrl_c() -> Iterator[None]:
 
 
 @contextmanager
-def progress(shelves: list[Shelf], console: "Console") -> Iterator[Callable[[], None]]:
-    """A bar with documents, words, what was dropped and the time left; yields what moves it."""
+def progress(stores: list[DocumentStore], console: "Console") -> Iterator[Callable[[], None]]:
+    """Show a bar with documents, words, dropped answers and time left. Yields its update."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft
 
@@ -86,12 +89,12 @@ def progress(shelves: list[Shelf], console: "Console") -> Iterator[Callable[[], 
         speed_estimate_period=600,  # seconds; a document may take many
         disable=not console.is_terminal,
     )
-    shown = bar.add_task("", total=sum(s.count for s in shelves), words=0, dropped=0)
+    shown = bar.add_task("", total=sum(s.count for s in stores), words=0, dropped=0)
 
     def show() -> None:
-        kept = sum(s.counts[KEPT] for s in shelves)
-        dropped = sum(s.counts.total() for s in shelves) - kept
-        words = sum(s.words for s in shelves)
+        kept = sum(s.counts[KEPT] for s in stores)
+        dropped = sum(s.counts.total() for s in stores) - kept
+        words = sum(s.words for s in stores)
         bar.update(shown, completed=kept, words=words, dropped=dropped)
 
     with bar:
@@ -99,13 +102,13 @@ def progress(shelves: list[Shelf], console: "Console") -> Iterator[Callable[[], 
         yield show
 
 
-def report(shelves: list[Shelf], console: "Console") -> None:
-    """Say what there is, and what was dropped."""
-    for shelf in shelves:
+def report(stores: list[DocumentStore], console: "Console") -> None:
+    """Print how many documents there are, and how many answers were dropped."""
+    for store in stores:
         console.print(
-            f"{shelf.path}: {shelf.counts[KEPT]:,} of {shelf.count:,} documents, "
-            f"{shelf.words:,} words",
+            f"{store.path}: {store.counts[KEPT]:,} of {store.count:,} documents, "
+            f"{store.words:,} words",
             markup=False,
         )
-    total = sum((shelf.counts for shelf in shelves), Counter())
+    total = sum((store.counts for store in stores), Counter())
     console.print("dropped: " + ", ".join(f"{total[k]} as {k}" for k in DROPPED))

@@ -1,8 +1,8 @@
-"""Many completions at once: one thread owns the model and writes a token for each in every step.
+"""Many completions at once: one thread owns the model and writes one token for each in every step.
 
-Requests come and go between steps. Joining is copying a state of constant size into a row of the
-batch, leaving is copying the last row over it. What the model remembers at the end of a prompt is
-kept for a while, so that a later prompt of the same owner that begins alike is read on from there.
+Requests join and leave the batch between steps. To join, a state of constant size is copied into a
+row of the batch. To leave, the last row is copied over the row. The state after a prompt is kept
+for a while. A later prompt of the same owner that begins with that prompt continues from the state.
 """
 
 import logging
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from ysnake.inference.decoding import Decoder
-from ysnake.inference.generate import PIECE, Context, draw, luck
+from ysnake.inference.generate import PROMPT_STEP, Context, draw, random_generator
 from ysnake.inference.sampling import Sampling
 from ysnake.inference.text_stream import cut
 from ysnake.model.network import LayerState
@@ -26,17 +26,17 @@ from ysnake.model.network import LayerState
 
 @dataclass(eq=False)
 class Job:
-    """One completion: what was asked for and, from the thread, how far it is."""
+    """One completion: what was requested, and its progress, which the thread updates."""
 
     ids: tuple[int, ...]
     sampling: Sampling
     max_tokens: int
     stops: tuple[str, ...] = ()
-    owner: str = ""  # whose prompts it may read on from
-    gone: bool = False  # nobody waits for it any more; set from outside
+    owner: str = ""  # only prompts of the same owner are continued
+    gone: bool = False  # nobody waits for it any more; set from outside the thread
     context: Context | None = None  # while the prompt is read
-    n_read: int = 0  # tokens of the prompt, those remembered included
-    n_remembered: int = 0
+    n_read: int = 0  # tokens of the prompt that are read, including remembered ones
+    n_remembered: int = 0  # tokens of the prompt that did not have to be read again
     n_written: int = 0
     reason: str | None = None  # why it ended: stop, length, or error
     error: str | None = None
@@ -45,12 +45,12 @@ class Job:
     ended: int = 0
 
     def __post_init__(self) -> None:
-        self.luck = luck(self.sampling.seed)
+        self.generator = random_generator(self.sampling.seed)
         self.decoder = DecodeStream(skip_special_tokens=True)
         self.waiting = ""  # text that may begin a stop text
 
 
-News = list[tuple[Job, str, bool]]  # text that was written, and whether it is the job's last
+News = list[tuple[Job, str, bool]]  # a job, its new text, and whether the job has ended
 
 
 class Batch:
@@ -64,7 +64,15 @@ class Batch:
         rows: int = 32,
         remembered: int = 32,
     ):
-        """`deliver` is called in the thread, once a step; `remembered`: prompts kept at most."""
+        """Start the thread.
+
+        Args:
+            decoder: the model.
+            tokenizer: of the model.
+            deliver: called in the thread after each step, with the new texts.
+            rows: completions that are written at the same time.
+            remembered: prompts whose state is kept.
+        """
         self.decoder, self.tokenizer, self.deliver = decoder, tokenizer, deliver
         model = self.model = decoder.model
         self.n_tokens, self.rows, self.remembered = tokenizer.get_vocab_size(), rows, remembered
@@ -74,18 +82,18 @@ class Batch:
         self.seen = weight.new_zeros(rows, model.config.vocab_size, dtype=torch.bool)
         self.writing: list[Job] = []  # the job of each row in use
         self.reading: deque[Job] = deque()
-        # by owner and tokens: what a client has sent is of no use to another
+        # by owner and tokens, so that no client profits from what another one has sent
         self.memory: OrderedDict[tuple[str, tuple[int, ...]], Context] = OrderedDict()
         self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="batch", daemon=True)
         self.thread.start()
 
     def submit(self, job: Job) -> None:
-        """Take a job in; it ends by itself, or soon after `gone` is set."""
+        """Add a job. It ends by itself, or soon after `gone` is set."""
         self.inbox.put(job)
 
     def close(self) -> None:
-        """End every job with an error, and the thread."""
+        """End every job with an error, then end the thread."""
         self.inbox.put(None)
 
     def _work(self) -> None:
@@ -95,14 +103,14 @@ class Batch:
                 try:
                     self._read()
                     self._write(news)
-                except Exception as error:  # whatever it was, those who wait must hear of it
+                except Exception as error:  # whatever it was, the clients must get an answer
                     logging.getLogger(__name__).exception("a step of the batch failed")
                     news += self._abandon(f"{type(error).__name__}: {error}")
                 self.deliver(news)
             self.deliver(self._abandon("the server is stopping"))
 
     def _receive(self) -> bool:
-        """Take what came in, or wait for it where there is nothing to do; False is the end."""
+        """Take new jobs from the inbox; wait for one if there is nothing to do. False: the end."""
         while True:
             try:
                 job = self.inbox.get(block=not self.reading and not self.writing)
@@ -113,27 +121,27 @@ class Batch:
             self.reading.append(job)
 
     def _read(self) -> None:
-        """Read some of the prompts that wait, about a piece in all, so that nobody waits long."""
-        left = PIECE
+        """Read about PROMPT_STEP tokens of waiting prompts, so that writing continues soon."""
+        left = PROMPT_STEP
         while left > 0 and self.reading and len(self.writing) < self.rows:
             job = self.reading[0]
             if job.gone:
                 self.reading.popleft()
                 continue
-            if job.context is None:
-                self._remember(job)
-            piece = list(job.ids[job.n_read : job.n_read + PIECE])
-            job.context.feed(piece)
-            job.n_read += len(piece)
-            left -= len(piece)
+            context = job.context or self._remembered(job)
+            job.context = context
+            ids = list(job.ids[job.n_read : job.n_read + PROMPT_STEP])
+            context.feed(ids)
+            job.n_read += len(ids)
+            left -= len(ids)
             if job.n_read < len(job.ids):
                 self.reading.rotate(-1)
             else:
                 self.reading.popleft()
-                self._join(job)
+                self._join(job, context)
 
-    def _remember(self, job: Job) -> None:
-        """Begin from the longest beginning of the prompt that is still known."""
+    def _remembered(self, job: Job) -> Context:
+        """A context to read the prompt with, from its longest remembered beginning."""
         known = [
             (owner, ids)
             for owner, ids in self.memory
@@ -142,16 +150,15 @@ class Batch:
         if known:
             longest = max(known, key=lambda key: len(key[1]))
             self.memory.move_to_end(longest)
-            job.context = self.memory[longest].copy()
             job.n_read = job.n_remembered = len(longest[1])
-        else:
-            job.context = Context(self.decoder, self.n_tokens)
+            return self.memory[longest].copy()
+        return Context(self.decoder, self.n_tokens)
 
-    def _join(self, job: Job) -> None:
-        row, context, job.context = len(self.writing), job.context, None
+    def _join(self, job: Job, context: Context) -> None:
+        row, job.context = len(self.writing), None
         for ours, theirs in zip(self.state, context.state, strict=True):
             ours.conv[row], ours.ssm[row] = theirs.conv[0], theirs.ssm[0]
-        self.logits[row] = context.logits[: self.n_tokens]
+        self.logits[row] = context.next_logits()[: self.n_tokens]
         self.seen[row] = context.seen
         self.writing.append(job)
         job.read = time.perf_counter_ns()
@@ -169,7 +176,7 @@ class Batch:
         self.writing.pop()
 
     def _write(self, news: News) -> None:
-        """Write one token for every row; rows that are done leave."""
+        """Write one token for every row. Rows that are done leave."""
         for row in reversed(range(len(self.writing))):
             if self.writing[row].gone:
                 self._leave(row)
@@ -177,9 +184,9 @@ class Batch:
         if n == 0:
             return
         samplings = [job.sampling for job in self.writing]
-        generators = [job.luck for job in self.writing]
+        generators = [job.generator for job in self.writing]
         tokens = draw(self.logits[:n], self.seen[:n], samplings, generators)
-        for row in reversed(range(n)):  # the rows behind have had their turn and may move
+        for row in reversed(range(n)):  # later rows are done already, so they may move
             job = self.writing[row]
             text = self._take(job, tokens[row])
             ended = job.reason is not None
@@ -199,14 +206,14 @@ class Batch:
         self.seen[torch.arange(n, device=ids.device), ids] = True
 
     def _take(self, job: Job, token: int) -> str:
-        """The text that a token lets out; where it is the last, the reason is set."""
+        """The new text that can be shown after a token. Sets the reason if the job has ended."""
         found, text = False, ""
         if token == self.model.config.eos_id:
             job.reason = "stop"
         else:
             job.n_written += 1
-            piece = job.decoder.step(self.tokenizer, token) or ""
-            text, job.waiting, found = cut(job.waiting + piece, job.stops)
+            new = job.decoder.step(self.tokenizer, token) or ""
+            text, job.waiting, found = cut(job.waiting + new, job.stops)
             if found:
                 job.reason = "stop"
             elif job.n_written == job.max_tokens:

@@ -1,4 +1,4 @@
-"""Completing prompts in a terminal: one prompt, or a conversation line by line."""
+"""Completing prompts on the terminal: a single one, or a conversation line by line."""
 
 import sys
 from contextlib import suppress
@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 
 def read(context: "Context", tokenizer: "Tokenizer", prompt: str) -> None:
-    """Feed a prompt; a context that is new starts a document first."""
+    """Read a prompt. A new context first reads the token that begins a document."""
     from ysnake.text.tokenizer import encode
 
     bos = context.model.config.bos_id
     ids = [bos] if context.logits is None and bos is not None else []
     ids += encode(tokenizer, prompt)
     if context.logits is None and not ids:
-        raise InputError("--prompt: expected text, as this model has no token to begin with")
+        raise InputError(
+            "expected text, as this model has no token to begin with", field="--prompt"
+        )
     context.feed(ids)
 
 
@@ -37,7 +39,7 @@ def complete(
     max_tokens: int,
     stops: tuple[str, ...],
 ) -> None:
-    """Print a completion as it is written; Ctrl-C ends the completion, not the program."""
+    """Print a completion while it is written. Ctrl-C ends the completion, not the program."""
     tokens = context.generate(sampling, max_tokens)
     try:
         for text in until(texts(tokenizer, tokens), stops):
@@ -54,11 +56,14 @@ def converse(
     max_tokens: int,
     stops: tuple[str, ...],
 ) -> None:
-    """Complete what is typed, line by line, until the end of input."""
-    with suppress(ImportError):  # not on Windows, whose console does the same
+    """Complete each line that the user types, until the end of input."""
+    with suppress(ImportError):  # Windows has none; its console does the same
         import readline  # noqa: F401  (gives input() its history and editing)
 
-    print("Type the beginning of a text. An empty line goes on; Ctrl-D leaves.", file=sys.stderr)
+    print(
+        "Type the beginning of a text. An empty line continues the last text; Ctrl-D ends.",
+        file=sys.stderr,
+    )
     context = new_context()
     while True:
         try:

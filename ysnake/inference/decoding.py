@@ -1,8 +1,9 @@
 """Writing token by token: on a CPU weights laid out for it, and a step of few operations.
 
-One token is a product of each weight with one row, so its speed is that of reading the weights.
-A product with one row runs on one core; cut along its features and done as a batch of as many
-products as there are threads, it reads memory with all of them. `weights="int8"` reads a quarter.
+For one token every weight matrix is multiplied by a single row, so reading the weights takes most
+of the time. Torch computes a product with one row on one core. Cut along its features, it becomes a
+batch with one product for each thread, and all threads read memory. With `weights="int8"` a quarter
+of the bytes is read.
 """
 
 import warnings
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ysnake_kernels.linear import Linear
 
 from ysnake.inference.replay import ReplayedStep
-from ysnake.model.network import Model, State
+from ysnake.model.network import Block, Model, State
 from ysnake.shared.errors import InputError
 
 WEIGHTS = ("float32", "int8")
@@ -23,30 +24,32 @@ FEW = 2  # rows up to which a product cut along its features is the faster one
 
 
 class Decoder:
-    """A model made ready to read and write one token after another, in `step`s like its own."""
+    """A model prepared for reading and writing one token after another by `step`."""
 
     def __init__(self, model: Model, weights: str = "float32", compile: bool = False):
-        """Lays out the model's weights anew where they are.
+        """Changes the memory layout of the model's weights in place.
 
-        With "int8" its matrices become 8-bit integers with a scale for each output, and their
-        inputs 8-bit integers with a scale for each token. CPU only.
-
-        With `compile`, torch.compile makes a few loops of all that lies between the products, for
-        one row at once, and when they are first asked for, for two and for more. It needs a C++
-        compiler and, the first time on a machine, a quarter of a minute for each. CPU only.
+        Args:
+            model: in evaluation mode from now on.
+            weights: "float32" or, on a CPU, "int8". Matrices then become 8-bit integers with a
+                scale for each output, and their inputs 8-bit integers with a scale for each token.
+            compile: on a CPU, let torch.compile fuse the operations between the matrix products
+                into a few loops. It compiles for one row now, for two and for more rows when these
+                are first needed. It needs a C++ compiler; the first time on a machine each takes
+                about 15 seconds.
 
         Raises:
-            InputError: `weights` is neither, or int8 or compiling is not possible here.
+            InputError: `weights` has another value, or int8 or compiling is not possible here.
         """
         if weights not in WEIGHTS:
-            raise InputError(f"--weights: expected {' or '.join(WEIGHTS)}, got {weights}")
+            raise InputError(f"expected {' or '.join(WEIGHTS)}, got {weights}", field="--weights")
         self.model = model.eval()
         weight = model.backbone.embeddings.weight
         on_cpu = weight.device.type == "cpu"
         self.fast = on_cpu and weight.dtype == torch.float32
         if weights == "int8":
             if not self.fast:
-                raise InputError("--weights: int8 is for float32 models on a CPU")
+                raise InputError("int8 is for float32 models on a CPU", field="--weights")
             _quantise(model)
         elif self.fast:
             _transpose(model)
@@ -83,7 +86,7 @@ class Decoder:
 
     def _compile(self) -> None:
         if not self.fast:
-            raise InputError("--compile: is for float32 models on a CPU")
+            raise InputError("is for float32 models on a CPU", field="--compile")
         from torch._dynamo.exc import BackendCompilerFailed  # takes a second or two
 
         self.write = torch.compile(self._write)
@@ -91,20 +94,23 @@ class Decoder:
             self.step(torch.zeros(1, dtype=torch.int64))
         except BackendCompilerFailed as error:
             why = next(line for line in str(error).splitlines() if line.strip())
-            raise InputError(f"--compile: expected a C++ compiler that works: {why}") from error
+            raise InputError(
+                f"expected a C++ compiler that works: {why}", field="--compile"
+            ) from error
 
 
 class _Layer:
-    """One token through one block, in place in its state and in h."""
+    """One token through one block. Updates the state and h in place."""
 
-    def __init__(self, block: nn.Module):
+    def __init__(self, block: Block):
         mixer = block.mixer
         c = self.config = mixer.config
         self.norm = _Norm(block.norm.weight, block.norm.eps)
         self.out_norm = _Norm(mixer.norm.weight, c.norm_eps, c.n_groups)
         self.in_proj, self.out_proj = mixer.in_proj.forward, mixer.out_proj.forward
         self.taps = mixer.conv1d.weight.detach()[:, 0].t().contiguous()
-        self.conv_bias = mixer.conv1d.bias.detach() if c.conv_bias else None
+        bias = mixer.conv1d.bias
+        self.conv_bias = None if bias is None else bias.detach()
         self.dt_bias, self.A = mixer.dt_bias.detach(), -torch.exp(mixer.A_log.detach())
         self.D = mixer.D.detach()[:, None]
         self.sizes = [c.d_inner, c.d_conv, c.n_heads]
@@ -140,7 +146,7 @@ class _Layer:
         batch, groups, _, n = B.shape
         rows = ssm.view(batch, groups, -1, n)
         u = (x * dt[..., None]).view(batch, groups, -1, 1)
-        if torch.compiler.is_compiling():  # y from S: it then goes over the state twice, not thrice
+        if torch.compiler.is_compiling():  # y from S: two passes over the state instead of three
             y = (rows * C).sum(-1).view(x.shape) * decay
             y += (u * (B * C).sum(-1, keepdim=True)).view(x.shape)
             ssm.mul_(decay[..., None])
@@ -148,13 +154,13 @@ class _Layer:
             return y
         ssm.mul_(decay[..., None])
         rows.addcmul_(u, B)
-        # C S^T for each head: S C takes up to ten times as long
+        # C S^T for each head: the order S C takes up to ten times as long
         C = C[:, :, None].expand(-1, -1, x.shape[1] // groups, -1, -1).reshape(-1, 1, n)
         return torch.bmm(C, ssm.view(-1, x.shape[2], n).transpose(1, 2)).view(x.shape)
 
 
 class _Norm:
-    """As `rms_norm_gated` without a gate, in the fewest operations."""
+    """`rms_norm_gated` without a gate, in few operations."""
 
     def __init__(self, weight: Tensor, eps: float, groups: int = 1):
         self.weight, self.eps, self.groups = weight.detach(), weight.new_tensor(eps), groups
@@ -167,7 +173,8 @@ class _Norm:
         return torch.mul(t, scale).view(x.shape).mul_(self.weight)
 
 
-# An operator of its own, for torch.compile to call: the loops that it would make are slower.
+# torch.compile calls this operator, since the loops that it would generate are slower. A compiled
+# graph can pass no packed int8 weights, so it passes the number of the layer that holds them.
 _layers: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 _numbers = count()
 _library = torch.library.Library("ysnake", "DEF")
@@ -178,25 +185,30 @@ torch.library.register_fake(
 )
 
 
-def _register(layer: nn.Module) -> None:
-    layer.number = next(_numbers)
-    _layers[layer.number] = layer
+def _register(layer: nn.Module) -> int:
+    number = next(_numbers)
+    _layers[number] = layer
+    return number
 
 
-def _as_operator(layer: nn.Module, x: Tensor) -> Tensor:
+def _as_operator(layer: "OneRow | Int8", x: Tensor) -> Tensor:
     return torch.ops.ysnake.linear(x, layer.number, layer.out_features)
 
 
 class OneRow(Linear):
-    """A linear layer whose weight lies in memory as its transpose, for products with few rows."""
+    """A linear layer whose weight is stored transposed, which is faster for one or two rows."""
 
-    def lay_out(self) -> None:
+    def __init__(self, linear: nn.Linear):
+        """Uses the weight and bias of `linear`. The weight's memory layout changes in place."""
+        sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+        super().__init__(*sizes, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
         self.weight.data = self.weight.detach().t().contiguous().t()
         threads = torch.get_num_threads()
         self.cuts = 1 if self.in_features % threads else threads
         self.parts = self.weight.detach().t().view(self.cuts, -1, self.out_features)
         self.nothing = self.weight.new_zeros(1, 1, 1)
-        _register(self)
+        self.number = _register(self)
 
     def forward(self, x: Tensor) -> Tensor:
         rows, compiling = x.shape[:-1].numel(), torch.compiler.is_compiling()
@@ -205,7 +217,7 @@ class OneRow(Linear):
         if rows > FEW:
             return _as_operator(self, x) if compiling else super().forward(x)
         cut = x.reshape(rows, self.cuts, -1).transpose(0, 1)
-        if compiling:  # which makes slow loops of bmm, but calls this
+        if compiling:  # torch.compile calls baddbmm, but generates slow loops for bmm
             y = torch.baddbmm(self.nothing, cut, self.parts, beta=0).sum(0)
         else:
             y = torch.bmm(cut, self.parts).sum(0)
@@ -215,26 +227,26 @@ class OneRow(Linear):
 
 
 class Int8(nn.Module):
-    """A linear layer with an int8 weight; each row of its input is scaled by its largest entry."""
+    """A linear layer with an int8 weight. Each input row is scaled by its largest entry."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         weight = linear.weight.detach()
         scales = weight.abs().amax(1).clamp(min=1e-12) / 127
         zeros = torch.zeros(len(scales), dtype=torch.int64)
-        with warnings.catch_warnings():  # that such tensors will go, a reason to pin torch
+        with warnings.catch_warnings():  # torch will remove such tensors, one reason to pin it
             warnings.simplefilter("ignore", UserWarning)
             quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         bias = None if linear.bias is None else linear.bias.detach()
         self.packed = torch.ops.quantized.linear_prepack(quantised, bias)
         self.has_bias = bias is not None
         self.out_features = linear.out_features
-        _register(self)
+        self.number = _register(self)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return _as_operator(self, x)
-        # The operator has one scale for all rows, and with reduce_range none of its sums overflows.
+        # The operator uses one scale for all rows. With reduce_range no sum overflows.
         if x.shape[:-1].numel() == 1 or self.has_bias:
             return torch.ops.quantized.linear_dynamic(x, self.packed, True)
         largest = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
@@ -242,8 +254,9 @@ class Int8(nn.Module):
 
 
 def _linears(model: Model) -> list[tuple[nn.Module, str]]:
-    """Where the matrices are: modules, and the names of their linear layers."""
+    """All linear layers of the model: each as its module and its name in that."""
     mixers = [block.mixer for block in model.backbone.layers]
+    found: list[tuple[nn.Module, str]]
     found = [(mixer, name) for mixer in mixers for name in ("in_proj", "out_proj")]
     if isinstance(model.lm_head, nn.Linear):
         return [*found, (model, "lm_head")]
@@ -252,9 +265,7 @@ def _linears(model: Model) -> list[tuple[nn.Module, str]]:
 
 def _transpose(model: Model) -> None:
     for module, name in _linears(model):
-        linear = getattr(module, name)
-        linear.__class__ = OneRow
-        linear.lay_out()
+        setattr(module, name, OneRow(getattr(module, name)))
 
 
 def _quantise(model: Model) -> None:

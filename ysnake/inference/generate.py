@@ -1,6 +1,10 @@
-"""Completing token ids: a context of constant size that reads and writes. Knows nothing of text."""
+"""Completing token ids: a context of constant size that reads tokens and draws the next ones.
+
+This file knows nothing of text.
+"""
 
 from collections.abc import Iterable, Iterator
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -14,54 +18,60 @@ from ysnake.model.network import LayerState, Model
 from ysnake.shared import files
 from ysnake.shared.errors import InputError
 
-PIECE = 512  # tokens of a prompt read at once
-FEW = 256  # of the likeliest tokens are ordered at first when one is drawn
+PROMPT_STEP = 512  # tokens of a prompt that are read in one step
+FEW = 256  # likeliest tokens that are sorted at first to draw one
 
 
 class Context:
     """What a model has read so far. Its size does not grow with the text."""
 
     def __init__(self, reader: Model | Decoder, n_tokens: int):
-        """`n_tokens`: size of the tokenizer; ids beyond it only pad the embedding."""
+        """`n_tokens` is the size of the tokenizer. Larger ids only pad the embedding."""
         model = reader.model if isinstance(reader, Decoder) else reader.eval()
         self.model, self.step, self.n_tokens = model, reader.step, n_tokens
         self.state = model.empty_state(1)
         self.device = model.backbone.embeddings.weight.device
-        self.logits: Tensor | None = None  # (vocab_size,), of the token that comes next
+        self.logits: Tensor | None = None  # (vocab_size,), for the next token
         self.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
 
     def feed(self, ids: list[int]) -> None:
-        """Read some tokens."""
-        for i in range(0, len(ids), PIECE):
-            piece = torch.tensor([ids[i : i + PIECE]], device=self.device)
-            logits, self.state = self.step(piece, self.state, last_only=True)
+        """Read these tokens."""
+        for i in range(0, len(ids), PROMPT_STEP):
+            some = torch.tensor([ids[i : i + PROMPT_STEP]], device=self.device)
+            logits, self.state = self.step(some, self.state, last_only=True)
             self.logits = logits[0].float()
-            self.seen[piece[0]] = True
+            self.seen[some[0]] = True
 
     def generate(self, sampling: Sampling, max_tokens: int) -> Iterator[int]:
-        """Write up to `max_tokens` tokens; ends before an eos, which is not read."""
-        if self.logits is None:
-            raise ValueError("logits: expected a context that has read at least one token")
-        generator = luck(sampling.seed)
+        """Draw up to `max_tokens` tokens. Stops at an eos, which is neither read nor yielded."""
+        generator = random_generator(sampling.seed)
         for _ in range(max_tokens):
-            token = choose(self.logits[: self.n_tokens], self.seen, sampling, generator)
+            token = choose(self.next_logits()[: self.n_tokens], self.seen, sampling, generator)
             if token == self.model.config.eos_id:
                 return
             self.feed([token])
             yield token
 
     def copy(self) -> "Context":
-        """Another context that has read the same."""
-        copy = Context.__new__(Context)
-        copy.__dict__ = self.__dict__ | {
-            "state": [LayerState(layer.conv.clone(), layer.ssm.clone()) for layer in self.state],
-            "seen": self.seen.clone(),
-        }
-        return copy
+        """A copy that can be continued independently."""
+        context = copy(self)
+        context.state = [LayerState(s.conv.clone(), s.ssm.clone()) for s in self.state]
+        context.seen = self.seen.clone()
+        return context
+
+    def next_logits(self) -> Tensor:
+        """The logits (vocab_size,) of the token that comes next.
+
+        Raises:
+            ValueError: nothing has been read yet.
+        """
+        if self.logits is None:
+            raise ValueError("logits: expected a context that has read at least one token")
+        return self.logits
 
     def save(self, path: Path) -> None:
-        """Write the context to a file, to read on from it another day."""
-        tensors = {"logits": self.logits, "seen": self.seen}
+        """Write the context to a file, from which `load` continues later."""
+        tensors = {"logits": self.next_logits(), "seen": self.seen}
         for i, layer in enumerate(self.state):
             tensors |= {f"{i}.conv": layer.conv, f"{i}.ssm": layer.ssm}
         tensors = {name: t.contiguous() for name, t in tensors.items()}
@@ -72,7 +82,7 @@ class Context:
                 raise InputError(f"{path}: cannot be written ({error})") from error
 
     def load(self, path: Path) -> None:
-        """Take over the context in a file that `save` wrote with the same model."""
+        """Continue from a file that `save` wrote with the same model."""
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("model") != self._fingerprint():
@@ -90,18 +100,18 @@ class Context:
                     f"{path}: not a saved state ({name} is missing or of another kind)"
                 )
         self.logits, self.seen = (tensors[name].to(self.device) for name in ("logits", "seen"))
-        for i, layer in enumerate(self.state):  # in the order in memory that they have
+        for i, layer in enumerate(self.state):  # copy, to keep the memory layout
             layer.conv.copy_(tensors[f"{i}.conv"])
             layer.ssm.copy_(tensors[f"{i}.ssm"])
 
     def _fingerprint(self) -> str:
-        """Tells this model's weights from another's, cheaply."""
-        norms = [p.detach().double().sum().item().hex() for p in self.model.parameters()]
+        """A cheap text that differs between models with different weights."""
+        norms = [float(p.detach().double().sum()).hex() for p in self.model.parameters()]
         return " ".join([str(self.model.config.vocab_size), *norms])
 
 
-def luck(seed: int | None) -> torch.Generator:
-    """What decides the draws of one completion; None is different every time."""
+def random_generator(seed: int | None) -> torch.Generator:
+    """The random generator of one completion. With None every call gives another one."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -111,14 +121,14 @@ def luck(seed: int | None) -> torch.Generator:
 
 
 def choose(logits: Tensor, seen: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw a token from logits (tokens,), of which `seen` (at least tokens,) have appeared."""
+    """Draw a token from logits (tokens,). `seen` (at least tokens,) marks those that appeared."""
     return draw(logits[None], seen[None], [sampling], [generator])[0]
 
 
 def draw(
     logits: Tensor, seen: Tensor, samplings: list[Sampling], generators: list[torch.Generator]
 ) -> list[int]:
-    """A token for each row of logits (rows, tokens), each drawn in its own way by its own luck."""
+    """Draw a token for each row of logits (rows, tokens), with the row's sampling and generator."""
 
     def column(values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), device=logits.device)[:, None]
@@ -137,21 +147,29 @@ def draw(
     limits = [s.top_k if 0 < s.top_k < n_tokens else n_tokens for s in samplings]
     top_p = column(0.0 if s.temperature == 0 else s.top_p for s in samplings)
     chance = column(torch.rand((), generator=generator).item() for generator in generators)
-    rows = [logits, column(limits), top_p, chance]
-    # Ordering the likeliest few is much cheaper than ordering all, and for most rows enough.
+    rows = (logits, column(limits), top_p, chance)
+    # Sorting the likeliest few is much cheaper than sorting all, and enough for most rows.
     few = max([FEW, *(k for k in limits if k < n_tokens)])
-    drawn, enough = _pick(*rows, min(few, n_tokens))
+    drawn, enough = _pick(min(few, n_tokens), *rows)
     if not enough.all():
-        drawn[~enough] = _pick(*(each[~enough] for each in rows), n_tokens)[0]
+        drawn[~enough] = _pick(n_tokens, *(each[~enough] for each in rows))[0]
     return [a if g else b for a, b, g in zip(likeliest, drawn.tolist(), greedy, strict=True)]
 
 
 def _pick(
-    logits: Tensor, top_k: Tensor, top_p: Tensor, chance: Tensor, n: int
+    n: int, logits: Tensor, top_k: Tensor, top_p: Tensor, chance: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The token that `chance` falls on, and whether the n likeliest hold all that can be drawn.
+    """Draw among the n likeliest tokens of each row.
 
-    Logits are (rows, tokens), the rest columns; top_k is either at most n or all tokens.
+    Args:
+        n: how many tokens are sorted.
+        logits: (rows, tokens).
+        top_k: (rows, 1), at most n or all tokens.
+        top_p: (rows, 1).
+        chance: (rows, 1), uniform in [0, 1): which token of the cumulated distribution is drawn.
+
+    Returns:
+        (rows,) tokens, and (rows,) whether the n likeliest contain all that may be drawn.
     """
     ordered, order = logits.topk(n)
     ordered = ordered.masked_fill(torch.arange(n, device=logits.device) >= top_k, -torch.inf)

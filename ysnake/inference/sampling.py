@@ -1,4 +1,4 @@
-"""The settings of how the next token is drawn; without torch, so that `--help` is quick."""
+"""The options of how the next token is drawn. Without torch, so that `--help` is quick."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class Sampling:
     """How the next token is drawn from the logits.
 
     Raises:
-        InputError: a value out of its range, named.
+        InputError: a value is out of range. `InputError.field` names the option.
     """
 
     temperature: float = 0.8
@@ -26,14 +26,14 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
-            raise InputError(f"--temperature: expected at least 0, got {self.temperature}")
+            raise InputError(f"expected at least 0, got {self.temperature}", field="--temperature")
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise InputError(f"--seed: expected at most 63 bits, got {self.seed}")
+            raise InputError(f"expected at most 63 bits, got {self.seed}", field="--seed")
         if self.top_k < 0:
-            raise InputError(f"--top-k: expected at least 0, got {self.top_k}")
+            raise InputError(f"expected at least 0, got {self.top_k}", field="--top-k")
         if not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p: expected above 0 and at most 1, got {self.top_p}")
+            raise InputError(f"expected above 0 and at most 1, got {self.top_p}", field="--top-p")
         if not self.repetition_penalty > 0:
             raise InputError(
-                f"--repetition-penalty: expected above 0, got {self.repetition_penalty}"
+                f"expected above 0, got {self.repetition_penalty}", field="--repetition-penalty"
             )

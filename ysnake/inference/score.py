@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from ysnake.inference.decoding import Decoder
     from ysnake.text.data import Piece
 
-READ = 1024  # tokens at once
-DROPPED = 8  # bits that a byte costs for which the tokenizer has no token, as any of 256 values
+READ = 1024  # tokens that are read in one step
+DROPPED = 8  # bits for each byte that the tokenizer drops: as many as any of 256 values needs
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Score:
     tokens: int = 0
     bytes: int = 0
     nats: float = 0.0
-    dropped: int = 0  # of the bytes, those of characters that the tokenizer has no token for
+    dropped: int = 0  # bytes of characters that the tokenizer does not know
 
     @property
     def loss_per_token(self) -> float:
@@ -34,7 +34,7 @@ class Score:
         return (self.nats / math.log(2) + DROPPED * self.dropped) / max(1, self.bytes)
 
     def warning(self) -> str | None:
-        """What the tokenizer could not read, if anything."""
+        """How much of the text the tokenizer drops, if any."""
         if not self.dropped:
             return None
         return (
@@ -50,10 +50,10 @@ def score(
     pieces: Iterable["Piece"],
     progress: Callable[[int], None],
 ) -> Score:
-    """Read each document from bos to eos with one state, so at any length in the same memory.
+    """Measure the loss on documents. Memory does not grow with their length.
 
-    Every token after the bos counts, the eos that ends a document too. `progress` is called with
-    the number of characters just done.
+    Every token of a document counts except its bos; its eos counts. `progress` is called with the
+    number of characters just read.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -63,11 +63,12 @@ def score(
     model = decoder.model
     device = model.backbone.embeddings.weight.device
     total = Score()
-    state, before = model.empty_state(1), model.config.bos_id  # read so far, and not yet read
+    bos, eos = model.config.check_frame()
+    state, before = model.empty_state(1), bos  # the state so far, and the token to read next
     for text, ends in pieces:
         ids = encode(tokenizer, text)
         total.dropped += dropped_bytes(tokenizer, text, ids)
-        ids += [model.config.eos_id] if ends else []
+        ids += [eos] if ends else []
         for i in range(0, len(ids), READ):
             targets = torch.tensor(ids[i : i + READ], device=device)
             inputs = torch.cat([targets.new_tensor([before]), targets[:-1]])
@@ -78,6 +79,6 @@ def score(
         total.bytes += len(text.encode("utf-8", "replace"))
         if ends:
             total.documents += 1
-            state, before = model.empty_state(1), model.config.bos_id
+            state, before = model.empty_state(1), bos
         progress(len(text))
     return total

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def texts(tokenizer: "Tokenizer", ids: Iterable[int]) -> Iterator[str]:
-    """The text of tokens as they come; bytes wait until they make a character."""
+    """The text of tokens as they come. Bytes are held back until they form a character."""
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=True)
@@ -17,11 +17,11 @@ def texts(tokenizer: "Tokenizer", ids: Iterable[int]) -> Iterator[str]:
             yield text
 
 
-def until(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
-    """The pieces up to where one of `stops` appears; what may be the start of one waits."""
+def until(texts: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
+    """The texts up to the first of `stops`. What may begin a stop text is held back."""
     waiting = ""
-    for piece in pieces:
-        text, waiting, found = cut(waiting + piece, stops)
+    for new in texts:
+        text, waiting, found = cut(waiting + new, stops)
         yield text
         if found:
             return
@@ -29,7 +29,11 @@ def until(pieces: Iterable[str], stops: tuple[str, ...]) -> Iterator[str]:
 
 
 def cut(text: str, stops: tuple[str, ...]) -> tuple[str, str, bool]:
-    """What of a text may be shown, what waits as it may begin a stop text, and if one was found."""
+    """Split a text at the first stop text.
+
+    Returns the part that may be shown, the end that is held back since it may begin a stop text,
+    and whether a stop text was found.
+    """
     found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
     if found:
         return text[: min(found)], "", True

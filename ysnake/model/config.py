@@ -11,7 +11,7 @@ from typing import Any
 
 from ysnake.shared.errors import InputError
 
-IGNORED = -100  # a target that does not count
+IGNORED = -100  # a target that the loss ignores
 VOCAB_MULTIPLE = 64  # vocabulary rows are padded to a multiple of this
 LARGEST_MODEL = 1 << 48  # weights; a petabyte of them
 MOST_LAYERS = 10_000
@@ -22,7 +22,7 @@ class ModelConfig:
     """Everything that decides the shapes and the arithmetic of a model.
 
     Raises:
-        InputError: a size that cannot be, named.
+        InputError: a value is impossible. `InputError.field` names it.
     """
 
     vocab_size: int  # rows of the embedding, padding included
@@ -51,7 +51,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             _check_kind(f.name, getattr(self, f.name), f.type)
-            if f.type is float:  # a file may hold a whole number, too large for torch
+            if f.type is float:  # a file may hold an integer that is too large for torch
                 object.__setattr__(self, f.name, _as_float(f.name, getattr(self, f.name)))
         for name in ("vocab_size", "d_model", "n_layers", "d_state", "head_dim", "expand"):
             _at_least(name, getattr(self, name), 1)
@@ -62,31 +62,38 @@ class ModelConfig:
                 _at_least(name, getattr(self, name), 1)
         if self.d_inner % self.head_dim:
             raise InputError(
-                f"head_dim: expected a divisor of expand * d_model = {self.d_inner}, "
-                f"got {self.head_dim}"
+                f"expected a divisor of expand * d_model = {self.d_inner}, got {self.head_dim}",
+                field="head_dim",
             )
         if self.n_heads % self.n_groups:
             raise InputError(
-                f"n_groups: expected a divisor of the {self.n_heads} heads, got {self.n_groups}"
+                f"expected a divisor of the {self.n_heads} heads, got {self.n_groups}",
+                field="n_groups",
             )
         if self.output_size is not None and self.tied:
-            raise InputError("output_size: a factorised head cannot be tied to the embedding")
+            raise InputError(
+                "a factorised head cannot be tied to the embedding", field="output_size"
+            )
         if not 0 < self.dt_min <= self.dt_max < math.inf:
             given = f"{self.dt_min:g}, {self.dt_max:g}"
-            raise InputError(f"dt_min, dt_max: expected a range, got {given}")
+            raise InputError(f"expected a range, got {given}", field="dt_min, dt_max")
         if not 0 <= self.dt_limit[0] <= self.dt_limit[1]:
-            raise InputError(f"dt_limit: expected 0 <= low <= high, got {self.dt_limit}")
+            raise InputError(f"expected 0 <= low <= high, got {self.dt_limit}", field="dt_limit")
         if not self.norm_eps >= 0:
-            raise InputError(f"norm_eps: expected at least 0, got {self.norm_eps}")
+            raise InputError(f"expected at least 0, got {self.norm_eps}", field="norm_eps")
         if self.n_layers > MOST_LAYERS:
-            raise InputError(f"n_layers: expected at most {MOST_LAYERS}, got {self.n_layers}")
+            raise InputError(
+                f"expected at most {MOST_LAYERS}, got {self.n_layers}", field="n_layers"
+            )
         if self.n_in_matrices > LARGEST_MODEL:
             raise InputError("these sizes ask for a model of more than a petabyte")
         for name in ("bos_id", "eos_id"):
             if (token := getattr(self, name)) is not None and token >= self.vocab_size:
-                raise InputError(f"{name}: expected below vocab_size, got {token}")
+                raise InputError(f"expected below vocab_size, got {token}", field=name)
         if self.bos_id is not None and self.bos_id < 0:
-            raise InputError(f"bos_id: expected a token of the model or null, got {self.bos_id}")
+            raise InputError(
+                f"expected a token of the model or null, got {self.bos_id}", field="bos_id"
+            )
 
     @property
     def d_inner(self) -> int:
@@ -101,56 +108,61 @@ class ModelConfig:
         """Channels of the convolution: x, B and C."""
         return self.d_inner + 2 * self.n_groups * self.d_state
 
-    def check_frame(self) -> None:
-        """Raise InputError unless there are tokens that begin and end a document."""
-        for name in ("bos_id", "eos_id"):
-            if getattr(self, name) is None or getattr(self, name) < 0:
-                raise InputError(
-                    f"{name}: expected a token of the model, got {getattr(self, name)}"
-                )
+    def check_frame(self) -> tuple[int, int]:
+        """The tokens that begin and end a document.
+
+        Raises:
+            InputError: the model has no such tokens.
+        """
+        tokens = []
+        for name, token in (("bos_id", self.bos_id), ("eos_id", self.eos_id)):
+            if token is None or token < 0:
+                raise InputError(f"expected a token of the model, got {token}", field=name)
+            tokens.append(token)
+        return tokens[0], tokens[1]
 
     @property
     def n_in_matrices(self) -> int:
-        """Parameters of the embedding, the projections and the convolutions: nearly all."""
+        """Nearly all parameters: those of the embedding, the projections and the convolutions."""
         layer = self.d_model * (2 * self.d_inner + self.d_conv + self.n_heads)
         layer += self.d_conv * self.conv_width
         return self.vocab_size * self.d_model + self.n_layers * layer
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
-    """Raise InputError unless a value from a file is of the type that the field has."""
+    """Raise InputError unless a value from a file has the type of its field."""
     if name == "dt_limit":
         pair = isinstance(value, tuple) and len(value) == 2
         if not pair or not all(isinstance(v, int | float) for v in value):
-            raise InputError(f"{name}: expected two numbers, got {str(value)[:40]}")
+            raise InputError(f"expected two numbers, got {str(value)[:40]}", field=name)
         return
     wanted = int | float if kind is float else kind
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-        said = {int: "a whole number", float: "a number", bool: "true or false"}
-        said = said.get(kind, "a whole number or null")
-        raise InputError(f"{name}: expected {said}, got {json.dumps(value)[:40]}")
+        names = {int: "a whole number", float: "a number", bool: "true or false"}
+        said = names.get(kind, "a whole number or null")
+        raise InputError(f"expected {said}, got {json.dumps(value)[:40]}", field=name)
 
 
 def _as_float(name: str, value: float) -> float:
     try:
         return float(value)
     except OverflowError:
-        raise InputError(f"{name}: expected a number below 1e308, got more") from None
+        raise InputError("expected a number below 1e308, got more", field=name) from None
 
 
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
-        raise InputError(f"{name}: expected at least {least}, got {value}")
+        raise InputError(f"expected at least {least}, got {value}", field=name)
 
 
 def padded_vocab(size: int) -> int:
-    """Rows of the embedding for a tokenizer of this size."""
+    """Rows of the embedding for a tokenizer of this size: rounded up to VOCAB_MULTIPLE."""
     return -(-size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What `--preset` sets: a vocabulary ceiling, a length of training, other settings."""
+    """What `--preset` sets: the largest vocabulary, the length of training, and other settings."""
 
     about: str
     max_vocab: int
@@ -198,7 +210,13 @@ PRESETS = {
 
 
 def model_config(settings: Any, vocab_size: int, eot_id: int) -> ModelConfig:
-    """The model that training settings ask for, with a tokenizer of `vocab_size` entries."""
+    """The configuration of a new model, from training settings and its tokenizer.
+
+    Args:
+        settings: the settings of training.
+        vocab_size: entries of the tokenizer.
+        eot_id: the token that begins, ends and pads documents.
+    """
     shared = {f.name for f in fields(ModelConfig)} & set(vars(settings))
     sizes = {name: getattr(settings, name) for name in shared - {"vocab_size"}}
     return ModelConfig(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Function = Callable[[Sequence[Tensor | None]], list[Tensor]]
+Function = Callable[[Sequence[Any]], list[Tensor]]  # of tensors and Nones
 
 
 class Graph:
@@ -34,7 +34,7 @@ class Graph:
     def __call__(self, given: Sequence[Tensor | None]) -> list[Tensor]:
         """Copies of the results, over which the next graph of the pool writes."""
         for own, t in zip(self.given, given, strict=True):
-            if t is not None:
+            if own is not None and t is not None:
                 own.copy_(t)
         self.graph.replay()
         return [t.clone() for t in self.results]

@@ -1,14 +1,15 @@
 """The first weights of a model."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, init: str) -> None:
-    """Draw fresh weights of a `Model`.
+def initialise(model: Any, init: str) -> None:
+    """Draw the first weights of a `Model`.
 
     `hippo`: A_n = -(n + 1) over the heads, the diagonal of the HiPPO-LegS matrix (S4D-Real, arXiv
     2206.12037). `uniform`: -A uniform in [1, 16]. Either way dt is log-uniform in [dt_min, dt_max].

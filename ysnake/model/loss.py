@@ -1,6 +1,7 @@
-"""The training loss from hidden states, in slices: the logits of a batch never exist at once.
+"""The training loss from hidden states, computed in slices of tokens.
 
-The gradient is taken with the loss while a slice's logits are there: nothing is computed twice.
+The logits of a whole batch never exist at the same time. Forward also computes the gradient, while
+the logits of a slice exist, so nothing is computed twice.
 """
 
 import torch
@@ -15,7 +16,7 @@ LEAST_ROWS = 256  # of a slice, whatever the vocabulary: with fewer the products
 
 
 def slice_rows(vocab_size: int, device: str) -> int:
-    """The tokens of a slice on this type of device."""
+    """The number of tokens of a slice on this type of device."""
     return max(LEAST_ROWS, (SLICE if device == "cpu" else GPU_SLICE) // vocab_size)
 
 
@@ -69,7 +70,9 @@ class _SummedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         if not ctx.gradients:
-            raise RuntimeError("summed_loss: backward goes once, its gradients are handed over")
+            raise RuntimeError(
+                "summed_loss: backward can run only once, as it hands over its gradients"
+            )
         gradients = [g.mul_(grad.to(g.dtype)) for g in ctx.gradients]
         ctx.gradients.clear()
         return *gradients, None, None

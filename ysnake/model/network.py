@@ -1,11 +1,14 @@
 """The Mamba-2 language model (arXiv 2405.21060): embedding, blocks, norm, head.
 
-Parameter names and shapes are those of Hugging Face's Mamba2ForCausalLM. One model, two forms that
-agree: whole sequences in parallel, and token by token with a state of constant size.
+Parameter names and shapes are those of Hugging Face's Mamba2ForCausalLM. The model computes in two
+forms that agree: whole sequences in parallel, and token by token with a state of constant size.
 """
 
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +22,7 @@ from ysnake_kernels import (
 from ysnake_kernels.backend import as_chosen_here
 from ysnake_kernels.conv import last_tokens
 from ysnake_kernels.linear import Linear, normed_linear, products_dtype
+from ysnake_kernels.mixer.part import Neighbours, mixer_part
 from ysnake_kernels.norm import add_and_norm
 
 from ysnake.model.config import ModelConfig
@@ -28,10 +32,10 @@ from ysnake.model.loss import summed_loss
 
 @dataclass
 class LayerState:
-    """What one layer remembers; its size does not depend on how much was read."""
+    """The state of one layer. Its size does not depend on the length of the text."""
 
-    conv: Tensor  # (batch, d_conv, conv_width - 1), the last tokens before the convolution;
-    # token by token in memory
+    # (batch, d_conv, conv_width - 1): the last inputs of the convolution, token by token in memory
+    conv: Tensor
     ssm: Tensor  # (batch, n_heads, head_dim, d_state), float32
 
 
@@ -66,6 +70,8 @@ class Mixer(nn.Module):
         self.D = nn.Parameter(torch.empty(c.n_heads))
         self.norm = RMSNorm(c.d_inner, c.norm_eps, c.n_groups)
         self.out_proj = Linear(c.d_inner, c.d_model, bias=c.bias)
+        # set where each sequence is split over several processes: those with the other parts
+        self.neighbours: Neighbours | None = None
 
     def forward(
         self,
@@ -74,17 +80,22 @@ class Mixer(nn.Module):
         state: LayerState | None,
         last_only: bool,
     ) -> Tensor:
-        """From z, x, B, C and dt of each token, (batch, length, features), as in_proj gives them.
+        """The mixer after in_proj: (batch, length, features) -> (batch, length, d_model).
 
-        With a state, reads on from it and updates it in place. With `last_only`, projects the last
-        token's output only.
+        Args:
+            projected: z, x, B, C and dt of each token, the output of in_proj.
+            seq_idx: (batch, length), the document of each token.
+            state: where to continue from; it is updated in place. None starts with zeros.
+            last_only: return the output of the last token only.
         """
+        if self.neighbours is not None and state is None:
+            return self._part(projected, seq_idx, self.neighbours)
         c, inference = self.config, not torch.is_grad_enabled()
         A = self.rates()
         if state is not None and projected.shape[1] == 1 and inference:
             return self.one_token(projected, A, state)
         taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        out = mamba_split_conv1d_scan_combined(
+        out: Any = mamba_split_conv1d_scan_combined(
             *(projected, taps, bias, self.dt_bias, A, self.D, c.chunk_size),
             initial_states=None if state is None else state.ssm,
             conv_initial_states=None if state is None else state.conv,
@@ -107,6 +118,27 @@ class Mixer(nn.Module):
             out = out[:, -1:]
         return self.out_proj(out) if inference else out
 
+    def _part(self, projected: Tensor, seq_idx: Tensor | None, neighbours: Neighbours) -> Tensor:
+        """`forward` for this process's part of each sequence, together with its neighbours."""
+        c = self.config
+        return mixer_part(
+            projected,
+            self.conv1d.weight[:, 0],
+            self.conv1d.bias,
+            self.dt_bias,
+            self.rates(),
+            self.D,
+            c.chunk_size,
+            neighbours=neighbours,
+            seq_idx=seq_idx,
+            dt_limit=c.dt_limit,
+            rmsnorm_weight=self.norm.weight,
+            rmsnorm_eps=c.norm_eps,
+            outproj_weight=self.out_proj.weight,
+            outproj_bias=self.out_proj.bias,
+            ngroups=c.n_groups,
+        )
+
     def rates(self) -> Tensor:
         """A, (heads,): the log of a head's decay in a step of size 1."""
         return -torch.exp(self.A_log.float())
@@ -120,8 +152,12 @@ class Mixer(nn.Module):
         x, B, C = xBC.split([c.d_inner, c.n_groups * c.d_state, c.n_groups * c.d_state], dim=-1)
         x = x.unflatten(-1, (c.n_heads, c.head_dim))
         B, C = (t.unflatten(-1, (c.n_groups, c.d_state)) for t in (B, C))
-        heads = {"D": self.D, "dt_bias": self.dt_bias, "dt_softplus": True, "dt_limit": c.dt_limit}
-        y = ssd_step(state.ssm, x, dt, A, B, C, **heads)
+        y = ssd_step(
+            *(state.ssm, x, dt, A, B, C, self.D),
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=c.dt_limit,
+        )
         return self.out_proj(self.norm(y.flatten(1), z)[:, None])
 
 
@@ -166,7 +202,7 @@ def _read_on(
     state: LayerState | None,
     last_only: bool,
 ) -> tuple[Tensor, Tensor, LayerState | None]:
-    """What the block returns, and the state after it; the one before can be read from again."""
+    """The output of the block and its new state. `state` is unchanged, so it can be used again."""
     after = copy(state)
     return *block(h, mixed, seq_idx, after, last_only), after
 
@@ -178,8 +214,9 @@ class Backbone(nn.Module):
         super().__init__()
         self.residual_in_fp32 = config.residual_in_fp32
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.recompute = False  # keep of each block its input alone: slower by a tenth
+        blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = cast(Sequence[Block], blocks)
+        self.recompute = False  # store only the input of each block: slower by a tenth
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(
@@ -196,14 +233,16 @@ class Backbone(nn.Module):
             if self.recompute:
                 if mixed is not None:
                     h, mixed = h + mixed, None  # to keep one tensor for each block
-                keep = {"use_reentrant": False, "preserve_rng_state": False}
-                read = as_chosen_here(_read_on)
-                h, mixed, after = checkpoint(
-                    read, layer, h, mixed, seq_idx, copy(own), at_end, **keep
+                read = partial(
+                    checkpoint,
+                    as_chosen_here(_read_on),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
+                h, mixed, after = read(layer, h, mixed, seq_idx, copy(own), at_end)
             else:
                 h, mixed, after = _read_on(layer, h, mixed, seq_idx, copy(own), at_end)
-            if own is not None:  # not the list, of which FSDP and DDP may hand on a copy
+            if own is not None:  # in place: FSDP and DDP may have passed a copy of the list
                 own.conv, own.ssm = after.conv, after.ssm
         return self.normed(h, mixed)
 
@@ -212,8 +251,9 @@ class Backbone(nn.Module):
         h = self.embeddings(ids)
         return h.float() if self.residual_in_fp32 and h.dtype != torch.float64 else h
 
-    def normed(self, h: Tensor, mixed: Tensor) -> Tensor:
+    def normed(self, h: Tensor, mixed: Tensor | None) -> Tensor:
         """The last hidden states, from what the last block returned."""
+        assert mixed is not None  # a model has at least one block
         h, norm = h[:, -mixed.shape[1] :], self.norm_f
         if torch.is_grad_enabled():
             return norm(h + mixed).to(norm.weight.dtype)
@@ -223,10 +263,10 @@ class Backbone(nn.Module):
 class FactorisedHead(nn.Module):
     """d_model -> output_size -> logits."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, d_model: int, output_size: int, vocab_size: int):
         super().__init__()
-        self.down = Linear(config.d_model, config.output_size, bias=False)
-        self.up = Linear(config.output_size, config.vocab_size, bias=False)
+        self.down = Linear(d_model, output_size, bias=False)
+        self.up = Linear(output_size, vocab_size, bias=False)
 
     def forward(self, h: Tensor) -> Tensor:
         return self.up(self.down(h))
@@ -240,11 +280,13 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
-        if config.output_size is not None:
-            self.lm_head = FactorisedHead(config)
+        self.lm_head: Linear | FactorisedHead
+        c = config
+        if c.output_size is not None:
+            self.lm_head = FactorisedHead(c.d_model, c.output_size, c.vocab_size)
         else:
-            self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
-            if config.tied:
+            self.lm_head = Linear(c.d_model, c.vocab_size, bias=False)
+            if c.tied:
                 self.lm_head.weight = self.backbone.embeddings.weight
         initialise(self, init)
 
@@ -253,8 +295,8 @@ class Model(nn.Module):
     ) -> Tensor:
         """ids (batch, length) -> logits (batch, length, vocab_size).
 
-        `seq_idx` (batch, length) numbers packed documents, which do not see each other. With a
-        `state`, reads on from it and updates it in place; gradients stop there.
+        `seq_idx` (batch, length) numbers packed documents, which do not see each other. A `state`
+        is continued and updated in place; no gradient flows into it.
         """
         return self.lm_head(self.backbone(ids, seq_idx, state))
 
@@ -265,9 +307,9 @@ class Model(nn.Module):
         seq_idx: Tensor | None = None,
         state: State | None = None,
     ) -> Tensor:
-        """The loss of `forward`'s logits at targets (batch, length), summed, in nats.
+        """The summed cross-entropy of `forward`'s logits and targets (batch, length), in nats.
 
-        Targets of -100 do not count. The logits never exist at once.
+        Targets of -100 are ignored. The logits of all tokens never exist at the same time.
         """
         h = self.backbone(ids, seq_idx, state).flatten(0, 1)
         head = self.lm_head
@@ -279,16 +321,16 @@ class Model(nn.Module):
     def step(
         self, ids: Tensor, state: State | None = None, last_only: bool = False
     ) -> tuple[Tensor, State]:
-        """Read on by one token, or by a piece of any length, without gradients.
+        """Read one or more further tokens, without gradients.
 
         Args:
-            ids: (batch,), one token each; or (batch, length), a piece each.
-            state: what earlier calls returned, updated in place; None starts anew.
-            last_only: of a piece, compute the logits of the last token only.
+            ids: (batch,), one token for each row; or (batch, length), several for each row.
+            state: what the call before returned; it is updated in place. None starts with zeros.
+            last_only: compute only the logits of the last token.
 
         Returns:
-            logits (batch, vocab_size) for one token each or with `last_only`, else
-            (batch, length, vocab_size); and the state.
+            logits, and the state. Logits are (batch, vocab_size) for `ids` (batch,) and with
+            `last_only`, else (batch, length, vocab_size).
         """
         if state is None:
             state = self.empty_state(ids.shape[0])
@@ -311,11 +353,11 @@ class Model(nn.Module):
         ]
 
     def use_config(self, config: ModelConfig) -> None:
-        """Take over a configuration of the same shapes, with another chunk size for instance."""
+        """Use another configuration with the same shapes, for instance another chunk size."""
         self.config = config
         for layer in self.backbone.layers:
             layer.mixer.config = config
 
     def n_parameters(self) -> int:
-        """Parameters, shared ones counted once."""
+        """The number of parameters. Shared ones count once."""
         return sum(p.numel() for p in self.parameters())

@@ -1,6 +1,7 @@
-"""The parts of the server that `ysnake.serve` starts.
+"""The server that `ysnake.serve` starts.
 
-`application` has the routes, `service` the model and its queue, `ollama_api` and `openai_api` the
-two APIs, `fields` what they read from a request. `guard` refuses strangers, `connections` those
-who send half a request, and `error_log` bounds what is logged.
+`server` listens, `application` has the routes, `service` holds the model and a queue for each
+request. `ollama_api` and `openai_api` are the two APIs; `fields` reads what both have in common.
+`guard` refuses clients without permission, `connections` ends those that send half a request, and
+`error_log` limits the log.
 """

@@ -2,11 +2,11 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,25 +17,35 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from ysnake import __version__
+from ysnake.inference.batch import Job
 from ysnake.serving import ollama_api, openai_api
+from ysnake.serving.completion_request import CompletionRequest
 from ysnake.serving.fields import Body, Refused, body_of, error_body, take
 from ysnake.serving.guard import Guard
-from ysnake.serving.replies import Asked
 from ysnake.serving.service import Service
 
 PAGE = Path(__file__).with_name("page.html")
-# the page is whole in itself: nothing else may be loaded, whatever a model writes
+# The page is self-contained. It must load nothing else, whatever a model writes.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
 POLICY += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 PAGE_HEADERS = {"Content-Security-Policy": POLICY, "X-Frame-Options": "DENY"}
 
-NDJSON = {"frame": "%s\n", "end": "", "media_type": "application/x-ndjson", "streams": True}
-EVENTS = {"frame": "data: %s\n\n", "end": "data: [DONE]\n\n"}
-EVENTS |= {"media_type": "text/event-stream", "streams": False}
+
+class StreamFormat(NamedTuple):
+    """How an API sends a text while it is written."""
+
+    frame: str  # a format that each part is put into
+    end: str  # what ends the stream
+    media_type: str
+    by_default: bool  # whether a request that does not say so wants a stream
+
+
+NDJSON = StreamFormat("%s\n", "", "application/x-ndjson", by_default=True)
+EVENTS = StreamFormat("data: %s\n\n", "data: [DONE]\n\n", "text/event-stream", by_default=False)
 
 
 def application(service: Service) -> Starlette:
-    """The application; the batch runs as long as it does."""
+    """Make the application. The batch starts and ends with it."""
 
     async def about(request: Request) -> Response:
         body = await body_of(request, service.options.max_body)
@@ -47,28 +57,28 @@ def application(service: Service) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service.start()
+        batch = service.start()
         yield
-        service.batch.close()
-        await asyncio.to_thread(service.batch.thread.join)
+        batch.close()
+        await asyncio.to_thread(batch.thread.join)
 
     generate = partial(ollama_api.completion, chat=False)
     chat = partial(ollama_api.completion, chat=True)
-    models = told(lambda: {"models": ollama_api.tags(service)})
-    listed = told(lambda: {"object": "list", "data": [openai_api.listed(service)]})
+    models = get_endpoint(lambda: {"models": ollama_api.tags(service)})
+    listed = get_endpoint(lambda: {"object": "list", "data": [openai_api.listed(service)]})
     routes = [
         Route("/", page),
-        Route("/api/version", told(lambda: {"version": __version__})),
+        Route("/api/version", get_endpoint(lambda: {"version": __version__})),
         Route("/api/tags", models),
         Route("/api/ps", models),
         Route("/api/show", about, methods=["POST"]),
-        Route("/api/generate", completing(service, generate, **NDJSON), methods=["POST"]),
-        Route("/api/chat", completing(service, chat, **NDJSON), methods=["POST"]),
+        Route("/api/generate", completion_endpoint(service, generate, NDJSON), methods=["POST"]),
+        Route("/api/chat", completion_endpoint(service, chat, NDJSON), methods=["POST"]),
         Route("/v1/models", listed),
         Route("/v1/models/{name}", one_model),
         Route(
             "/v1/completions",
-            completing(service, openai_api.completion, **EVENTS),
+            completion_endpoint(service, openai_api.completion, EVENTS),
             methods=["POST"],
         ),
     ]
@@ -96,8 +106,8 @@ def reply(content: Body, status: int = 200) -> Response:
     return Response(json.dumps(content), status, media_type="application/json")
 
 
-def told(content: Callable[[], Body]) -> Callable:
-    """The endpoint of something to look at."""
+def get_endpoint(content: Callable[[], Body]) -> Callable:
+    """An endpoint that replies with this content."""
 
     async def endpoint(request: Request) -> Response:
         return reply(content())
@@ -110,62 +120,64 @@ async def page(request: Request) -> Response:
     return FileResponse(PAGE, headers=PAGE_HEADERS)
 
 
-def completing(
-    service: Service, ask: Callable, frame: str, end: str, media_type: str, streams: bool
+def completion_endpoint(
+    service: Service,
+    read: Callable[[Service, Body, str], Awaitable[CompletionRequest]],
+    form: StreamFormat,
 ) -> Callable:
-    """The endpoint of requests that `ask` understands.
+    """An endpoint for completions.
 
     Args:
-        service: what is served.
-        ask: one of the APIs' `completion`.
-        frame: a format that each part of a stream is put into.
-        end: what ends a stream.
-        media_type: of a stream.
-        streams: whether a request that does not say so wants a stream.
+        service: the model.
+        read: the `completion` of one of the APIs, which reads a request.
+        form: how the API streams.
     """
 
-    async def lines(asked: Asked, path: str) -> AsyncIterator[str]:
-        async for text in service.text(asked.job):
-            yield frame % json.dumps(asked.piece(text))
-        failed = asked.job.error
-        for last in [error_body(path, failed, 500)] if failed else asked.ends():
-            yield frame % json.dumps(last)
-        yield end
+    async def lines(completion: CompletionRequest, job: Job, path: str) -> AsyncIterator[str]:
+        async for text in service.text(job):
+            yield form.frame % json.dumps(completion.part(text))
+        failed = job.error
+        for last in [error_body(path, failed, 500)] if failed else completion.last_parts():
+            yield form.frame % json.dumps(last)
+        yield form.end
 
     async def endpoint(request: Request) -> Callable:
         with ExitStack() as held:
             room = partial(held.enter_context, service.large_request())
             body = await body_of(request, service.options.max_body, room)
             service.check_name(body)
-            stream = take(body, "stream", bool, streams)
-            asked = await ask(service, body, request.client.host if request.client else "")
-        if asked.job is None:
-            return reply(asked.whole(""))
-        service.submit(asked.job)
+            stream = take(body, "stream", bool, form.by_default)
+            completion = await read(service, body, request.client.host if request.client else "")
+        job = completion.job
+        if job is None:
+            return reply(completion.whole(""))
+        service.submit(job)
 
         async def respond(scope: Any, receive: Any, send: Any) -> None:
             try:
                 if stream:
-                    text = lines(asked, request.url.path)
-                    response = StreamingResponse(text, media_type=media_type)
+                    text = lines(completion, job, request.url.path)
+                    response: Response = StreamingResponse(text, media_type=form.media_type)
                 else:
-                    response = await whole(service, request, asked)
+                    response = await whole_reply(service, request, completion, job)
                 await response(scope, receive, send)
             finally:
-                service.release(asked.job)
+                service.release(job)
 
         return respond
 
     return endpoint
 
 
-async def whole(service: Service, request: Request, asked: Asked) -> Response:
-    """All the text at once, or nothing as soon as nobody waits for it."""
+async def whole_reply(
+    service: Service, request: Request, completion: CompletionRequest, job: Job
+) -> Response:
+    """Reply with all the text at once. Stops as soon as the client is gone."""
 
     async def collect() -> str:
-        return "".join([text async for text in service.text(asked.job)])
+        return "".join([text async for text in service.text(job)])
 
-    collected, gone = map(asyncio.ensure_future, (collect(), request.receive()))
+    collected, gone = asyncio.ensure_future(collect()), asyncio.ensure_future(request.receive())
     try:
         await asyncio.wait({collected, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not collected.done():
@@ -173,23 +185,23 @@ async def whole(service: Service, request: Request, asked: Asked) -> Response:
     finally:
         collected.cancel()
         gone.cancel()
-    if asked.job.error:
-        raise Refused(asked.job.error, 500)
-    return reply(asked.whole(collected.result()))
+    if job.error:
+        raise Refused(job.error, 500)
+    return reply(completion.whole(collected.result()))
 
 
-async def refused(request: Request, error: Refused) -> Response:
+async def refused(request: Request, error: Any) -> Response:
     """The reply to a request that is refused."""
     content = error_body(request.url.path, error.message, error.status, error.code)
     return reply(content, error.status)
 
 
-async def wrong_path(request: Request, error: HTTPException) -> Response:
-    """The reply to a path that is not there, or to a wrong method."""
+async def wrong_path(request: Request, error: Any) -> Response:
+    """The reply to an unknown path or a wrong method."""
     content = error_body(request.url.path, error.detail, error.status_code)
     return reply(content, error.status_code)
 
 
 async def broken(request: Request, error: Exception) -> Response:
-    """The reply to a request that met a fault of ours."""
+    """The reply to a request that met a bug of the server."""
     return reply(error_body(request.url.path, type(error).__name__, 500), 500)

@@ -1,11 +1,13 @@
-"""Connections that send half a request, or take no reply, do not keep others from being served.
+"""Limits for connections, so that slow or malicious clients do not block others.
 
-A request must arrive whole in time. Where all places for connections are taken, the one that has
-been sending its request for longest makes room. So the process never runs out of descriptors.
+A request must arrive completely within a time limit. At the limit of connections, the one that has
+been sending its request for longest is closed. So the process never runs out of file descriptors.
 """
 
 import asyncio
 import socket
+from collections.abc import Callable
+from typing import Any
 
 import h11
 import uvicorn
@@ -13,13 +15,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST = 4000  # connections at once
 RESERVED = 192  # file descriptors for everything else
-BACKLOG = 16  # connections that are accepted at a time, before others are closed to make room
-WHOLE_WITHIN = 30.0  # seconds in which a request must be whole
-TAKEN_WITHIN = 60.0  # seconds in which a client must take something of its reply
+BACKLOG = 16  # connections that are accepted at a time, before others are closed for them
+WHOLE_WITHIN = 30.0  # seconds in which a request must arrive
+TAKEN_WITHIN = 60.0  # seconds in which a client must receive some of its reply
 
 
 def most_connections() -> int:
-    """How many connections the process has file descriptors for; asks the system for enough."""
+    """How many connections the process has file descriptors for. Asks the system for more."""
     try:
         import resource
     except ImportError:  # Windows, which has no such limit
@@ -34,13 +36,15 @@ def most_connections() -> int:
 
 
 def protocol(most: int, whole_within: float = WHOLE_WITHIN) -> type[H11Protocol]:
-    """uvicorn's protocol for connections, of which there are at most `most`."""
-    unfinished: dict[H11Protocol, asyncio.TimerHandle] = {}  # the first waits longest
+    """uvicorn's protocol class, with the limits and at most `most` connections."""
+    unfinished: dict[Any, asyncio.TimerHandle] = {}  # by connection, oldest first
 
     class Connection(H11Protocol):
         stalled: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
+        def connection_made(  # type: ignore[override]  # of a TCP transport, as uvicorn's
+            self, transport: asyncio.Transport
+        ) -> None:
             super().connection_made(transport)
             if len(self.connections) > most:
                 oldest = next(iter(unfinished), self)
@@ -72,7 +76,7 @@ def protocol(most: int, whole_within: float = WHOLE_WITHIN) -> type[H11Protocol]
                 self.stalled = None
 
         def update(self) -> None:
-            """Note whether the next request is still to come, or to be completed."""
+            """Start or stop the time limit of the next request."""
             if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
                 self.finished()
             elif self not in unfinished and not self.transport.is_closing():
@@ -87,17 +91,17 @@ def protocol(most: int, whole_within: float = WHOLE_WITHIN) -> type[H11Protocol]
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends what is being written when it is told to stop."""
+    """uvicorn's server, which ends running completions when it is asked to stop."""
 
-    def __init__(self, config: uvicorn.Config, stop):
+    def __init__(self, config: uvicorn.Config, stop: Callable[[], None]):
         super().__init__(config)
         self.stop = stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(1024)  # so many may wait in the system to be accepted
+            listener.listen(1024)  # connections that the system lets wait
 
-    def handle_exit(self, *args) -> None:
+    def handle_exit(self, *args: Any) -> None:
         self.stop()  # streams end, so that the server need not wait for them
         super().handle_exit(*args)

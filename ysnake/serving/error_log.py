@@ -1,4 +1,4 @@
-"""The server's log of errors: on stderr, of a bounded size, without control characters."""
+"""The error log of the server: on stderr, limited in size, without control characters."""
 
 import logging
 import time
@@ -10,18 +10,18 @@ LONGEST = 10_000  # characters of a record
 
 
 class _Bound(logging.Filter):
-    """Lets through the first `MOST` records of each period and says which is the last.
+    """Passes the first `MOST` records of each period. The last one says that it is the last.
 
-    Warnings and errors count apart: a client who sends many bad requests hides no error of ours.
+    Warnings and errors are counted separately. So many bad requests of a client hide no error.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.since, self.counts = time.monotonic(), Counter()
+        self.since, self.counts = time.monotonic(), Counter[str]()
 
     def filter(self, record: logging.LogRecord) -> bool:
         if time.monotonic() - self.since >= PERIOD:
-            self.since, self.counts = time.monotonic(), Counter()
+            self.since, self.counts = time.monotonic(), Counter[str]()
         kind = "error" if record.levelno >= logging.ERROR else "warning"
         self.counts[kind] += 1
         if self.counts[kind] == MOST:
@@ -38,7 +38,7 @@ class _Shown(logging.Formatter):
 
 
 def install() -> None:
-    """Send the warnings and errors of all libraries to this log."""
+    """Log the warnings and errors of all libraries here."""
     handler = logging.StreamHandler()
     handler.addFilter(_Bound())
     handler.setFormatter(_Shown("%(asctime)s %(name)s: %(message)s"))

@@ -1,4 +1,4 @@
-"""The fields of a request: each read as the kind that it must be, or refused by name."""
+"""Reading the fields of a request. A field of the wrong type is refused by its name."""
 
 import json
 import math
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 Body = dict[str, Any]
-LARGE = 1 << 16  # bytes; the number of larger requests that are read at once is bounded
+LARGE = 1 << 16  # bytes; only a limited number of larger requests is read at once
 
 
 class Refused(Exception):
-    """A request that is answered with an error; the message says what is wrong with it."""
+    """A request that is answered with an error. The message says what is wrong with it."""
 
     def __init__(self, message: str, status: int = 400, code: str | None = None):
         super().__init__(message)
@@ -28,7 +28,11 @@ KINDS |= {list: "a list", dict: "an object"}
 
 
 def take(body: Body, name: str, kind: type, default: Any = None) -> Any:
-    """A field of a request, of the kind asked for; one that is null or missing is the default."""
+    """Read a field of this type. A field that is null or missing has the default value.
+
+    Raises:
+        Refused: it has another type.
+    """
     value = body.get(name)
     if value is None:
         return default
@@ -46,13 +50,13 @@ def _shown(value: Any) -> str:
 
 
 def check_fields(body: Body, used: set[str], neutral: dict[str, tuple], ignored: set[str]) -> None:
-    """Refuse what is not known, and what would change the text and is not built.
+    """Refuse unknown fields, and unsupported ones that would change the text.
 
     Args:
-        body: the fields of a request, or of a part of it. What is null counts as left out.
+        body: the fields of a request, or of an object in it. null counts as missing.
         used: fields that the caller reads.
-        neutral: fields that are not built, each with the values that change nothing.
-        ignored: fields that change nothing here, whatever they are.
+        neutral: unsupported fields, each with the values that change nothing.
+        ignored: fields that change nothing here, whatever their value.
     """
     for name, value in body.items():
         if value is None or name in used or name in ignored:
@@ -65,13 +69,21 @@ def check_fields(body: Body, used: set[str], neutral: dict[str, tuple], ignored:
 
 
 SAMPLING = {"temperature", "top_k", "top_p", "seed", "stop", "repeat_last_n"}
-SAMPLING_NEUTRAL = {"min_p": (0,), "typical_p": (1,), "tfs_z": (1,), "mirostat": (0,)}
-SAMPLING_NEUTRAL |= {"presence_penalty": (0,), "frequency_penalty": (0,)}
+# the fields of a request, by the options of `ysnake.run` that they stand for
+OPTION_FIELDS = {"--temperature": "temperature", "--top-k": "top_k", "--top-p": "top_p"}
+OPTION_FIELDS |= {"--seed": "seed"}
+SAMPLING_NEUTRAL: dict[str, tuple] = {
+    "min_p": (0,),
+    "typical_p": (1,),
+    "tfs_z": (1,),
+    "mirostat": (0,),
+}
+SAMPLING_NEUTRAL |= {"mirostat": (0,), "presence_penalty": (0,), "frequency_penalty": (0,)}
 SAMPLING_IGNORED = {"mirostat_tau", "mirostat_eta"}  # without mirostat
 
 
 def sampling_of(body: Body, penalty: str) -> Sampling:
-    """How to draw, from the fields of a request; what is left out is as in `ysnake.run`."""
+    """The sampling options in a request. Missing ones have the defaults of `ysnake.run`."""
     default = Sampling()
     seed = take(body, "seed", int, -1)
     if not -1 <= seed < 2**63:
@@ -85,9 +97,8 @@ def sampling_of(body: Body, penalty: str) -> Sampling:
             seed=None if seed == -1 else seed,
         )
     except InputError as error:
-        name, rest = str(error).split(":", 1)
-        name = name.removeprefix("--").replace("-", "_").replace("repetition_penalty", penalty)
-        raise Refused(f"{name}:{rest}") from error
+        names = OPTION_FIELDS | {"--repetition-penalty": penalty}
+        raise Refused(f"{names[error.field]}: {error.reason}") from error
     except OverflowError as error:
         raise Refused(f"temperature, top_p: {error}") from error
     last = take(body, "repeat_last_n", int, -1)
@@ -106,7 +117,7 @@ def stops_of(body: Body) -> tuple[str, ...]:
 
 
 def max_tokens_of(body: Body, name: str, default: int, most: int) -> int:
-    """How many tokens a request asks for; -1 and -2 mean all that are allowed."""
+    """How many tokens a request asks for. -1 and -2 mean as many as allowed."""
     n = take(body, name, int, default)
     if n in (-1, -2):
         return most
@@ -118,18 +129,18 @@ def max_tokens_of(body: Body, name: str, default: int, most: int) -> int:
 async def body_of(
     request: "Request", most: int, when_large: Callable[[], Any] = lambda: None
 ) -> Body:
-    """The JSON object that a request carries, of at most `most` bytes.
+    """Read the JSON object in a request of at most `most` bytes.
 
-    `when_large` is called once, before more than `LARGE` bytes are kept; it may refuse.
+    `when_large` is called once, before more than `LARGE` bytes are kept. It may refuse the request.
     """
     from starlette.requests import ClientDisconnect
 
     read = bytearray()
     try:
-        async for piece in request.stream():
-            if len(read) <= LARGE < len(read) + len(piece):
+        async for block in request.stream():
+            if len(read) <= LARGE < len(read) + len(block):
                 when_large()
-            read += piece
+            read += block
             if len(read) > most:
                 raise Refused(f"body: expected at most {most} bytes", 413)
     except ClientDisconnect as error:
@@ -154,7 +165,7 @@ def _finite(text: str) -> float:
 
 
 def error_body(path: str, message: str, status: int, code: str | None = None) -> Body:
-    """An error in the shape that clients of the API at this path read."""
+    """An error in the format of the API at this path."""
     if not path.startswith("/v1/"):
         return {"error": message}
     kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

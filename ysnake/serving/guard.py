@@ -1,7 +1,9 @@
-"""Who may use the server: names of this machine, its own page, and clients that know the key.
+"""Who may use the server.
 
-A browser names the page that a request comes from (`Origin`, `Sec-Fetch-Site`). Without this guard
-every page that a user opens could use the server, also by a host name that leads to this machine.
+A request must name this machine as its host, must not come from a page of another site, and must
+carry the key if there is one. A browser says which page a request comes from (`Origin`,
+`Sec-Fetch-Site`). Without this check every page that a user opens could use the server, also
+through a foreign host name that leads to this machine.
 """
 
 import hmac
@@ -39,7 +41,7 @@ def _is_address(name: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware that answers strangers with 403, and requests without the key with 401."""
+    """ASGI middleware. It answers foreign hosts and pages with 403, a missing key with 401."""
 
     def __init__(self, app: App, options: "Options"):
         self.app, self.options = app, options
@@ -61,21 +63,23 @@ class Guard:
         await self.app(scope, receive, send)
 
     def check(self, method: str, path: str, headers: Headers) -> None:
-        """Raise Refused unless a request may go on."""
+        """Raise Refused unless the request is permitted."""
         host = headers.get("host", "")
         if not self.knows(host):
             raise Refused(f"host {host[:100]!r}: not this machine's; see --allow-host", 403)
         self.check_page(method, path, headers, host)
         key = self.options.api_key
-        if key is None or path in OPEN or method == "OPTIONS":  # which browsers send without a key
+        if (
+            key is None or path in OPEN or method == "OPTIONS"
+        ):  # browsers send OPTIONS without a key
             return
-        scheme, _, told = headers.get("authorization", "").partition(" ")
-        told = told if scheme.lower() == "bearer" else ""
-        if not hmac.compare_digest(told.encode(), key.encode()):
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        given = given if scheme.lower() == "bearer" else ""
+        if not hmac.compare_digest(given.encode(), key.encode()):
             raise Refused("api key: expected `Authorization: Bearer KEY`", 401, "invalid_api_key")
 
     def check_page(self, method: str, path: str, headers: Headers, host: str) -> None:
-        """Raise Refused if a page of another site had the browser send the request."""
+        """Raise Refused if a page of another site sent the request."""
         origin, site = headers.get("origin", "").lower(), headers.get("sec-fetch-site", "")
         if {origin, "*"} & self.origins:
             return
@@ -93,5 +97,5 @@ class Guard:
         name = found["name"].lower().strip("[]")
         if name in self.names or name.endswith(".localhost"):
             return True
-        # An address cannot be made to mean another machine, as a name can.
+        # A foreign name can be made to lead to this machine; an address cannot.
         return _is_address(name) and (not self.local or ipaddress.ip_address(name).is_loopback)

@@ -5,19 +5,19 @@ from uuid import uuid4
 
 from ysnake.inference.batch import Job
 from ysnake.serving import fields
+from ysnake.serving.completion_request import CompletionRequest
 from ysnake.serving.fields import Body, Refused, check_fields, take
-from ysnake.serving.replies import Asked
 from ysnake.serving.service import Service
 
 USED = fields.SAMPLING | {"model", "name", "prompt", "stream", "stream_options"}
 USED |= {"max_tokens", "repetition_penalty"}
-# not built, with the values that change nothing
-NEUTRAL = fields.SAMPLING_NEUTRAL | {"suffix": ("",), "n": (1,), "best_of": (1,)}
+# unsupported fields, with the values that change nothing
+NEUTRAL: dict[str, tuple] = fields.SAMPLING_NEUTRAL | {"suffix": ("",), "n": (1,), "best_of": (1,)}
 NEUTRAL |= {"echo": (False,), "logprobs": (), "logit_bias": ({},)}
 IGNORED = fields.SAMPLING_IGNORED | {"user"}
 
 
-async def completion(service: Service, body: Body, client: str) -> Asked:
+async def completion(service: Service, body: Body, client: str) -> CompletionRequest:
     """A request to /v1/completions."""
     check_fields(body, USED, NEUTRAL, IGNORED)
     prompt = body.get("prompt")
@@ -35,7 +35,7 @@ async def completion(service: Service, body: Body, client: str) -> Asked:
     head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time.time())}
     head["model"] = body["model"]
 
-    def piece(text: str, reason: str | None = None) -> Body:
+    def part(text: str, reason: str | None = None) -> Body:
         choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
         return {**head, "choices": [choice]}
 
@@ -45,18 +45,22 @@ async def completion(service: Service, body: Body, client: str) -> Asked:
             "completion_tokens": job.n_written,
             "total_tokens": len(job.ids) + job.n_written,
         }
-        if service.options.share_prompts:  # else it could tell that somebody else sent this prompt
+        if (
+            service.options.share_prompts
+        ):  # else it would reveal that somebody else sent this prompt
             counts["prompt_tokens_details"] = {"cached_tokens": job.n_remembered}
         return counts
 
-    def ends() -> list[Body]:
+    def last_parts() -> list[Body]:
         counts = [{**head, "choices": [], "usage": usage()}] if usage_asked else []
-        return [piece("", job.reason), *counts]
+        return [part("", job.reason), *counts]
 
-    return Asked(job, piece, ends, lambda text: piece(text, job.reason) | {"usage": usage()})
+    return CompletionRequest(
+        job, part, last_parts, lambda text: part(text, job.reason) | {"usage": usage()}
+    )
 
 
 def listed(service: Service) -> Body:
-    """The one model that is here, as OpenAI lists it."""
+    """The served model, as OpenAI lists it."""
     created = int(service.modified.timestamp())
     return {"id": service.name, "object": "model", "created": created, "owned_by": "ysnake"}

@@ -1,4 +1,4 @@
-"""The server: a socket to listen at, and requests answered until Ctrl-C.
+"""Running the server: it listens at a socket and answers requests until Ctrl-C.
 
 The event loop reads requests and writes replies. `ysnake.inference.batch` decodes them all in one
 batch in a thread of its own and hands text over once a step.
@@ -23,8 +23,10 @@ def listen(options: Options) -> socket.socket:
             dualstack_ipv6=options.host == "::" and socket.has_dualstack_ipv6(),
         )
     except (OSError, OverflowError) as error:
-        raise InputError(f"--host, --port: {options.host}:{options.port}: {error}") from error
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # a token leaves at once
+        raise InputError(
+            f"{options.host}:{options.port}: {error}", field="--host, --port"
+        ) from error
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # send each token immediately
     return listener
 
 
@@ -53,5 +55,5 @@ def serve(options: Options, listener: socket.socket) -> None:
     address = f"http://{host}:{listener.getsockname()[1]}"
     name = escape_controls(service.name)
     print(f"{name} is at {address}  (a page, /api and /v1; Ctrl-C ends it)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn, once all has ended
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after the shutdown
         connections.Server(config, service.stop).run(sockets=[listener])

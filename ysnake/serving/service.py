@@ -1,4 +1,4 @@
-"""The model as its clients know it, and the requests that are under way."""
+"""The served model, and the requests in progress."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -20,8 +20,8 @@ from ysnake.shared import cli
 if TYPE_CHECKING:
     from ysnake.serving.options import Options
 
-MOST_LARGE = 64  # large requests that are read at once
-SHORT = 4096  # characters that are split into tokens at once, in a few milliseconds
+MOST_LARGE = 64  # large requests that are read at the same time
+SHORT = 4096  # characters that the event loop itself tokenises, in a few milliseconds
 
 
 @dataclass
@@ -41,8 +41,8 @@ class Service:
     queues: dict[Job, asyncio.Queue] = field(default_factory=dict)
     n_large: int = 0
 
-    def start(self) -> None:
-        """Start the batch; its news come to the event loop that runs now."""
+    def start(self) -> Batch:
+        """Start the batch. It delivers its texts to the running event loop."""
         loop = asyncio.get_running_loop()
 
         def deliver(news: News) -> None:
@@ -51,6 +51,7 @@ class Service:
 
         o = self.options
         self.batch = Batch(self.decoder, self.tokenizer, deliver, o.parallel, o.remember)
+        return self.batch
 
     def stop(self) -> None:
         """End every request with an error."""
@@ -58,7 +59,7 @@ class Service:
             self.batch.close()
 
     def hand_out(self, news: News) -> None:
-        """Give each request its text; None ends it."""
+        """Put each new text into the queue of its request. None ends the queue."""
         for job, text, ended in news:
             if job in self.queues:
                 self.queues[job].put_nowait(text)
@@ -66,41 +67,42 @@ class Service:
                     self.queues[job].put_nowait(None)
 
     def submit(self, job: Job) -> None:
-        """Let a job take its place, which it has until `release`."""
+        """Start a job. It occupies a place until `release`."""
         if len(self.queues) >= self.options.parallel + self.options.waiting:
             raise Refused("server busy: too many requests are waiting, try again", 429)
+        assert self.batch is not None  # requests come after `start`
         self.queues[job] = asyncio.Queue()
         self.batch.submit(job)
 
     def release(self, job: Job) -> None:
-        """Free the place of a job, whether it ended or nobody waits for it any more."""
+        """Free the place of a job that has ended or whose client is gone."""
         job.gone = True
         del self.queues[job]
 
     async def text(self, job: Job) -> AsyncIterator[str]:
-        """The text of a job as it is written; what has come since is one piece."""
+        """The text of a job while it is written. Yields all new text at once."""
         queue, ended = self.queues[job], False
         while not ended:
-            pieces = [await queue.get()]
+            texts = [await queue.get()]
             while not queue.empty():
-                pieces.append(queue.get_nowait())
-            ended = pieces[-1] is None
-            if text := "".join(pieces[:-1] if ended else pieces):
+                texts.append(queue.get_nowait())
+            ended = texts[-1] is None
+            if text := "".join(texts[:-1] if ended else texts):
                 yield text
 
     async def prompt_ids(self, text: str) -> tuple[int, ...]:
-        """The tokens of a prompt, behind the one that begins a document.
+        """The token that begins a document, and the tokens of a prompt.
 
-        A text of too many bytes is refused before it is split into tokens.
+        A text with too many bytes is refused before it is split into tokens.
         """
         most, bos = self.options.max_prompt, self.decoder.model.config.bos_id
-        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair becomes a "?"
+        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair becomes "?"
         expected, code = f"prompt: expected at most {most} tokens", "context_length_exceeded"
         if (size := len(text.encode())) > most * self.longest:
             raise Refused(f"{expected}, got {size} bytes, which are more", code=code)
 
         def encode() -> list[int]:
-            # only this form of encoding lets other threads go on
+            # this is the only encoding function that does not block other threads
             return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
         ids = encode() if len(text) <= SHORT else await asyncio.to_thread(encode)
@@ -110,7 +112,7 @@ class Service:
 
     @contextmanager
     def large_request(self) -> Iterator[None]:
-        """Hold a place among the large requests that are being read, so that memory suffices."""
+        """Count a large request while it is read, and refuse it if there are too many."""
         if self.n_large >= MOST_LARGE:
             raise Refused("server busy: too many large requests at once, try again", 429)
         self.n_large += 1
@@ -120,7 +122,7 @@ class Service:
             self.n_large -= 1
 
     def owner(self, client: str) -> str:
-        """Who may use what is remembered of a client's prompts: the client, or everybody."""
+        """Who shares remembered prompts with a client: only the client itself, or everybody."""
         return "" if self.options.share_prompts else client
 
     def check_name(self, body: Body) -> None:
@@ -133,7 +135,7 @@ class Service:
 
 
 def load(options: "Options") -> Service:
-    """Read the model and what is told about it."""
+    """Load the model, and what the APIs say about it."""
     path = options.path or cli.newest_run()
     cli.tune_memory()
     cli.use_threads(options.threads)
@@ -141,19 +143,23 @@ def load(options: "Options") -> Service:
     folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint, device)
     digest = sha256()
     for weight in model.parameters():
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     full = folder.resolve()
     own_name = full.parent.name if full.name in ("best", "last") else full.name
-    about = {
-        "name": (options.name or own_name).removesuffix(":latest"),
-        "n_parameters": model.n_parameters(),
-        "size": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "modified": datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc),
-        "digest": digest.hexdigest(),
-        "longest": max((len(token.encode()) for token in tokenizer.get_vocab()), default=1),
-    }
+    n_parameters = model.n_parameters()  # before the decoder lays out other weights
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
     decoder = Decoder(model, options.weights, options.compile)
-    if options.compile:  # what it makes for two and more rows, before anybody waits for it
+    if options.compile:  # compile for two and for more rows before the first request
         for rows in range(2, min(options.parallel, 3) + 1):
             decoder.step(torch.zeros(rows, dtype=torch.int64))
-    return Service(options, decoder=decoder, tokenizer=tokenizer, **about)
+    return Service(
+        options,
+        name=(options.name or own_name).removesuffix(":latest"),
+        decoder=decoder,
+        n_parameters=n_parameters,
+        size=size,
+        tokenizer=tokenizer,
+        modified=datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc),
+        digest=digest.hexdigest(),
+        longest=max((len(token.encode()) for token in tokenizer.get_vocab()), default=1),
+    )

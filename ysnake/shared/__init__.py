@@ -1,1 +1,1 @@
-"""What every room uses: errors, the command line, the terminal, files on disk."""
+"""What all other folders use: errors, the command line, the terminal, files on disk."""

@@ -1,11 +1,11 @@
-"""What the command lines share: options from a dataclass, errors in one line, exit codes."""
+"""What all commands share: options from a dataclass, one-line errors, exit codes, the device."""
 
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
@@ -34,14 +34,18 @@ def command_line(program: str) -> str:
 def parse(
     options: type[Options], argv: list[str], program: str, default: Options | None = None
 ) -> Options:
-    """The options given to `program`; `--help` and what cannot be read end the process."""
-    return tyro.cli(
+    """Read the options of `python -m ysnake.PROGRAM` from a dataclass.
+
+    Ends the process for `--help` and for options that cannot be read.
+    """
+    parsed: Any = tyro.cli(
         options,
         prog=command_line(program),
         args=argv,
         default=default,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
     )
+    return parsed
 
 
 def run(command: Callable[[list[str]], int]) -> None:
@@ -55,7 +59,7 @@ def run(command: Callable[[list[str]], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
-    except BrokenPipeError:  # whoever read our output went away
+    except BrokenPipeError:  # the program that read our output has ended
         sys.stderr.close()
         code = FAILED
     except OSError as error:
@@ -76,7 +80,7 @@ def run(command: Callable[[list[str]], int]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What fails in here because of the disk becomes an InputError that names the path."""
+    """Turn a file error inside the block into an InputError that names the path."""
     try:
         yield
     except OSError as error:
@@ -84,31 +88,31 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def console() -> "Console":
-    """Where a command prints: plain text, wrapped by the terminal alone.
+    """The console that a command prints to. It wraps no lines; the terminal does.
 
-    A command goes on when the terminal is closed or the reader of its output has ended.
+    A command continues when its terminal is closed or the program that reads its output ends.
     """
     from rich.console import Console
 
-    out = sys.stdout and terminal.LastingOutput(sys.stdout)
+    out: Any = sys.stdout and terminal.LastingOutput(sys.stdout)
     return Console(file=out, highlight=False, soft_wrap=True)
 
 
 def markup(text: object) -> str:
-    """Text of others, such as a path, for a place where rich reads markup: shown as it is."""
+    """Escape text, such as a path, so that rich prints it unchanged."""
     from rich.markup import escape
 
     return escape(escape_controls(str(text)))
 
 
 def runs() -> list[Path]:
-    """The folders of all runs in runs/. A hidden folder is no run."""
+    """The folders of all runs in runs/, without hidden folders."""
     found = RUNS.glob("*/settings.json")
     return [path.parent for path in found if not path.parent.name.startswith(".")]
 
 
 def newest_run() -> Path:
-    """The folder of the run that was begun or resumed last."""
+    """The folder of the run that was started or resumed last."""
     found = runs()
     if not found:
         raise InputError(f"{RUNS}: no run there yet; {command_line('train')} makes one")
@@ -116,10 +120,10 @@ def newest_run() -> Path:
 
 
 def pick_device(name: str) -> str:
-    """`auto` is CUDA where there is one, else the CPU.
+    """The device to compute on: `auto` means CUDA if this machine has a GPU, else the CPU.
 
     Raises:
-        InputError: the device is not there.
+        InputError: this machine does not have the device.
     """
     import torch
 
@@ -128,16 +132,18 @@ def pick_device(name: str) -> str:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"device: expected auto, cpu, cuda or mps, got {name}") from error
+        raise InputError(f"expected auto, cpu, cuda or mps, got {name}", field="device") from error
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     if (device.index or 0) >= count.get(device.type, 0):
-        raise InputError(f"device: {name} is not available here")
+        raise InputError(f"{name} is not available here", field="device")
     return name
 
 
 def tune_memory() -> None:
-    """For commands that read and write text on a CPU: huge pages, from which weights are read
-    faster at the cost of some memory, and no memory given back between the pieces of a prompt.
+    """Tune memory allocation for a command that runs a model on a CPU.
+
+    Freed memory is kept, not returned to the system, so that the next operation reuses it. Huge
+    pages make reading weights faster; they take some more memory.
     """
     import torch
     from ysnake_kernels.allocator import keep_freed_memory
@@ -146,19 +152,19 @@ def tune_memory() -> None:
     name = "THP_MEM_ALLOC_ENABLE"
     if name not in os.environ:
         os.environ[name] = "1"
-        torch.empty(1)  # torch looks once, when it makes its first tensor
-        del os.environ[name]  # not for processes that this one starts
+        torch.empty(1)  # torch reads the variable once, for its first tensor
+        del os.environ[name]  # child processes do not inherit it
 
 
 def use_threads(count: int | None) -> None:
-    """Compute with so many threads on the CPU; None leaves that to torch.
+    """Set the number of CPU threads. None leaves the choice to torch.
 
     Raises:
-        InputError: not a number of threads.
+        InputError: the number is out of range.
     """
     import torch
 
     if count is not None:
         if not 1 <= count <= MOST_THREADS:
-            raise InputError(f"--threads: expected 1 to {MOST_THREADS}, got {count}")
+            raise InputError(f"expected 1 to {MOST_THREADS}, got {count}", field="--threads")
         torch.set_num_threads(count)

@@ -1,7 +1,4 @@
-"""Files: written whole or not at all, and JSON that is read with clear errors.
-
-A file is written beside its final place and renamed at the end.
-"""
+"""Writing a file completely or not at all, and reading JSON with clear errors."""
 
 import json
 import os
@@ -19,12 +16,13 @@ LARGEST_JSON = 1 << 26  # bytes
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a new, empty file beside `path`. It takes the place of `path` when the block ends.
+    """Yield a new, empty file beside `path`. It replaces `path` when the block ends.
 
-    If the block fails, `path` is as it was. A link at `path` is replaced; its target stays.
+    If the block fails, `path` stays unchanged. If `path` is a link, the link is replaced and its
+    target stays unchanged.
 
     Raises:
-        InputError: the file cannot be written; it is named.
+        InputError: the file cannot be written. The message names it.
     """
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
@@ -46,7 +44,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the new files that a killed process left in a folder that is this process's own."""
+    """Remove the temporary files that a killed process left in a folder.
+
+    No other process may be writing in the folder.
+    """
     for path in folder.glob("*.????????.new"):
         if path.is_file():
             path.unlink()
@@ -56,9 +57,9 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        InputError: it is missing, cannot be read, or is not JSON; it is named.
+        InputError: the file is missing, cannot be read, or is not JSON. The message names it.
     """
-    if not path.is_file():  # a pipe, for instance, might never end
+    if not path.is_file():  # reading a pipe, for instance, might never end
         raise InputError(f"{path}: no such file")
     if path.stat().st_size > LARGEST_JSON:
         raise InputError(f"{path}: expected at most {LARGEST_JSON:,} bytes")

@@ -1,4 +1,4 @@
-"""Hashes of the files in a folder, kept beside them, so that a damaged file is noticed."""
+"""Hashes of the files in a folder, stored in the folder, to detect damaged files."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ def write(folder: Path) -> None:
 
 
 def verify(path: Path, folder: Path | None = None) -> None:
-    """Compare a file with the hash in its folder; a folder of others has none.
+    """Compare a file with its stored hash. A folder that ysnake did not write has no hashes.
 
     Args:
         path: the file.
-        folder: where the hashes are, if not beside the file.
+        folder: the folder with the hashes, if the file is not directly in it.
 
     Raises:
-        InputError: it is not the file that was saved there, or cannot be read.
+        InputError: the content differs from what was saved, or the file cannot be read.
     """
     folder = folder or path.parent
     manifest = folder / FILE
@@ -48,6 +48,6 @@ def _sha256(path: Path) -> str:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    except OSError as error:  # of a disk that fails, for instance
+    except OSError as error:  # for instance from a failing disk
         raise InputError(f"{path}: {error.strerror}") from error
     return digest.hexdigest()

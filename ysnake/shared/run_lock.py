@@ -1,13 +1,14 @@
-"""A lock file: one process at a time writes a run folder or a checkpoint.
+"""A lock file, so that only one process at a time writes a run folder or a checkpoint.
 
-The lock belongs to the process and ends with it, however the process ends. What stays in the folder
-after a kill is a file that nobody has locked.
+The operating system releases the lock when the process ends, even if it is killed. A killed process
+leaves the file behind, but nobody holds its lock.
 """
 
 import errno
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,22 +19,23 @@ from ysnake.shared.errors import InputError
 from ysnake.shared.shown import escape_controls
 
 TRAINING = "train.lock"  # in the folder of a run, while a process trains it
-# what a file system without locks answers
+# errors of a file system that has no locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 LONGEST_NAME = 200  # characters of a lock file that are shown
-BEYOND = 1 << 30  # the byte that is locked on Windows, where locked bytes cannot be read
+LOCKED_BYTE = 1 << 30  # on Windows, where locked bytes cannot be read: far behind the content
 POLL = 0.02  # seconds between two tries
 
 
 @contextmanager
 def lock(path: Path, busy: str, patience: float = 0.0) -> Iterator[bool]:
-    """Hold the lock file `path` as long as the block runs, then remove it.
+    """Hold the lock file `path` while the block runs, then remove it.
 
-    Yields whether there is a lock. Where the file system has none, a warning says so once.
+    Yields whether the lock is held. On a file system without locks it yields False and warns once.
 
     Args:
-        path: made if it is not there.
-        busy: the message if another process holds the lock; that process is named after it.
+        path: the lock file; it is created if it does not exist.
+        busy: the error message if another process holds the lock. It is followed by the name of
+            that process.
         patience: seconds to wait for the other process.
 
     Raises:
@@ -52,10 +54,10 @@ def lock(path: Path, busy: str, patience: float = 0.0) -> Iterator[bool]:
     finally:
         if os.name == "nt":  # where an open file cannot be removed
             os.close(descriptor)
-            with suppress(OSError):  # another process has opened it already
+            with suppress(OSError):  # another process has already opened it
                 path.unlink()
         else:
-            with suppress(OSError):  # the folder was removed, or became read-only
+            with suppress(OSError):  # the folder was removed or became read-only
                 path.unlink()
             os.close(descriptor)
 
@@ -73,7 +75,7 @@ def held(path: Path) -> bool:
 
 
 def _locked(path: Path, busy: str, until: float) -> int | None:
-    """A descriptor of the file `path`, locked; None where the file system has no locks."""
+    """Open and lock the file `path`. Returns None on a file system without locks."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         keep = False
@@ -94,12 +96,15 @@ def _locked(path: Path, busy: str, until: float) -> int | None:
 
 
 def _try(descriptor: int) -> bool | None:
-    """Lock an open file. False if another process has; None where the file system has no locks."""
+    """Try to lock an open file.
+
+    Returns False if another process holds the lock, None on a file system without locks.
+    """
     try:
-        if os.name == "nt":
+        if sys.platform == "win32":
             import msvcrt
 
-            os.lseek(descriptor, BEYOND, os.SEEK_SET)
+            os.lseek(descriptor, LOCKED_BYTE, os.SEEK_SET)
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
             os.lseek(descriptor, 0, os.SEEK_SET)
         else:
@@ -116,7 +121,7 @@ def _try(descriptor: int) -> bool | None:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file still has its name; the process before removes it as it ends."""
+    """Whether `path` still leads to the open file. Its last owner removes the file at its end."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Text of others made safe to print: a terminal shows control characters and does not obey them."""
+"""Making foreign text safe to print: the terminal shows control characters, and obeys none."""
 
 import re
 
@@ -7,11 +7,11 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udf
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    """The text with each control character written as Python writes it, ESC as \\x1b.
+    """Replace each control character by its Python escape, ESC by \\x1b.
 
     Args:
         text: from a file, a model, a server or an error message.
-        keep: characters that stay as they are. A text of several lines keeps "\\n\\t".
+        keep: characters that stay unchanged. A text of several lines keeps "\\n\\t".
     """
 
     def escape(found: re.Match) -> str:

@@ -1,4 +1,4 @@
-"""Standard input and output of any kind: in any encoding, closed, or of a closed terminal."""
+"""Standard input and output that may have any encoding, be closed, or lose their terminal."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from ysnake.shared.errors import InputError
 
 
 def prepare() -> None:
-    """Write characters that the output's encoding lacks as escapes, instead of failing."""
+    """Print characters that the encoding of the output lacks as escapes, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -18,9 +18,9 @@ def read_input() -> str:
     """All of standard input.
 
     Raises:
-        InputError: it is not text in the encoding that Python expects.
+        InputError: the input is not text in the encoding that Python expects.
     """
-    if sys.stdin is None:  # closed by whoever started this process
+    if sys.stdin is None:  # the parent process closed it
         return ""
     try:
         return check_text(sys.stdin.read(), "standard input")
@@ -29,10 +29,10 @@ def read_input() -> str:
 
 
 def ask(prompt: str) -> str:
-    """A line that is typed.
+    """Ask for a line of text in the terminal.
 
     Raises:
-        InputError: it is not text in the encoding that Python expects.
+        InputError: the line is not text in the encoding that Python expects.
     """
     try:
         return check_text(input(prompt), "this line")
@@ -41,10 +41,12 @@ def ask(prompt: str) -> str:
 
 
 def check_text(text: str, name: str) -> str:
-    """The text, unless a part of it could not be decoded; Python then leaves half a surrogate pair.
+    """Return the text if all of it could be decoded.
+
+    Python marks an undecodable byte by half of a surrogate pair.
 
     Raises:
-        InputError: that names where the text came from.
+        InputError: a byte could not be decoded. The message says where the text came from.
     """
     try:
         text.encode()
@@ -55,6 +57,7 @@ def check_text(text: str, name: str) -> str:
 
 
 def not_text(name: str, byte: int, encoding: str) -> InputError:
+    """The error for input that is not text in the expected encoding."""
     return InputError(
         f"{name}: byte {byte:,} is not {encoding.upper()}; convert the text, for example with "
         "iconv -f latin1 -t utf-8"
@@ -62,7 +65,7 @@ def not_text(name: str, byte: int, encoding: str) -> InputError:
 
 
 class LastingOutput:
-    """A stream that a long job may lose: once its reader or terminal is gone, text is dropped."""
+    """An output stream for long jobs. Once its reader or terminal is gone, it drops all text."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -84,7 +87,7 @@ class LastingOutput:
             self._drop()
 
     def _drop(self) -> None:
-        """Send what is written from now on, and what still waits in the stream, to nowhere."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())
-        os.close(nowhere)
+        """Redirect the stream, with the text that it still buffers, to the null device."""
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.stream.fileno())
+        os.close(null)

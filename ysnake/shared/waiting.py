@@ -1,9 +1,9 @@
-"""How threads of a computation wait for each other on a CPU.
+"""How the threads of a computation on a CPU wait for each other.
 
-Torch's OpenMP threads wait in a loop before they sleep. The default loop takes milliseconds. Where
-other programs use the cores too, it takes the very core that the awaited thread needs. So training
-and evaluating wait briefly. Writing token by token keeps the default: its operations are so short
-that sleeping between them costs 7 percent on an idle machine.
+Torch's OpenMP threads wait in a busy loop before they sleep, by default for milliseconds. On a busy
+machine the loop occupies the core that the awaited thread needs. So training and evaluation loop
+only briefly. Generating token by token keeps the default: its operations are so short that sleeping
+between them costs 7 percent on an idle machine.
 """
 
 import os
@@ -16,7 +16,7 @@ MILLISECONDS = "1"  # the shortest time above zero that every version understand
 
 
 def sleep_soon() -> None:
-    """Have threads that wait sleep soon, unless the user has chosen how they wait.
+    """Let waiting threads sleep soon, unless the user has chosen how they wait.
 
     The OpenMP library reads the environment once, when torch loads it. The library is GNU's on
     Linux (GOMP_SPINCOUNT), LLVM's on macOS and Intel's on Windows (KMP_BLOCKTIME). Does nothing

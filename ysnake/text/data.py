@@ -1,7 +1,7 @@
-"""Documents to training windows: what is held out, tokens on disk, cutting windows.
+"""From documents to training windows: the held-out split, tokens on disk, and windows of them.
 
-Nothing here holds a corpus in memory: documents come in pieces, tokens are memory-mapped. On
-disk a document is bos + text + eos, so that a new one starts exactly where a bos follows an eos.
+A corpus is never in memory as a whole: documents come in pieces, and tokens are memory-mapped. On
+disk a document is bos + text + eos, so a document starts exactly where a bos follows an eos.
 """
 
 import math
@@ -27,20 +27,20 @@ LONGEST_WHOLE = 1 << 16  # characters; no longer document is held out whole
 
 
 class Part(NamedTuple):
-    """A part of a document, as it is written to one side of the split."""
+    """A part of a document that belongs to one side of the split."""
 
     text: str
     ends: bool  # the document ends with it
     held_out: bool
-    cut: bool  # a passage was cut off its end, or it is that passage
+    cut: bool  # a passage was cut off its end, or this is that passage
 
 
 def split(pieces: Iterable[Piece]) -> Iterator[Part]:
-    """The pieces, a twentieth of their text held out.
+    """Split the pieces: a twentieth of the text is held out.
 
-    Of many small documents some are held out whole. A document that is long, in itself or beside
-    the text before it, loses the end of each of its pieces. So no large document is held out whole,
-    and what is held out does not depend on text that comes later.
+    Among many small documents, some are held out whole. A document that is long, in itself or
+    compared with the text before it, loses the end of each of its pieces. So no large document is
+    held out whole, and later text does not change what is held out.
     """
     read, owed, inside = 0, 0, False  # owed: characters to hold out, times HELD_OUT_EVERY
     for text, ends in pieces:
@@ -64,19 +64,19 @@ def split(pieces: Iterable[Piece]) -> Iterator[Part]:
 
 @dataclass
 class Counts:
-    """How much was written: documents, tokens and words on either side of the split."""
+    """How much was written: documents, tokens and words on both sides of the split."""
 
     train_documents: int = 0  # whole or in part
     train_tokens: int = 0
     train_words: int = 0
     val_documents: int = 0  # whole
-    val_cut: int = 0  # those that passages are cut from
+    val_cut: int = 0  # documents from which passages are cut
     val_tokens: int = 0
     bytes: int = 0
     dropped: int = 0  # bytes of characters that the tokenizer does not know
 
     def lines(self) -> list[str]:
-        """What a user should know of it."""
+        """The counts as lines for the user."""
         parts = [f"parts of {self.val_cut:,}"] if self.val_cut else []
         if self.val_documents or not parts:
             parts.insert(0, f"{self.val_documents:,}")
@@ -107,7 +107,7 @@ def write_tokens(
     folder: Path,
     progress: Callable[[int], None],
 ) -> Counts:
-    """Encode documents into `folder`/train.tokens and val.tokens, as `split` says.
+    """Write the tokens of documents to `folder`/train.tokens and val.tokens, split by `split`.
 
     `progress` is called with the number of characters just done.
     """
@@ -145,7 +145,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class Tokens:
-    """A memory-mapped stream of tokens with the ids that frame a document in it."""
+    """A memory-mapped stream of tokens, and the ids that begin and end a document in it."""
 
     ids: np.ndarray
     bos_id: int
@@ -168,7 +168,7 @@ class Tokens:
         return len(self.ids)
 
     def windows(self, starts: np.ndarray, seq_len: int) -> "Batch":
-        """Windows of seq_len tokens and the tokens that follow; the stream is taken as a ring."""
+        """Windows of seq_len tokens and their next tokens. The stream continues at its start."""
         places = starts[:, None] + np.arange(-1, seq_len + 1)
         ids = np.take(self.ids, places, mode="wrap").astype(np.int64)
         if ids.size and ids.max() >= self.vocab_size:
@@ -195,9 +195,9 @@ class Batch:
 
 
 def training_windows(tokens: Tokens, seq_len: int, batch_size: int, index: int, seed: int) -> Batch:
-    """The batch number `index` of a run: a function of its arguments alone, so any run can resume.
+    """The batch number `index` of a run. It depends on the arguments alone, so a run can resume.
 
-    An epoch covers the ring of tokens once, in windows at a random offset, in shuffled order.
+    An epoch covers all tokens once, in windows at a random offset and in shuffled order.
     """
     per_epoch = max(1, len(tokens) // seq_len)
     starts = np.empty(batch_size, dtype=np.int64)
@@ -219,25 +219,28 @@ def _shuffle(seed: int, epoch: int, length: int, count: int) -> tuple[int, int, 
 
 
 def consecutive_windows(tokens: Tokens, seq_len: int, batch_size: int, index: int) -> Batch:
-    """The batch number `index` of a run that carries states: each lane reads on where it was."""
+    """The batch number `index` of a run that carries states: each row continues its last window."""
     lanes = np.arange(batch_size) * (len(tokens) // batch_size)
     return tokens.windows(lanes + index * seq_len, seq_len)
 
 
 def held_out_windows(tokens: Tokens, seq_len: int, batch_size: int, limit: int) -> Iterator[Batch]:
-    """The stream cut into windows from its start, at most `limit` tokens of it."""
+    """The first `limit` tokens, cut into windows from the start."""
     length = min(len(tokens), limit)
     starts = np.arange(0, max(length - 1, 0), seq_len)
     for i in range(0, len(starts), batch_size):
         batch = tokens.windows(starts[i : i + batch_size], seq_len)
-        # the last window may reach beyond the end, into the ring
+        # the last window may reach beyond the end, to the start of the stream
         places = starts[i : i + batch_size, None] + np.arange(seq_len)
         batch.targets[places >= length - 1] = IGNORED
         yield batch
 
 
 def middles(tokens: Tokens, length: int, look: int = 1 << 20) -> list[list[int]]:
-    """From the middle of each document long enough, `length` tokens; of the first `look` tokens."""
+    """`length` tokens from the middle of each document that is long enough.
+
+    Only the first `look` tokens are searched.
+    """
     ids = np.asarray(tokens.ids[:look])
     begins = np.flatnonzero((ids[1:] == tokens.bos_id) & (ids[:-1] == tokens.eos_id)) + 1
     bounds = [0, *begins.tolist(), len(ids)]

@@ -1,6 +1,6 @@
-"""Files to documents: which files a corpus has, how they are read, and what is left out of them.
+"""From files to documents: which files belong to a corpus, how they are read, what is left out.
 
-A long document comes in pieces of about a million characters, so memory does not grow with it.
+A document is read as pieces of about a million characters, so memory does not grow with its size.
 """
 
 import codecs
@@ -18,8 +18,8 @@ from typing import Any, BinaryIO, TextIO
 from ysnake.shared.errors import InputError
 from ysnake.text.tokenizer import EOT
 
-PIECE = 1 << 20  # characters; a longer document comes in pieces of about this size
-COUNTED = 1 << 28  # characters read to count the documents that a limit leaves out
+PIECE = 1 << 20  # characters; a longer document is read in pieces of about this size
+COUNTED = 1 << 28  # characters that are read to count the documents beyond a limit
 SUFFIXES = (".txt", ".md", ".jsonl")
 READS = ", ".join(SUFFIXES)
 _SPACE = re.compile(r"\s")
@@ -46,7 +46,7 @@ Piece = tuple[str, bool]  # a text, and whether it ends its document
 
 @dataclass(frozen=True)
 class Form:
-    """How files are read: the encoding of all, and the field of .jsonl that holds the text."""
+    """How files are read: their encoding, and the field of .jsonl that holds the text."""
 
     encoding: str = "utf-8"
     text_field: str = "text"
@@ -54,7 +54,7 @@ class Form:
 
 @dataclass
 class LeftOut:
-    """What of the user's files does not become documents, counted by its reason."""
+    """What is not used of the user's files, counted by its reason."""
 
     files: Counter[str] = field(default_factory=Counter)
     endings: Counter[str] = field(default_factory=Counter)  # files, by an ending that is not read
@@ -76,11 +76,11 @@ class LeftOut:
 def find_files(paths: Iterable[Path], left_out: LeftOut | None = None) -> list[Path]:
     """The .txt, .md and .jsonl files among `paths` and in folders among them, in a fixed order.
 
-    Linked folders are followed. A file that has several names is taken once. A folder's README and
-    its hidden files are about the data, not of it, and are left out.
+    Linked folders are followed. A file with several names is used once. The README and the hidden
+    files of a folder describe the data and are left out.
 
     Raises:
-        InputError: a path is missing, is of another kind, or a folder has nothing to read.
+        InputError: a path is missing or has another ending, or a folder has no file to read.
     """
     left_out = left_out or LeftOut()
     found: dict[str, Path] = {}
@@ -172,8 +172,8 @@ def read_file(
 
 
 def _without_empty_lines(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """The pieces without the empty lines that a document begins and ends with."""
-    waiting: str | None = None  # one piece is held back, to know whether it is the last
+    """The pieces without the empty lines at the start and end of each document."""
+    waiting: str | None = None  # a piece that is held back until it is clear whether it is the last
     for text, ends in pieces:
         if waiting is None:
             text = text.lstrip("\n")
@@ -190,7 +190,8 @@ def _without_empty_lines(pieces: Iterable[Piece]) -> Iterator[Piece]:
 
 
 def _text_pieces(file: TextIO, path: Path) -> Iterator[Piece]:
-    lines, size = [], 0
+    lines: list[str] = []
+    size = 0
     while line := file.readline(PIECE):
         if "\0" in line:
             raise InputError(f"{path}: a binary file, or text that needs --encoding utf-16")
@@ -222,7 +223,7 @@ def _jsonl_pieces(file: TextIO, path: Path, form: Form, left_out: LeftOut) -> It
 
 
 def _text_of(line: str, where: str, name: str) -> str:
-    """The text in a line of .jsonl; null counts as an empty one."""
+    """The text in a line of .jsonl. null counts as an empty text."""
     try:
         content: Any = json.loads(line, parse_int=float)  # a number of any length is legal
     except RecursionError as error:
@@ -243,13 +244,13 @@ def _text_of(line: str, where: str, name: str) -> str:
 
 
 def near_space(text: str, at: int, within: int = 200) -> int:
-    """The place of the first space from `at` on, so that no word is cut; `at` if none is near."""
+    """The position of the first space from `at` on, to cut no word; `at` if there is none near."""
     found = _SPACE.search(text, at, at + within)
     return found.start() if found else at
 
 
 def _first_bad_byte(file: BinaryIO, encoding: str) -> int:
-    """Where a file stops being text in an encoding."""
+    """The position of the first byte that is not text in this encoding."""
     decoder = codecs.getincrementaldecoder(encoding)()
     before, chunk = 0, b"."
     while chunk:
@@ -266,15 +267,15 @@ def _first_bad_byte(file: BinaryIO, encoding: str) -> int:
 
 
 def check_form(form: Form) -> None:
-    """Raise InputError unless files can be read so; it names the option."""
+    """Raise InputError if the encoding is unknown or the field has no name."""
     try:
         "".encode(form.encoding)
     except (LookupError, ValueError, TypeError) as error:
         raise InputError(
-            f"--encoding: expected one like utf-8, utf-16 or cp1252, got {form.encoding!r}"
+            f"expected one like utf-8, utf-16 or cp1252, got {form.encoding!r}", field="--encoding"
         ) from error
     if not form.text_field:
-        raise InputError("--text-field: expected the name of a field")
+        raise InputError("expected the name of a field", field="--text-field")
 
 
 @dataclass
@@ -288,14 +289,14 @@ class Corpus:
 
     @property
     def size(self) -> int | None:
-        """Bytes of all files; None if not all is read."""
+        """Bytes of all files; None if there is a limit of documents."""
         if self.max_documents is not None:
             return None
         return sum(path.stat().st_size for path in self.files)
 
     def pieces(self) -> Iterator[Piece]:
-        """All documents in pieces, file by file; as many of each file as the limit allows."""
-        self.left_out.texts.clear()  # a second pass would count the same once more
+        """All documents in pieces, file by file, as many of each file as the limit allows."""
+        self.left_out.texts.clear()  # else a second pass would count everything twice
         for path, share in zip(self.files, self._shares, strict=True):
             for text, ends in read_file(path, self.form, self.left_out) if share else ():
                 yield text, ends
@@ -305,12 +306,12 @@ class Corpus:
 
     @cached_property
     def _shares(self) -> list[float]:
-        """How many documents are taken from each file: in turn from each, up to the limit."""
+        """How many documents to take from each file: one from each in turn, up to the limit."""
         limit = self.max_documents
         if limit is None:
             return [math.inf] * len(self.files)
         counts, every = self._count(limit)
-        # a file without a document is read all the same, to say so
+        # a file without documents is read too, so that it is reported
         shares = [0 if count else math.inf for count in counts]
         turns, left = deque(range(len(counts))), limit
         while turns and left:
@@ -326,7 +327,7 @@ class Corpus:
         return shares
 
     def _count(self, limit: int) -> tuple[list[int], bool]:
-        """The documents of each file, and whether all were counted, which takes time."""
+        """The number of documents of each file, and whether all were counted: that takes time."""
         counts, size, every = [], 0, True
         for path in self.files:
             counts.append(0)
@@ -340,13 +341,13 @@ class Corpus:
 
 
 def open_corpus(options: Any) -> Corpus:
-    """The corpus that the options data, encoding, text_field and max_documents of a command name.
+    """The corpus for a command's options data, encoding, text_field and max_documents.
 
     Raises:
-        InputError: as `find_files` and `check_form`.
+        InputError: see `find_files` and `check_form`.
     """
     form, left_out = Form(options.encoding, options.text_field), LeftOut()
     check_form(form)
     if not options.data:
-        raise InputError("--data: expected files or folders")
+        raise InputError("expected files or folders", field="--data")
     return Corpus(find_files(options.data, left_out), form, options.max_documents, left_out)

@@ -1,24 +1,23 @@
-"""What of a language model's answer goes into a corpus: plain prose, and nothing said before.
+"""Turning a language model's answer into plain prose for a corpus, or dropping it.
 
 Models wrap a text in markdown and small talk, refuse, stop early and repeat themselves. Here an
-answer becomes paragraphs of one line each, and is told apart from what is not worth keeping.
+answer becomes paragraphs of one line each, and refusals and repetitions are recognised.
 """
 
 import re
 from collections import Counter
-from itertools import pairwise
 
 from ysnake.text.thoughts import without_thoughts
 
-SHINGLE = 5  # words in a row that are compared at a time
+SHINGLE = 5  # consecutive words that are compared together
 NEAR = 0.4  # share of the smaller document's shingles that makes two documents near duplicates
-APOSTROPHE = str.maketrans("\u2019", "'")  # the typographic one as the typewriter's
-HEADING = 8  # a paragraph of at most so many words that does not end like a sentence is a heading
+APOSTROPHE = str.maketrans("\u2019", "'")  # typographic apostrophes become ASCII ones
+HEADING = 8  # a paragraph of at most this many words, without a sentence's end, is a heading
 
 SENTENCE_END = r"""[.!?…]["'”\u2019)\]]*"""
 TEXTS = "document|text|entry|article|note|label|paragraph|essay|passage|piece|story|prose|column"
 TEXTS += "|script|explanation|definition|description|account|summary|version|report|talk|answer"
-# what is said to the asker before the text, and after it
+# small talk before the text and after it
 CHATTER = re.compile(
     r"(sure|certainly|of course|absolutely|okay|great question)( thing)?([!.:]|,(?= (here|i)\b))\s*"
     r"|i('d| would) be (happy|glad|delighted) to\b[^.!:]*[.!:]\s*"
@@ -44,9 +43,9 @@ REFUSAL = re.compile(
 
 
 def plain(answer: str) -> str:
-    """An answer as paragraphs of prose, one line each: no thoughts, markdown and small talk.
+    """An answer as paragraphs of one line each, without thoughts, markdown and small talk.
 
-    Headings, tables and code are left out; a list becomes a sentence, or sentences.
+    Headings, tables and code are left out. A list becomes one or more sentences.
     """
     paragraphs = _paragraphs(without_thoughts(answer))
     while paragraphs and (found := CHATTER.match(paragraphs[0].translate(APOSTROPHE))):
@@ -57,36 +56,41 @@ def plain(answer: str) -> str:
 
 
 def _paragraphs(answer: str) -> list[str]:
-    """The text of each paragraph and each list; a list joins the paragraph that announces it."""
+    """The text of each paragraph and list. A list is joined to the paragraph that announces it."""
     from markdown_it import MarkdownIt
 
-    foreign = ("code", "lheading", "reference", "html_block", "html_inline")  # to prose
+    foreign = ("code", "lheading", "reference", "html_block", "html_inline")  # not part of prose
     markdown = MarkdownIt("commonmark").enable("table").disable(foreign)
-    answer = re.sub(r"^(\s*\d{3,})(?=[.)])", r"\1\\", answer, flags=re.MULTILINE)  # a year, no list
-    paragraphs, items, lists = [], [], 0
-    for before, token in pairwise([None, *markdown.parse(answer)]):
+    answer = re.sub(
+        r"^(\s*\d{3,})(?=[.)])", r"\1\\", answer, flags=re.MULTILINE
+    )  # a year does not begin a list
+    paragraphs: list[str] = []
+    items: list[str] = []
+    lists, before = 0, ""  # how deep in lists, and the type of the token before
+    for token in markdown.parse(answer):
         if token.type.endswith(("_list_open", "_list_close")):
             lists += token.nesting
-        if token.type == "inline" and before.type == "paragraph_open":
+        if token.type == "inline" and before == "paragraph_open":
             texts = (
                 " " if child.type.endswith("break") else child.content
-                for child in token.children
+                for child in token.children or ()
                 if child.type in ("text", "code_inline", "softbreak", "hardbreak")
             )
             items.append(" ".join("".join(texts).split()))
         if items and not lists:
             if token.type.endswith("_list_close"):
-                announced = paragraphs and paragraphs[-1].endswith(":")
+                announced = bool(paragraphs) and paragraphs[-1].endswith(":")
                 start = paragraphs.pop() + " " if announced else ""
                 paragraphs.append(start + _sentences(items))
             else:
                 paragraphs += items
             items = []
+        before = token.type
     return [p for p in paragraphs if p]
 
 
 def _sentences(items: list[str]) -> str:
-    """The items of a list in a row: as sentences if any is one, else behind commas."""
+    """The items of a list as sentences if any item is one, else separated by commas."""
     items = [item.rstrip(",;:") for item in items]
     if any(map(_ends, items)):
         return " ".join(item if _ends(item) else item + "." for item in items)
@@ -98,21 +102,21 @@ def _ends(text: str) -> bool:
 
 
 def whole_sentences(text: str) -> str:
-    """The text up to the end of its last sentence; empty if none ends."""
+    """The text up to the end of its last complete sentence; empty if there is none."""
     ends = [found.end() for found in re.finditer(SENTENCE_END + r"(?=\s|$)", text)]
     return text[: ends[-1]] if ends else ""
 
 
 def is_refusal(text: str) -> bool:
-    """Whether the model speaks of what it cannot do instead of the subject."""
+    """Whether the model refuses, or says what it cannot do."""
     return REFUSAL.match(text.translate(APOSTROPHE)) is not None
 
 
 class Seen:
-    """Documents that are there already, in a form in which one like them is found quickly.
+    """The documents so far, stored so that a similar one is found quickly.
 
-    A document is the set of its shingles, all runs of five words. Each shingle is kept with the
-    first document that had it.
+    A document is represented by its shingles, all sequences of five words. Each shingle is stored
+    with the first document that has it.
     """
 
     def __init__(self) -> None:
@@ -121,7 +125,7 @@ class Seen:
         self.sizes: list[int] = []
 
     def verdict(self, text: str) -> str | None:
-        """`duplicate` (but for case and punctuation), `near duplicate`, or None if it is new."""
+        """`duplicate` (up to case and punctuation), `near duplicate`, or None if it is new."""
         words, shingles = _shingles(text)
         if hash(words) in self.texts:
             return "duplicate"
@@ -130,7 +134,7 @@ class Seen:
         return "near duplicate" if any(near) else None
 
     def add(self, text: str) -> None:
-        """Remember a document."""
+        """Store a document."""
         words, shingles = _shingles(text)
         self.texts.add(hash(words))
         for shingle in shingles:

@@ -1,7 +1,7 @@
-"""The text of a language model's answer, without its thoughts and the markers of its turn.
+"""Removing the thoughts of reasoning models, and turn markers, from an answer.
 
-Reasoning models write their thoughts before the text. Each family has markers of its own for them.
-Some templates open a thought in the prompt, so that an answer only closes it.
+Reasoning models write their thoughts before the answer. Each model family marks them differently.
+Some templates open the thought in the prompt, so the answer only closes it.
 """
 
 import re
@@ -40,10 +40,10 @@ MARKER = re.compile(  # <|im_end|>, <turn|>, ...
 
 
 def without_thoughts(answer: str) -> str:
-    """The answer alone: no thoughts, no marker of a turn, and no turn that it made up.
+    """The answer without thoughts, turn markers and invented turns of the user.
 
-    Before a closing marker without an opening one all is thought; so is all after an opening marker
-    without a closing one.
+    Everything before a closing marker without an opening one is a thought. So is everything after
+    an opening marker without a closing one.
     """
     answer = THOUGHT.sub("", answer)
     closed = [found.end() for found in CLOSE.finditer(answer)]

@@ -19,22 +19,22 @@ from ysnake.text import tokenizer_check
 EOT = "<|endoftext|>"  # begins and ends every document: bos, eos and pad in one
 FILE = "tokenizer.json"
 _WORDS = Regex(tokenizer_check.WORDS)
-BLOCK = 64  # characters; a word that fills a block, as in DNA and some scripts, is learnt in parts
+BLOCK = 64  # characters; longer words, as in DNA and some scripts, are cut for training
 _FULL = re.compile(rf"\w{{{BLOCK}}}|[^\w\s]{{{BLOCK}}}|\s{{{BLOCK}}}")
 
 
 def train(kind: str, texts: Iterable[str], max_vocab: int) -> Tokenizer:
-    """A tokenizer of at most `max_vocab` entries, special token included, learnt from `texts`."""
+    """Train a tokenizer of at most `max_vocab` entries, special token included, on `texts`."""
     learn = {"bpe": _train_bpe, "word": _train_word}[kind]
     return _ready(learn(_without_long_words(texts), max_vocab))
 
 
 def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, cut after each block that is within a word.
+    """Cut the texts after each block of BLOCK characters that lies within a word.
 
-    Learning a merge looks at whole words, so long words would make it take quadratic time.
+    Training looks at whole words for each merge, so long words would take quadratic time.
     """
-    for text in map(_sayable, texts):
+    for text in map(_encodable, texts):
         start = 0
         for at in range(0, len(text), BLOCK):
             if _FULL.match(text, at):
@@ -47,7 +47,8 @@ def _train_bpe(texts: Iterable[str], max_vocab: int) -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if max_vocab <= len(alphabet):
         raise InputError(
-            f"vocab_size: a bpe tokenizer needs at least {len(alphabet) + 1}, got {max_vocab}"
+            f"a bpe tokenizer needs at least {len(alphabet) + 1}, got {max_vocab}",
+            field="vocab_size",
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -71,8 +72,9 @@ def _train_word(texts: Iterable[str], max_vocab: int) -> Tokenizer:
     characters = sorted({c for word in words for c in word})
     if max_vocab <= len(characters):
         raise InputError(
-            f"vocab_size: these texts have {len(characters)} characters, so a word tokenizer "
-            f"needs at least {len(characters) + 1}, got {max_vocab}"
+            f"these texts have {len(characters)} characters, so a word tokenizer "
+            f"needs at least {len(characters) + 1}, got {max_vocab}",
+            field="vocab_size",
         )
     entries = dict.fromkeys([EOT, *characters])
     for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0])):
@@ -80,7 +82,7 @@ def _train_word(texts: Iterable[str], max_vocab: int) -> Tokenizer:
             break
         entries.setdefault(word)
     vocab = {entry: i for i, entry in enumerate(entries)}
-    # BPE without merges, asked to look for the whole word first: exactly the fallback we want.
+    # BPE without merges that first looks for the whole word, and else uses single characters.
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = split
     tokenizer.decoder = decoders.Fuse()
@@ -89,7 +91,7 @@ def _train_word(texts: Iterable[str], max_vocab: int) -> Tokenizer:
 
 
 def _ready(tokenizer: Tokenizer) -> Tokenizer:
-    # the letters "<|endoftext|>" inside a text are text, never the end of a document
+    # the characters "<|endoftext|>" inside a text do not end the document
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -103,22 +105,22 @@ def eot_id(tokenizer: Tokenizer) -> int:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, no special tokens added."""
-    return tokenizer.encode(_sayable(text), add_special_tokens=False).ids
+    """The ids of a text, without special tokens."""
+    return tokenizer.encode(_encodable(text), add_special_tokens=False).ids
 
 
-def _sayable(text: str) -> str:
-    """The text with a question mark for what UTF-8 cannot express: half of a surrogate pair."""
+def _encodable(text: str) -> str:
+    """Replace what UTF-8 cannot encode, halves of surrogate pairs, by question marks."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def dropped_bytes(tokenizer: Tokenizer, text: str, ids: list[int]) -> int:
-    """Bytes of a text that its ids do not give back: the characters that have no token."""
+    """Number of bytes that are lost in `ids`: those of characters without a token."""
     unknown = getattr(tokenizer.model, "unk_token", None)
     if unknown is not None:
         unknown_id = tokenizer.token_to_id(unknown)
         ids = [i for i in ids if i != unknown_id]
-    text, back = _sayable(text), decode(tokenizer, ids)
+    text, back = _encodable(text), decode(tokenizer, ids)
     if back == text:
         return 0
     missing = Counter(text) - Counter(back)
@@ -126,7 +128,7 @@ def dropped_bytes(tokenizer: Tokenizer, text: str, ids: list[int]) -> int:
 
 
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """The text of some ids, special tokens left out."""
+    """The text of token ids, without special tokens."""
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -149,7 +151,7 @@ def load(folder: Path) -> Tokenizer:
     """Read the tokenizer of a checkpoint folder.
 
     Raises:
-        InputError: the file is missing or is no tokenizer; it is named.
+        InputError: the file is missing or is not a tokenizer. The message names it.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -160,7 +162,7 @@ def load(folder: Path) -> Tokenizer:
         content = json.loads(path.read_text(encoding="utf-8"))
         tokenizer_check.check(content)
         tokenizer = _ready(Tokenizer.from_str(json.dumps(content)))
-        tokenizer.no_truncation()  # a text has all its tokens, and no others
+        tokenizer.no_truncation()  # all tokens of a text, and no padding
         tokenizer.no_padding()
     except Exception as error:  # the library raises bare Exception for every bad file
         raise InputError(f"{path}: not a tokenizer ({error})") from error

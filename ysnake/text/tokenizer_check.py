@@ -1,8 +1,8 @@
-"""Whether a stranger's tokenizer.json is safe to run: all its parts are known and bounded.
+"""Whether a foreign tokenizer.json is safe to run: all of its parts are known and bounded.
 
-A few kilobytes can make a text grow without end, make a pattern backtrack for ever, or make the
-library panic. So only parts are accepted whose time and memory grow with the text alone: those that
-this project writes, and those of well-known models.
+A small file can make a text grow without bound, make a pattern backtrack forever, or crash the
+library. So the check accepts only parts whose time and memory are bounded by the size of the text:
+those that this project writes, and those of well-known models.
 """
 
 from typing import Any
@@ -60,11 +60,11 @@ def _shown(value: Any) -> str:
 
 
 def _parts(content: dict[str, Any], name: str, plural: str) -> list[dict[str, Any]]:
-    """The parts that a text goes through, in order: one, those of a sequence, or none."""
+    """The parts of a pipeline in their order: none, one, or those of a sequence."""
     part = content.get(name)
     if part is None:
         return []
-    parts = [part]
+    parts: Any = [part]
     if isinstance(part, dict) and part.get("type") == "Sequence":
         parts = part.get(plural)
     if not isinstance(parts, list) or len(parts) > MOST_PARTS:

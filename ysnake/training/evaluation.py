@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
     from ysnake.model.network import Model
 
-VAL_TOKENS = 1 << 15  # held-out tokens looked at while training
+VAL_TOKENS = 1 << 15  # held-out tokens that an evaluation while training uses
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
 
 
 def held_out_loss(run: Run) -> float | None:
-    """Mean loss on held-out text, nats per token; None if nothing is held out."""
+    """The mean loss on held-out text in nats per token; None if nothing is held out."""
     import torch
 
     from ysnake.text import data
@@ -35,7 +35,7 @@ def held_out_loss(run: Run) -> float | None:
 
 
 def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
-    """A prompt from the middle of a training document, and the model's own continuation."""
+    """A prompt from the middle of a training document, and its continuation by the model."""
     from ysnake.inference.generate import Context, Sampling
     from ysnake.text import data
     from ysnake.text.tokenizer import decode
@@ -44,14 +44,15 @@ def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
     middles = data.middles(run.train, length) or [run.train.ids[1 : 1 + length].tolist()]
     prompt = middles[number % len(middles)]
     context = Context(model, run.tokenizer.get_vocab_size())
-    context.feed([model.config.bos_id, *prompt])
+    bos, _ = model.config.check_frame()
+    context.feed([bos, *prompt])
     written = list(context.generate(Sampling(temperature=0), SAMPLE_TOKENS))
     model.train()
     return decode(run.tokenizer, prompt), decode(run.tokenizer, written)
 
 
 def evaluate(run: Run, console: "Console") -> float | None:
-    """Held-out loss, best/ if it is the best so far, and a sample of text."""
+    """Measure the held-out loss, write best/ if it is the best so far, and show a sample."""
     from ysnake.checkpoints import checkpoint
 
     progress = run.progress
@@ -62,9 +63,10 @@ def evaluate(run: Run, console: "Console") -> float | None:
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
         progress.best_val_loss = loss if better else progress.best_val_loss
         progress.evaluations += 1
-    model = run.ranks.whole(run.model)
+    model = run.ranks.gathered_model(run.model)
 
     def write() -> None:
+        assert model is not None  # on the first rank
         if better:
             checkpoint.save(run.folder / "best", model, run.tokenizer)
         prompt, written = sample(run, model, progress.step // run.settings.eval_every)
@@ -73,8 +75,8 @@ def evaluate(run: Run, console: "Console") -> float | None:
         samples = run.folder / "samples.txt"
         with cli.writing(samples), samples.open("a", encoding="utf-8") as file:
             file.write(escape_controls(f"{head}\n{prompt} >>> {written}\n\n", keep="\n\t"))
-        # On the screen line breaks are escaped too: a sample never scrolls the rest away.
+        # On the screen line breaks are escaped too, so a sample cannot scroll everything away.
         console.print(f"[bold]{head}[/]\n[dim]{cli.markup(prompt)}[/]{cli.markup(written)}\n")
 
-    run.ranks.alone(write)
+    run.ranks.on_first(write)
     return loss

@@ -11,15 +11,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 
 TORCHRUN = "torchrun --nproc-per-node N -m ysnake.train ..."
-TO_BE_NAMED = 10  # seconds in which torchrun names the rank that failed first, and ends the others
-RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has started these processes again
-SIGNATURE = "launch.txt"  # in a run folder: the launch of torchrun that began the run
+REPORT_TIME = 10  # seconds that torchrun has to report the rank that failed first
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has restarted these processes
+SIGNATURE = "launch.txt"  # in a run folder: which launch of torchrun started the run
 
 
 def launched() -> bool:
@@ -28,23 +28,25 @@ def launched() -> bool:
 
 
 def identity() -> str | None:
-    """What names this launch of torchrun: the same in all its processes, also after a restart."""
+    """The name of this launch of torchrun. All processes share it, also after a restart."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name != "none":  # what torchrun calls every launch without --rdzv-id
+    if name != "none":  # torchrun's name for every launch without --rdzv-id
         return name
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:  # torchrun is the parent of all
+    if (
+        os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    ):  # one torchrun is the parent of all processes
         return f"process {os.getppid()} on {socket.gethostname()}"
     return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
-def sign(folder: Path) -> None:
-    """Write into a new run which launch began it, if a launcher did."""
+def record_launch(folder: Path) -> None:
+    """Write into the folder of a new run which launch started it, if a launcher did."""
     if name := identity():
         (folder / SIGNATURE).write_text(name, encoding="utf-8")
 
 
-def restarted(argv: list[str]) -> list[str]:
-    """The command line; after a restart by torchrun it resumes the run that this launch began."""
+def resumed_after_restart(argv: list[str]) -> list[str]:
+    """The command line. After a restart by torchrun it resumes the run that this launch started."""
     if int(os.environ.get(RESTARTS, 0)) == 0 or "--resume" in argv:
         return argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -58,8 +60,8 @@ def restarted(argv: list[str]) -> list[str]:
 
 
 @contextmanager
-def heard_once() -> Iterator[None]:
-    """For what every rank does alike on its own: the first rank alone prints, errors too."""
+def printed_once() -> Iterator[None]:
+    """Run a block that does the same on every rank. Only the first rank prints, errors too."""
     if int(os.environ.get("RANK", 0)) == 0:
         yield
         return
@@ -67,14 +69,14 @@ def heard_once() -> Iterator[None]:
         try:
             yield
         except InputError as error:
-            wait_to_be_ended(cli.WRONG_INPUT, error)
+            end_after_failed_rank(cli.WRONG_INPUT, error)
         except SystemExit as error:
             if error.code:
-                wait_to_be_ended(error.code, error)
+                end_after_failed_rank(error.code, error)
             raise
 
 
-def wait_to_be_ended(code: Any, cause: BaseException) -> None:
-    """End after the rank whose error it is, so that it has said its line and is the one named."""
-    time.sleep(TO_BE_NAMED)
+def end_after_failed_rank(code: Any, cause: BaseException) -> NoReturn:
+    """End this process after the rank that failed has printed its error and been reported."""
+    time.sleep(REPORT_TIME)
     raise SystemExit(code) from cause

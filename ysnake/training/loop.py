@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def fit(run: Run, stop: Stop, console: "Console") -> None:
-    """Train until there is a reason to end; leaves last/, metrics and picture complete."""
+    """Train until there is a reason to end, and complete last/, the metrics and the picture."""
     settings, progress = run.settings, run.progress
     speeds: deque[float] = deque(maxlen=MEAN_OVER)
     n_tokens = settings.accumulate * settings.batch_size * settings.seq_len
@@ -45,21 +45,24 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
 
         while progress.ended is None:
             began = time.perf_counter()
-            line = train_step(run, stop)
-            if line is None:
+            measured = train_step(run, stop)
+            if measured is None:
                 progress.ended = "interrupted"
                 break
-            seconds = run.ranks.as_first(max(0.0, time.perf_counter() - began))
-            speed = n_tokens / seconds if seconds else None  # a clock may be coarse, or stand still
-            speeds.extend([speed] if seconds else [])
+            seconds = run.ranks.from_first(max(0.0, time.perf_counter() - began))
+            speed = (
+                n_tokens / seconds if seconds else None
+            )  # the clock may be coarse or stand still
+            speeds.extend([speed] if speed else [])
             progress.elapsed += seconds
             progress.ended = reason_to_end(run)
-            line = {"step": progress.step, "tokens": progress.tokens, **line}
+            line: dict[str, float | None] = {"step": progress.step, "tokens": progress.tokens}
+            line |= measured
             line |= {"tokens_per_s": speed, "skipped": progress.skipped}
             if progress.step % settings.eval_every == 0 or progress.ended:
                 began = time.perf_counter()
                 line["val_loss"] = evaluate(run, console)
-                progress.elapsed += run.ranks.as_first(max(0.0, time.perf_counter() - began))
+                progress.elapsed += run.ranks.from_first(max(0.0, time.perf_counter() - began))
                 progress.ended = progress.ended or reason_to_end(run)
             finite = {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}
             metrics.write(json.dumps(finite) + "\n")
@@ -72,7 +75,7 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
                 save_last(run)
         sync()
     if progress.ended == "diverged":
-        run.ranks.alone(lambda: keep_good(run))
+        run.ranks.on_first(lambda: keep_good(run))
     else:
         save_last(run)
-    run.ranks.alone(lambda: draw_loss(run.folder, console))
+    run.ranks.on_first(lambda: draw_loss(run.folder, console))

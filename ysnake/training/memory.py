@@ -1,7 +1,7 @@
-"""The memory that training takes on a CPU, said before it is taken.
+"""Predicting the memory that training takes on a CPU.
 
-The prediction counts what a step keeps, tensor by tensor, at its highest point: the start of the
-backward pass through the last layer. `python -m benchmarks.memory` compares it with measured peaks.
+The prediction adds up the tensors that exist at the peak of a step: at the start of the backward
+pass through the last layer. `python -m benchmarks.memory` compares it with measured peaks.
 """
 
 import os
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FLOAT = 4  # bytes
-PREDICTED_TOO_HIGH = 1.25  # by this factor at most
+PREDICTED_TOO_HIGH = 1.25  # a prediction is too high by at most this factor
 PROCESS = 450e6  # bytes: Python, torch, its threads and buffers, and the tokens
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted peak of a training process, in bytes, and what it is made of."""
+    """The predicted peak memory of a training process in bytes, and its parts."""
 
     parameters: int  # a number, not bytes
     weights: float  # with gradients and the two moments of AdamW
-    kept: float  # by the forward pass for the backward one
-    working: float  # besides, while it goes through a layer and the loss
+    kept: float  # what the forward pass stores for the backward pass
+    working: float  # temporary tensors of a layer and of the loss
     process: float = PROCESS
 
     @property
@@ -40,7 +40,7 @@ class Plan:
 def predict(
     config: ModelConfig, batch_size: int, seq_len: int, recompute: bool, carry_state: bool = False
 ) -> Plan:
-    """What training this model on batch_size windows of seq_len tokens takes, in float32."""
+    """Predict the memory for training on batch_size windows of seq_len tokens, in float32."""
     from ysnake_kernels.mixer.eager import CHUNK_ELEMENTS
     from ysnake_kernels.ssd.eager import CPU_CHUNK
 
@@ -61,12 +61,12 @@ def predict(
     tokens = batch_size * seq_len
     block = tokens * (c.d_model + projected)  # the input of a block and of its mixer
     kept = c.n_layers * block
-    if recompute:  # what is kept makes room for the gradients, and leaves no gaps
+    if recompute:  # freed inputs make room for the gradients
         kept = max(0, c.n_layers * tokens * c.d_model - parameters) + block
     if carry_state:  # before the window and after it
         kept += 2 * c.n_layers * batch_size * (c.d_inner * c.d_state + c.d_conv * c.conv_width)
 
-    # The mixer's backward: its whole gradients, and a group of rows at a time what it recomputes.
+    # The backward pass of the mixer: all its gradients, and recomputed tensors of a group of rows.
     q = min(c.chunk_size or CPU_CHUNK, seq_len)
     rows = min(batch_size, max(1, CHUNK_ELEMENTS // (c.d_inner * q)))
     states = -(-seq_len // q) * rows * c.d_state * c.d_inner
@@ -81,7 +81,7 @@ def predict(
 def largest_batch(
     config: ModelConfig, seq_len: int, recompute: bool, limit: float, carry_state: bool = False
 ) -> int:
-    """The most windows in a batch that take at most `limit` bytes; 0 if one takes more."""
+    """The largest batch that takes at most `limit` bytes; 0 if a single window takes more."""
     size = 0
     for step in (1 << k for k in range(24, -1, -1)):
         if predict(config, size + step, seq_len, recompute, carry_state).peak <= limit:
@@ -90,7 +90,9 @@ def largest_batch(
 
 
 def fit(settings: Settings, config: ModelConfig) -> None:
-    """Set batch_size, accumulate and recompute to what --memory allows, a step's windows kept.
+    """Set batch_size, accumulate and recompute so that a step stays below --memory.
+
+    The number of windows in a step does not change.
 
     Raises:
         InputError: a single window takes more.
@@ -108,15 +110,16 @@ def fit(settings: Settings, config: ModelConfig) -> None:
             return
     least = predict(config, 1, settings.seq_len, True, settings.carry_state).peak
     raise InputError(
-        f"--memory: {limit / 1e9:.2f} GB are not enough, one window of {settings.seq_len} tokens "
-        f"takes {least / 1e9:.2f} GB; a shorter --seq-len or a smaller model takes less"
+        f"{limit / 1e9:.2f} GB are not enough, one window of {settings.seq_len} tokens "
+        f"takes {least / 1e9:.2f} GB; a shorter --seq-len or a smaller model takes less",
+        field="--memory",
     )
 
 
 def check(settings: Settings, config: ModelConfig, device: str) -> None:
-    """Raise InputError where a step would take more memory than this machine has.
+    """Raise InputError if a step would take more memory than this machine has.
 
-    A GPU says so itself, at once; with --shard no process has the whole.
+    Not checked on a GPU, which reports it immediately, and with --shard.
     """
     limit = available()
     if device != "cpu" or limit is None or settings.shard:
@@ -132,13 +135,14 @@ def check(settings: Settings, config: ModelConfig, device: str) -> None:
         fits *= -(-settings.batch_size // windows)  # of all processes
         remedy = f"--batch-size {fits} fits, and --memory chooses one"
     raise InputError(
-        f"--batch-size: {windows} windows of {length} tokens take {peak / 1e9:,.1f} GB, and this "
-        f"machine has {limit / 1e9:.1f} GB; {remedy}"
+        f"{windows} windows of {length} tokens take {peak / 1e9:,.1f} GB, and this "
+        f"machine has {limit / 1e9:.1f} GB; {remedy}",
+        field="--batch-size",
     )
 
 
 def available() -> float | None:
-    """Bytes that this process may use: the machine's or its container's; None if not known."""
+    """Bytes of memory of this machine or container; None if unknown."""
     found = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -150,7 +154,7 @@ def available() -> float | None:
 
 
 def table(config: ModelConfig, settings: Settings) -> "Table":
-    """The prediction for these settings and what would fit this machine, to be printed."""
+    """A table of the prediction for these settings, and of the largest batch that fits."""
     from rich.table import Table
 
     length, carry = settings.seq_len, settings.carry_state

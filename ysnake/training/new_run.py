@@ -1,4 +1,4 @@
-"""A new training run: its folder, tokenizer, tokens on disk and first weights, all or nothing."""
+"""Starting a training run: its folder, tokenizer, tokens on disk and first weights."""
 
 import time
 from dataclasses import replace
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def start(settings: Settings, console: "Console") -> Run:
-    """Make the folder of a new run: tokenizer, tokens on disk, first weights; all or nothing."""
+    """Make the folder of a new run: tokenizer, tokens on disk, first weights. All or nothing."""
     import torch
 
     from ysnake.checkpoints import checkpoint
@@ -33,7 +33,9 @@ def start(settings: Settings, console: "Console") -> Run:
 
     run_folder.check_free(settings.run)
     if settings.data == (SHIPPED,) and not SHIPPED.is_dir():
-        raise InputError("--data: the shipped corpus is not installed here; give files or folders")
+        raise InputError(
+            "the shipped corpus is not installed here; give files or folders", field="--data"
+        )
     corpus = data.open_corpus(settings)
     device = cli.pick_device(settings.device)
 
@@ -58,13 +60,14 @@ def start(settings: Settings, console: "Console") -> Run:
         counts = _tokenise(corpus, tokenizer, model.config, tokens, console)
         if counts.train_tokens <= settings.seq_len:
             raise InputError(
-                f"--seq-len: all documents together have {counts.train_tokens} tokens to train on, "
-                f"fewer than a window of {settings.seq_len} and the token after it"
+                f"all documents together have {counts.train_tokens} tokens to train on, "
+                f"fewer than a window of {settings.seq_len} and the token after it",
+                field="--seq-len",
             )
         manifest.write(tokens)
         here = replace(settings, run=folder)
         save_last(assemble(here, model, tokenizer, Progress(), Ranks()))
-        launch.sign(folder)
+        launch.record_launch(folder)
         settings_of.write(here)
         checkpoint.sync(folder)
         return counts
@@ -80,12 +83,14 @@ def start(settings: Settings, console: "Console") -> Run:
 
 
 def plan(settings: Settings, console: "Console") -> Any:
-    """The table of --plan; the documents are read only if they decide the vocabulary."""
+    """The table of --plan. Documents are read only if they determine the vocabulary."""
     from ysnake.checkpoints import checkpoint
     from ysnake.text import data
 
     if settings.resume or settings.from_ is not None:
-        source = settings.run / "last" if settings.resume else settings.from_
+        source = settings.from_
+        if source is None or settings.resume:
+            source = settings.folder / "last"
         config = checkpoint.load_config(checkpoint.resolve(source))
         config = replace(config, chunk_size=settings.chunk_size, output_size=settings.output_size)
     elif settings.vocab_size is not None:
@@ -103,7 +108,7 @@ def _config(settings: Settings, tokenizer: "Tokenizer") -> ModelConfig:
 
 
 def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") -> "Tokenizer":
-    """A tokenizer learnt from the documents to train on, of the size asked for."""
+    """Train the tokenizer on the training documents, with the requested size."""
     from ysnake.text import data
     from ysnake.text import tokenizer as tokenizers
 
@@ -113,7 +118,9 @@ def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") ->
         tokenizer = tokenizers.train(settings.tokenizer or "bpe", texts, wanted)
     size = tokenizer.get_vocab_size()
     if size < wanted and settings.vocab_size is not None:
-        raise InputError(f"--vocab-size: {wanted} cannot be met, these documents give {size}")
+        raise InputError(
+            f"{wanted} cannot be met, these documents give {size}", field="--vocab-size"
+        )
     if size < wanted:
         console.print(f"vocabulary: {size:,} entries, all that these documents give")
     return tokenizer
@@ -135,8 +142,7 @@ def _tokenise(
         return data.write_tokens(
             corpus.pieces(),
             tokenizer,
-            config.bos_id,
-            config.eos_id,
+            *config.check_frame(),
             folder,
             lambda characters: bar.advance(task, characters),
         )

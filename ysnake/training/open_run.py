@@ -1,4 +1,4 @@
-"""Opening a run to train it: a new one, or one on disk, locked against other processes."""
+"""Opening a run to train it: a new or a stored one, locked against other processes."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 @contextmanager
 def open_run(settings: Settings, ranks: Ranks, console: "Console") -> Iterator[Run]:
-    """The run that the settings mean, on every rank: a new one, or one to go on with.
+    """Start or resume the run of the settings, on every rank.
 
-    No other process trains it as long as the block runs.
+    While the block runs, no other process can train the run.
     """
     run = None
     if not settings.resume:
-        run = ranks.alone(lambda: start(settings, console))
-        settings.run = ranks.as_first(settings.run)
-    busy = f"{settings.run}: another process is training this run"
+        run = ranks.on_first(lambda: start(settings, console))
+        settings.run = ranks.from_first(settings.run)
+    busy = f"{settings.folder}: another process is training this run"
     with ExitStack() as held:
 
-        def own() -> None:
-            with cli.writing(settings.run):
-                held.enter_context(run_lock.lock(settings.run / run_lock.TRAINING, busy))
+        def take_lock() -> None:
+            with cli.writing(settings.folder):
+                held.enter_context(run_lock.lock(settings.folder / run_lock.TRAINING, busy))
 
-        ranks.alone(own)
+        ranks.on_first(take_lock)
         yield run if run and ranks.size == 1 else resume(settings, ranks, console)

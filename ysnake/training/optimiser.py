@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def make_optimizer(model: "Model", weight_decay: float) -> "torch.optim.Optimizer":
-    """AdamW that decays matrices only; A_log, D, dt_bias, norms and biases are vectors."""
+    """AdamW with weight decay for matrices only, not for A_log, D, dt_bias, norms and biases."""
     import torch
 
     groups = [
@@ -23,7 +23,7 @@ def make_optimizer(model: "Model", weight_decay: float) -> "torch.optim.Optimize
 
 
 def make_moments(optimizer: "torch.optim.Optimizer") -> None:
-    """Make AdamW's moments before the first step, so that they lie in no gaps left by backward."""
+    """Allocate AdamW's moments before the first step, so that they fragment no memory later."""
     import torch
 
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):

@@ -1,8 +1,8 @@
-"""Many processes: who this one is among them, how they share the work, and what they agree on.
+"""Training on several processes: which one this is, how they share the work, and how they agree.
 
-`torchrun` starts them all with the same command line. A `Ranks` says which one this is, spreads a
-model over all of them and gives each its part of every batch, so that together they take the steps
-of one process. In a process that was started alone a `Ranks` does nothing.
+`torchrun` starts all processes with the same command line. `Ranks` knows the number of this
+process, distributes a model over all of them and gives each its part of every batch. Together they
+take the same steps as a single process. In a single process `Ranks` does nothing.
 """
 
 import os
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ysnake.model.config import IGNORED
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
-from ysnake.training.launch import RESTARTS, heard_once, launched, wait_to_be_ended
-from ysnake.training.split_sequences import Line, split_sequences
+from ysnake.training.launch import RESTARTS, end_after_failed_rank, launched, printed_once
+from ysnake.training.split_sequences import SequenceNeighbours
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from ysnake.text.data import Batch
 
 T = TypeVar("T")
-STUCK_AFTER = timedelta(minutes=10)  # an exchange that takes longer is an error
-FOR_EVER = timedelta(days=30)  # how long the others wait while the first rank works alone
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+STUCK_AFTER = timedelta(minutes=10)  # an exchange between processes that takes longer fails
+FOR_EVER = timedelta(days=30)  # the time limit while the others wait for the first rank
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW stores for each parameter
 
 
 @contextmanager
-def joined(device: str, context: int, sharded: bool) -> Iterator["Ranks"]:
-    """Connect the processes that were started together, as long as the block runs.
+def process_group(device: str, context: int, sharded: bool) -> Iterator["Ranks"]:
+    """Connect the processes that were started together, while the block runs.
 
     Args:
         device: the option --device.
@@ -51,11 +51,11 @@ def joined(device: str, context: int, sharded: bool) -> Iterator["Ranks"]:
     import torch
     import torch.distributed as dist
 
-    with heard_once():
+    with printed_once():
         on_gpu = cli.pick_device(device) == "cuda"
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if on_gpu and here > gpus:
-            raise InputError(f"--nproc-per-node: {here} processes, but {gpus} GPUs here")
+            raise InputError(f"{here} processes, but {gpus} GPUs here", field="--nproc-per-node")
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     ours = not dist.is_initialized()
@@ -70,11 +70,11 @@ def joined(device: str, context: int, sharded: bool) -> Iterator["Ranks"]:
         if os.environ["RANK"] == "0":
             print(
                 "error: lost contact with another process, which failed or was killed (the "
-                "launcher's report names it); --resume goes on from the last checkpoint",
+                "launcher's report names it); --resume continues from the last checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
-        wait_to_be_ended(cli.FAILED, error)
+        end_after_failed_rank(cli.FAILED, error)
     finally:
         if ours and dist.is_initialized():
             dist.destroy_process_group()
@@ -95,7 +95,7 @@ def _connect(backend: str) -> None:
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether it is an exchange with another process that failed."""
+    """Whether an exchange with another process failed. Gloo raises a plain RuntimeError."""
     import torch.distributed as dist
 
     return isinstance(error, dist.DistError) or "gloo" in str(error)
@@ -107,48 +107,52 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    context: int = 1  # ranks that share a sequence, neighbours in number
-    sharded: bool = False
-    patient: "dist.ProcessGroup | None" = None  # where one may wait for another for long
+    context: int = 1  # ranks that share a sequence; their numbers follow each other
+    sharded: bool = False  # weights and optimizer are spread over all ranks
+    patient_group: "dist.ProcessGroup | None" = (
+        None  # without a short time limit, to wait for the first rank
+    )
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes and draws."""
+        """Whether this is the first rank, which writes the files."""
         return self.rank == 0
 
     @property
     def data_size(self) -> int:
-        """Groups of ranks that have different sequences."""
+        """The number of groups of ranks with different sequences."""
         return self.size // self.context
 
-    # What all ranks agree on.
+    # Agreement of all ranks.
 
-    def together(self, work: Callable[[], T]) -> T:
-        """Each rank's own work(). An InputError on any ends all, and is said once."""
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Run work() on every rank. An InputError on any rank ends all; it is printed once."""
         if self.size == 1:
             return work()
         import torch.distributed as dist
 
-        result, said = None, None
+        results: list[T] = []
+        said = None
         try:
-            result = work()
+            results.append(work())
         except InputError as error:
             said = str(error)
         errors: list[str | None] = [None] * self.size
-        dist.all_gather_object(errors, said, group=self.patient)
-        failed = [rank for rank, error in enumerate(errors) if error is not None]
+        dist.all_gather_object(errors, said, group=self.patient_group)
+        failed = [(rank, error) for rank, error in enumerate(errors) if error is not None]
         if not failed:
-            return result
-        if self.rank == failed[0]:
+            return results[0]
+        rank, said = failed[0]
+        if self.rank == rank:
             raise InputError(said)
-        wait_to_be_ended(cli.WRONG_INPUT, InputError(errors[failed[0]]))
+        end_after_failed_rank(cli.WRONG_INPUT, InputError(said))
 
-    def alone(self, work: Callable[[], T]) -> T | None:
-        """work() on the first rank, which the others wait for; None on these."""
-        return self.together(work if self.first else lambda: None)
+    def on_first(self, work: Callable[[], T]) -> T | None:
+        """Run work() on the first rank only. The others wait, and get None."""
+        return self.on_all(work if self.first else lambda: None)
 
-    def as_first(self, value: T) -> T:
-        """The first rank's value."""
+    def from_first(self, value: T) -> T:
+        """The value on the first rank."""
         if self.size == 1:
             return value
         import torch.distributed as dist
@@ -158,13 +162,13 @@ class Ranks:
         return values[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Whether the flag is true on any rank."""
         import torch
 
         return self.total(torch.tensor(float(flag))) > 0
 
     def total(self, share: "torch.Tensor") -> float:
-        """The sum of every rank's share of a number."""
+        """The sum of the shares of all ranks."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -173,17 +177,17 @@ class Ranks:
 
     # A rank's part of a batch.
 
-    def part(self, batch: "Batch") -> "Batch":
-        """This rank's rows of a batch, and its tokens of these.
+    def own_part(self, batch: "Batch") -> "Batch":
+        """This rank's rows of a batch, and its tokens of these rows.
 
-        A batch of any number of rows: what is missing is made up with rows that do not count. Of
-        tokens that are split, seq_idx has the one before them too.
+        If the rows cannot be divided evenly, rows that the loss ignores are added. If sequences are
+        split, seq_idx also has the token before this rank's tokens.
         """
         if self.size == 1:
             return batch
         import numpy as np
 
-        rows = self.rows(len(batch.ids))
+        rows = self.own_rows(len(batch.ids))
         counts = rows < len(batch.ids)
         rows = rows % len(batch.ids)
         parts = {name: array[rows] for name, array in vars(batch).items()}
@@ -197,15 +201,15 @@ class Ranks:
             parts["seq_idx"] = parts["seq_idx"][:, before]
         return replace(batch, **parts)
 
-    def rows(self, n_rows: int) -> "np.ndarray":
-        """The numbers of this rank's rows among n_rows; as many on every rank, so maybe beyond."""
+    def own_rows(self, n_rows: int) -> "np.ndarray":
+        """The indices of this rank's rows. As many on every rank, so some may exceed n_rows."""
         import numpy as np
 
         share = -(-n_rows // self.data_size)
         return self.rank // self.context * share + np.arange(share)
 
-    def all_rows(self, share: "torch.Tensor") -> "torch.Tensor":
-        """Every rank's rows one below the other."""
+    def gather_rows(self, share: "torch.Tensor") -> "torch.Tensor":
+        """The rows of all ranks, concatenated."""
         if self.size == 1:
             return share
         import torch
@@ -217,17 +221,17 @@ class Ranks:
 
     # A model on all ranks.
 
-    def spread(self, model: "Model", device: str) -> Callable[..., "torch.Tensor"]:
-        """Put the model to work on all ranks; returns what takes the place of its `loss`.
+    def distribute(self, model: "Model", device: str) -> Callable[..., "torch.Tensor"]:
+        """Distribute the model over all ranks. Returns the function to call instead of `loss`.
 
-        Gradients are averaged over the ranks in backward.
+        Backward averages the gradients over the ranks.
         """
         if self.context > 1:
             import torch.distributed as dist
 
-            line = Line(self.rank, self.context, dist.new_subgroups(self.context)[0])
+            line = SequenceNeighbours(self.rank, self.context, dist.new_subgroups(self.context)[0])
             for layer in model.backbone.layers:
-                split_sequences(layer.mixer, line)
+                layer.mixer.neighbours = line
         if self.sharded:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -247,7 +251,7 @@ class Ranks:
         from torch.nn.parallel import DistributedDataParallel
 
         class Loss(nn.Module):
-            """`loss` as the forward that DDP looks for."""
+            """`loss` as a forward, which DDP needs."""
 
             def __init__(self) -> None:
                 super().__init__()
@@ -264,12 +268,12 @@ class Ranks:
         model.zero_grad()
         return loss
 
-    def exchanging(self, loss: Callable, now: bool) -> Any:
-        """Context of a forward and a backward pass: whether gradients are exchanged already."""
+    def gradient_exchange(self, loss: Callable, now: bool) -> Any:
+        """A context for forward and backward. Gradients are exchanged only if `now`."""
         return nullcontext() if now or not hasattr(loss, "no_sync") else loss.no_sync()
 
-    def whole(self, model: "Model") -> "Model | None":
-        """The model with all its weights on the first rank; None on the others."""
+    def gathered_model(self, model: "Model") -> "Model | None":
+        """The model with all weights on the first rank; None on the others."""
         if self.sharded:
             import torch
             from torch.distributed.checkpoint.state_dict import (
@@ -285,15 +289,15 @@ class Ranks:
                 model.load_state_dict(weights, assign=True)
         return model if self.first else None
 
-    # The optimizer's memory: in last/ as it is or, sharded, in a folder that all ranks write.
+    # The optimizer's state: in last/ or, if sharded, in a folder that all ranks write.
 
     def save_optimizer(self, model: "Model", optimizer: Any, folder: Path) -> dict[str, Any]:
-        """What resuming needs, on the first rank; sharded, it leads to files in `folder`."""
+        """The optimizer's state for a checkpoint, on the first rank; if sharded, in `folder`."""
         if not self.sharded:
             return optimizer.state_dict()
         from torch.distributed import checkpoint
 
-        self.alone(lambda: shutil.rmtree(folder, ignore_errors=True))
+        self.on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
         if not optimizer.state:  # before the first step
             return {"steps": 0}
         moments = {
@@ -306,15 +310,15 @@ class Ranks:
 
         def write() -> None:
             with _failures_named(folder, "cannot be written"):
-                checkpoint.save(moments, storage_writer=writer, process_group=self.patient)
+                checkpoint.save(moments, storage_writer=writer, process_group=self.patient_group)
 
-        self.together(write)
+        self.on_all(write)
         return {"steps": next(iter(optimizer.state.values()))["step"].item()}
 
     def load_optimizer(
         self, model: "Model", optimizer: Any, saved: dict[str, Any], folder: Path
     ) -> None:
-        """Take over what `save_optimizer` returned and wrote, on any number of ranks."""
+        """Restore what `save_optimizer` returned and wrote, on any number of ranks."""
         if "state" in saved and not self.sharded:
             optimizer.load_state_dict(saved)
             return
@@ -344,9 +348,11 @@ class Ranks:
             def read() -> None:
                 with warnings.catch_warnings(), _failures_named(folder, "damaged"):
                     warnings.simplefilter("ignore", UserWarning)  # about a single process
-                    checkpoint.load(moments, storage_reader=reader, process_group=self.patient)
+                    checkpoint.load(
+                        moments, storage_reader=reader, process_group=self.patient_group
+                    )
 
-            self.together(read)
+            self.on_all(read)
             for name, p in model.named_parameters():
                 optimizer.state[p] = {m: moments[f"{m}.{name}"] for m in MOMENTS}
                 optimizer.state[p]["step"] = torch.tensor(saved["steps"], device=p.device)
@@ -365,5 +371,5 @@ def _failures_named(folder: Path, what: str) -> Iterator[None]:
 
 
 def number(tensor: "torch.Tensor") -> float:
-    """The value of a scalar, whether every rank has it or a share."""
+    """The value of a scalar tensor, which may be sharded."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).item()

@@ -1,4 +1,4 @@
-"""The picture of a run: training and held-out loss over steps, drawn from its metrics.jsonl."""
+"""The plot of a run: training and held-out loss over the steps in its metrics.jsonl."""
 
 import json
 import warnings
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def draw_loss(folder: Path, console: "Console") -> None:
-    """Draw `folder`/loss.png anew. If that fails, a warning says why, and training goes on."""
+    """Redraw `folder`/loss.png. If that fails, print a warning; training continues."""
     try:
         plot_loss(folder)
     except Exception as error:  # matplotlib raises many kinds, for a font or a full disk
@@ -22,7 +22,7 @@ def draw_loss(folder: Path, console: "Console") -> None:
 
 
 def plot_loss(folder: Path) -> None:
-    """Draw `folder`/loss.png anew."""
+    """Redraw `folder`/loss.png."""
     import numpy as np
     from matplotlib.figure import Figure
 

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def progress_bar(run: Run, console: "Console") -> Iterator[Callable[[float], None]]:
-    """A progress bar with loss, speed, memory and time left; yields the function that moves it."""
+    """Show a progress bar while the block runs. Yields a function that updates it."""
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     settings, progress = run.settings, run.progress
-    columns = ("loss {task.fields[loss]:.3f}", "{task.fields[speed]:,.0f} tokens/s")
-    columns = [TextColumn(text) for text in (*columns, "{task.fields[memory]}")]
     bar = Bar(
         TextColumn("step {task.fields[step]}"),
         BarColumn(),
-        *columns,
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TextColumn("{task.fields[memory]}"),
         TimeRemainingColumn(),
         console=console,
         transient=True,
@@ -34,15 +34,21 @@ def progress_bar(run: Run, console: "Console") -> Iterator[Callable[[float], Non
         done = [progress.step / settings.max_steps] if settings.max_steps else []
         if settings.max_minutes:
             done.append(progress.elapsed / (60 * settings.max_minutes))
-        shown = {"step": progress.step, "loss": progress.mean_loss, "speed": speed}
-        bar.update(task, completed=max(done), memory=peak_memory(run.device.type), **shown)
+        bar.update(
+            task,
+            completed=max(done),
+            step=progress.step,
+            loss=progress.mean_loss,
+            speed=speed,
+            memory=peak_memory(run.device.type),
+        )
 
     with bar:
         yield show
 
 
 def peak_memory(device: str) -> str:
-    """The most memory used so far, of the GPU or of this process; empty where it is not known."""
+    """The peak memory so far, of the GPU or of this process; empty if unknown."""
     if device == "cuda":
         import torch
 

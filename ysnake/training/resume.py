@@ -1,4 +1,4 @@
-"""Resuming a training run: read its last checkpoint and go on from there, exactly."""
+"""Resuming a training run exactly where its last checkpoint was saved."""
 
 import json
 import os
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
-    """Take up the run in settings.run where its last/ stands; the one before if it is damaged."""
+    """Read the run in settings.run from its last/, or from the one before if that is damaged."""
     from ysnake.checkpoints import checkpoint
 
-    folder = settings.run / "last"
-    ranks.alone(lambda: _verify_tokens(settings.run / "data"))
-    last, saved, model, tokenizer = ranks.together(lambda: _read_last(settings.run))
+    folder = settings.folder / "last"
+    ranks.on_first(lambda: _verify_tokens(settings.folder / "data"))
+    last, saved, model, tokenizer = ranks.on_all(lambda: _read_last(settings.folder))
     try:
         run = _resumed(settings, ranks, last, saved, model, tokenizer, console)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -39,23 +39,25 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
         raise InputError(f"{path}: not the state of this training run ({said})") from error
 
     def settle() -> None:
-        with cli.writing(settings.run):
+        with cli.writing(settings.folder):
             if last != folder:
                 checkpoint.put_back(last, folder)
-            files.remove_unfinished(settings.run)
-            shutil.rmtree(settings.run / SHARDS, ignore_errors=True)
-            settings_of.write(settings)  # with what this command line has changed
+            files.remove_unfinished(settings.folder)
+            shutil.rmtree(settings.folder / SHARDS, ignore_errors=True)
+            settings_of.write(settings)  # including what this command line has changed
             _forget_metrics_after(run.folder / "metrics.jsonl", run.progress.step)
 
     if settings.resume:
-        ranks.together(lambda: None)  # all have read
-        ranks.alone(settle)
-        console.print(f"[bold]{cli.markup(run.folder)}[/]: goes on after step {run.progress.step}")
+        ranks.on_all(lambda: None)  # every rank has read its files
+        ranks.on_first(settle)
+        console.print(
+            f"[bold]{cli.markup(run.folder)}[/]: continues after step {run.progress.step}"
+        )
     return run
 
 
 def _verify_tokens(folder: Path) -> None:
-    """Raise InputError if the tokens on disk are not those that the run began with."""
+    """Raise InputError if the tokens on disk have changed since the run started."""
     for path in sorted(folder.glob("*.tokens")):
         manifest.verify(path)
 
@@ -83,7 +85,7 @@ def _resumed(
     tokenizer: "Tokenizer",
     console: "Console",
 ) -> Run:
-    """The run that a checkpoint was saved of, as it stood then."""
+    """Restore the run from what its checkpoint contains."""
     from ysnake.checkpoints import checkpoint
 
     if settings.output_size is not None:
@@ -94,7 +96,7 @@ def _resumed(
     before, now = _workers(progress.processes, progress.threads), _workers(ranks.size)
     if before != now and settings.resume:
         console.print(
-            f"warning: started with {before}, goes on with {now}; the weights will differ in the "
+            f"warning: started with {before}, continues with {now}; the weights will differ in the "
             "last bits"
         )
     if progress.ended in ("interrupted", "diverged"):
@@ -106,8 +108,8 @@ def _resumed(
             raise InputError(f"{path}: damaged, the run began with {count:,} tokens")
     where = last / checkpoint.OPTIMIZER
     ranks.load_optimizer(run.model, run.optimizer, saved["optimizer"], where)
-    if settings.carry_state:
-        rows = ranks.rows(settings.batch_size)
+    if run.carried is not None:
+        rows = ranks.own_rows(settings.batch_size)
         for layer, (conv, ssm) in zip(run.carried, saved["carried"], strict=True):
             layer.conv, layer.ssm = conv[rows].to(run.device), ssm[rows].to(run.device)
     return run
@@ -121,12 +123,12 @@ def _workers(processes: int, threads: int | None = None) -> str:
 
 
 def _forget_metrics_after(path: Path, step: int) -> None:
-    """Cut off what a killed run wrote after its last checkpoint; it will be written again."""
+    """Cut off the metrics after the last checkpoint. They will be written again."""
     if not path.exists():
         return
     kept = 0
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        if not line.endswith(b"\n"):  # torn by a kill or a full disk
+        if not line.endswith(b"\n"):  # incomplete, after a kill or on a full disk
             break
         try:
             if json.loads(line)["step"] > step:

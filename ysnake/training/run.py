@@ -1,4 +1,4 @@
-"""The parts of a training run, put together and saved: model, optimizer, tokens and progress.
+"""A training run: model, optimizer, tokens and progress, and how they are saved.
 
 `new_run.start` makes a run, `resume.resume` reads one from disk, and `loop.fit` trains it.
 """
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from ysnake.text.data import Tokens
     from ysnake.training.replay import Replays
 
-KEPT_RECOMPUTING = 1 << 24  # bytes of the largest block that is kept: memory before time
-MEAN_OVER = 50  # steps that the training loss is averaged over where it decides or is shown
+KEPT_RECOMPUTING = 1 << 24  # with --recompute, the largest freed block that is kept, in bytes
+MEAN_OVER = 50  # steps over which the training loss is averaged
 SHARDS = ".optimizer.new"  # in a run folder: a sharded optimizer that becomes a part of last/
-WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png")  # files that training writes as it goes
+WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png")  # files that training appends to or replaces
 
 
 @dataclass
 class Progress:
-    """How far a run has come; all of it is saved, and plain values only."""
+    """The progress of a run. All of it is saved with checkpoints; plain values only."""
 
     step: int = 0
     tokens: int = 0
@@ -53,7 +53,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """All that a training run works with."""
+    """Everything that a training run works with."""
 
     settings: Settings
     model: "Model"
@@ -63,13 +63,13 @@ class Run:
     val: "Tokens"
     progress: Progress
     ranks: Ranks
-    loss: "Callable[..., torch.Tensor]"  # the model's, of this rank's part of a batch
-    carried: "State | None" = None  # the state that the next step starts from, with carry_state
+    loss: "Callable[..., torch.Tensor]"  # of this rank's part of a batch
+    carried: "State | None" = None  # with --carry-state: the state with which the next step starts
     replays: "Replays | None" = None  # on a GPU, of step.add_gradients
 
     @property
     def folder(self) -> Path:
-        return self.settings.run
+        return self.settings.folder
 
     @property
     def device(self) -> "torch.device":
@@ -92,14 +92,14 @@ def assemble(
         keep_freed_memory(KEPT_RECOMPUTING)
     else:
         keep_freed_memory()
-    config = model.config
-    framing = (tokenizer.get_vocab_size(), config.bos_id, config.eos_id)
+    framing = (tokenizer.get_vocab_size(), *model.config.check_frame())
     train, val = (
-        Tokens.open(settings.run / "data" / f"{side}.tokens", *framing) for side in ("train", "val")
+        Tokens.open(settings.folder / "data" / f"{side}.tokens", *framing)
+        for side in ("train", "val")
     )
     progress.threads, progress.processes = torch.get_num_threads(), ranks.size
     model.backbone.recompute = settings.recompute
-    loss = ranks.spread(model, cli.pick_device(settings.device))
+    loss = ranks.distribute(model, cli.pick_device(settings.device))
     optimizer = make_optimizer(model, settings.weight_decay)
     run = Run(settings, model, tokenizer, optimizer, train, val, progress, ranks, loss)
     forget_carried(run)
@@ -108,14 +108,14 @@ def assemble(
 
 def forget_carried(run: Run) -> None:
     if run.settings.carry_state:
-        run.carried = run.model.empty_state(len(run.ranks.rows(run.settings.batch_size)))
+        run.carried = run.model.empty_state(len(run.ranks.own_rows(run.settings.batch_size)))
 
 
 def keep_good(run: Run) -> None:
-    """After a run has diverged, let last/ be a checkpoint from before; what is there is set aside.
+    """After a run has diverged, make an earlier checkpoint last/ and set the bad one aside.
 
-    The steps skipped at the end did not change the weights. So weights that were saved after the
-    last step that was not skipped are those that give no finite loss.
+    The steps that were skipped at the end did not change the weights. So weights that were saved
+    after the last applied step already give no finite loss.
     """
     from ysnake.checkpoints import checkpoint
 
@@ -127,14 +127,14 @@ def keep_good(run: Run) -> None:
 
 
 def saved_step(folder: Path) -> int:
-    """The step after which a checkpoint of a run was saved."""
+    """The step after which this checkpoint was saved."""
     from ysnake.checkpoints import checkpoint
 
     return read_json(folder / checkpoint.PROGRESS)["step"]
 
 
 def save_last(run: Run) -> None:
-    """Write last/: the model, and all that resuming needs."""
+    """Write last/: the model, and everything that resuming needs."""
     from ysnake.checkpoints import checkpoint
 
     ranks = run.ranks
@@ -146,14 +146,15 @@ def save_last(run: Run) -> None:
     }
     if run.carried is not None:
         training["carried"] = [
-            (ranks.all_rows(layer.conv), ranks.all_rows(layer.ssm)) for layer in run.carried
+            (ranks.gather_rows(layer.conv), ranks.gather_rows(layer.ssm)) for layer in run.carried
         ]
     progress = {k: v for k, v in asdict(run.progress).items() if k != "recent"}
-    model = ranks.whole(run.model)
+    model = ranks.gathered_model(run.model)
 
     def write() -> None:
+        assert model is not None  # on the first rank
         training["head"] = checkpoint.head_factors(model)
         parts = shards if ranks.sharded and shards.exists() else None
         checkpoint.save(run.folder / "last", model, run.tokenizer, training, progress, parts)
 
-    ranks.alone(write)
+    ranks.on_first(write)

@@ -1,7 +1,7 @@
-"""The folder of a new run: made under a hidden name, so that what has its final name is whole.
+"""The folder of a new run. It is made under a hidden name and renamed once it is complete.
 
-The hidden folder holds a lock file as long as its process lives. So the next start knows what a
-killed one has left, and removes it.
+The process holds a lock file in the hidden folder. So the next start recognises a folder that a
+killed process left behind, and removes it.
 """
 
 import os
@@ -26,10 +26,10 @@ def make(wanted: Path | None, default: Path, fill: Callable[[Path], Result]) -> 
     Args:
         wanted: the folder that the user asked for.
         default: the folder if the user asked for none. If it exists, -2, -3, ... is appended.
-        fill: is called with the hidden folder. If it fails, nothing is left.
+        fill: writes the content of the hidden folder. If it fails, the folder is removed.
 
     Raises:
-        InputError: the folder exists already, or cannot be written.
+        InputError: the folder already exists, or cannot be written.
     """
     check_free(wanted)
     base = wanted or default
@@ -44,7 +44,7 @@ def make(wanted: Path | None, default: Path, fill: Callable[[Path], Result]) -> 
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
         if parent_is_new:
-            with suppress(OSError):  # another process has begun a run there
+            with suppress(OSError):  # another process has started a run there
                 base.parent.rmdir()
         if isinstance(error, OSError):
             raise InputError(f"{base}: {error.strerror}") from error
@@ -52,9 +52,9 @@ def make(wanted: Path | None, default: Path, fill: Callable[[Path], Result]) -> 
 
 
 def check_free(wanted: Path | None) -> None:
-    """Raise InputError if the folder for a new run exists already."""
+    """Raise InputError if the folder for a new run already exists."""
     if wanted is not None and os.path.lexists(wanted):
-        raise InputError(f"{wanted}: exists already; --resume goes on with a run")
+        raise InputError(f"{wanted}: already exists; --resume continues a run")
 
 
 def _rename(new: Path, base: Path, or_a_neighbour: bool) -> Path:
@@ -64,18 +64,19 @@ def _rename(new: Path, base: Path, or_a_neighbour: bool) -> Path:
             if os.path.lexists(folder):
                 raise FileExistsError
             return new.rename(folder)
-        except OSError:  # another process was faster: its errors differ from system to system
+        except OSError:  # another process was faster; the error depends on the system
             if not os.path.lexists(folder):
                 raise
             if not or_a_neighbour:
                 check_free(folder)
+    raise AssertionError("the numbers have no end")
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove the hidden folders in `parent` in which a process began a run and was killed."""
+    """Remove the hidden folders of processes that were killed while they started a run."""
     for mark in parent.glob(f".*.new/{STARTING}"):
-        with suppress(InputError, OSError):  # its process is alive, or has just ended
+        with suppress(InputError, OSError):  # its process is still running, or has just ended
             with run_lock.lock(mark, str(mark.parent)) as held:
                 if held:
                     shutil.rmtree(mark.parent, ignore_errors=True)
-            mark.parent.rmdir()  # on Windows, where the lock file was still open
+            mark.parent.rmdir()  # on Windows the open lock file kept it from being removed

@@ -1,6 +1,6 @@
-"""The settings of a training run: each option of `python -m ysnake.train`, its default and checks.
+"""The settings of a training run: the options of `python -m ysnake.train`, defaults and checks.
 
-Without torch, so that `--help` and errors are quick.
+This file does not import torch, so `--help` and errors are quick.
 """
 
 import argparse
@@ -27,38 +27,38 @@ class Settings:
 
     data: Annotated[tuple[Path, ...], arg(metavar="PATH...")] = (SHIPPED,)
     """Files and folders of .txt and .md (documents separated by a line <|endoftext|>) and .jsonl (a
-    document in each line). About a twentieth of the text is held out to measure with."""
+    document in each line). About a twentieth of the text is held out for evaluation."""
     run: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Folder of this run; by default a new one in runs/. With --resume: the run to go on with, by
+    """Folder of the run; by default a new one in runs/. With --resume: the run to continue, by
     default the newest."""
     from_: Annotated[Path | None, arg(name="from", metavar="CHECKPOINT")] = None
     """Start a new run from this checkpoint's weights and tokenizer."""
     resume: bool = False
-    """Go on with a run that was stopped, with its own settings."""
+    """Continue a run that was stopped, with its own settings."""
     preset: Annotated[str, arg(metavar="NAME")] = "quick"
     """Sizes and training settings to start from: quick, ys-24m, ys-60m or ys-71m."""
 
     tokenizer: Literal["bpe", "word"] | None = None
-    """bpe, the default, works on bytes and loses nothing; word knows whole words, else
-    characters."""
+    """bpe, the default, works on bytes and loses nothing. word has a token for each frequent word
+    and splits others into characters."""
     vocab_size: int | None = None
-    """Entries of the tokenizer; by default the preset's number or as many as the corpus gives."""
+    """Entries of the tokenizer; by default those of the preset, or fewer if the corpus is small."""
     max_documents: int | None = None
-    """Take so many documents only, in turn from each file; by default all of --data."""
+    """Use at most this many documents, from each file in turn; by default all of --data."""
     encoding: str = "utf-8"
     """Encoding of the files, for example utf-16 or cp1252."""
     text_field: Annotated[str, arg(metavar="NAME")] = "text"
     """Field of a .jsonl line that holds the document."""
 
     seq_len: int = 256
-    """Tokens trained on at a time. Running has no such limit."""
+    """Tokens of a training sequence. A trained model reads and writes text of any length."""
     batch_size: int = 16
-    """Sequences per forward pass, those of all processes together."""
+    """Sequences per forward pass, over all processes together."""
     accumulate: int = 1
     """Forward passes per step of the optimiser."""
     carry_state: bool = False
-    """Train on consecutive windows and hand the state on from one to the next, so that short
-    sequences teach long text."""
+    """Train on consecutive windows, and start each one with the state after the window before. So
+    the model learns long text from short sequences."""
 
     d_model: int = 512
     """Embedding size."""
@@ -69,84 +69,90 @@ class Settings:
     head_dim: int = 64
     """Channels per head."""
     expand: int = 2
-    """Inner size of a layer over its embedding size."""
+    """Inner size of a layer, as a multiple of its embedding size."""
     n_groups: int = 1
     """Groups of heads that share B and C."""
     chunk_size: int | None = None
-    """Tokens per chunk ("attention block") of the scan; by default the device's best. Changes time
-    and memory, not the result."""
+    """Tokens per chunk ("attention block") of the scan; by default what is fastest on the device.
+    It changes time and memory, not the result."""
     output_size: int | None = None
-    """Size of a layer between the embedding and the logits; by default there is none and the head
-    is tied to the embedding."""
+    """Size of an additional layer before the logits; by default there is none, and the head shares
+    its weights with the embedding."""
     init: Literal["hippo", "uniform"] = "hippo"
-    """How the decay rates start: A_n = -(n + 1) over the heads, or -A uniform in [1, 16]."""
+    """Initial decay rates: hippo means A_n = -(n + 1) over the heads, uniform -A in [1, 16]."""
 
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.1
-    """Of matrices; never of A_log, D, dt_bias, norms and biases."""
+    """Weight decay of matrices. There is none for A_log, D, dt_bias, norms and biases."""
     warmup_steps: int = 100
-    """Steps until the learning rate is at its peak; from there a cosine takes it to a tenth."""
+    """Steps until the learning rate reaches its peak. Then it falls along a cosine to a tenth."""
     max_steps: int | None = None
-    """Stop after so many steps; by default the preset's number, or none with --max-minutes."""
+    """Stop after this many steps; by default those of the preset, or none with --max-minutes."""
     max_minutes: float | None = None
-    """Stop after so many minutes. Without --max-steps the learning rate follows the clock."""
+    """Stop after this many minutes. Without --max-steps the learning rate follows the time."""
     stop_at_loss: float | None = None
-    """Stop when the training loss, averaged over 50 steps, is this low (nats per token)."""
+    """Stop when the mean training loss of 50 steps is at most this (nats per token)."""
     patience: int | None = None
-    """Stop after so many evaluations without a better held-out loss."""
+    """Stop after this many evaluations without a better held-out loss."""
     eval_every: int = 250
-    """Steps between evaluations, each with a sample of text and a new picture."""
+    """Steps between evaluations. Each also writes a sample of text and redraws loss.png."""
     checkpoint_every: int = 250
-    """Steps between writes of last/."""
+    """Steps between checkpoints in last/."""
 
     recompute: bool = False
-    """Keep of each block its input alone and compute the rest again for the gradient: less memory,
-    more time, the same result."""
+    """Store only the input of each block, and compute the rest again for the gradient. It takes
+    less memory and more time, and gives the same result."""
     memory: Annotated[str | None, arg(metavar="SIZE")] = None
-    """Stay below this memory, for example 8GB: smaller batches, more of them in a step, and
-    --recompute if need be. A step sees as many windows as without it."""
+    """Stay below this memory, for example 8GB, by smaller batches, more of them in a step, and
+    --recompute if necessary. The number of windows in a step does not change."""
     plan: bool = False
-    """Print parameters, predicted memory and the largest batch that fits, and train nothing."""
+    """Print the number of parameters, the predicted memory and the largest batch; do not train."""
 
     seed: int = 0
-    """Decides the first weights and the order of the windows."""
+    """Determines the first weights and the order of the windows."""
     device: str = "auto"
-    """auto (CUDA, else CPU), cpu, cuda or mps."""
+    """auto (CUDA if available, else CPU), cpu, cuda or mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 autocast on CUDA, float32 elsewhere. State and decay are float32 always."""
+    """auto is bfloat16 autocast on CUDA, float32 elsewhere. State and decay are always float32."""
     no_graphs: bool = False
     """On one GPU: launch the kernels of a step one by one. By default a CUDA graph launches them
-    all at once, with which small models train several times as fast."""
+    all at once, which makes small models train several times as fast."""
     threads: int | None = None
-    """Threads on the CPU; by default one for each core."""
+    """CPU threads; by default one for each core."""
     shard: bool = False
-    """Under torchrun: spread weights, gradients and optimizer over the processes (FSDP2). Say it
-    again with --resume."""
+    """With torchrun: spread weights, gradients and optimizer over the processes (FSDP2). Repeat the
+    option with --resume."""
     context_parallel: Annotated[int, arg(metavar="K")] = 1
-    """Under torchrun: split each sequence over K processes. Say it again with --resume."""
+    """With torchrun: split each sequence over K processes. Repeat the option with --resume."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run, once it is known."""
+        assert self.run is not None
+        return self.run
 
 
-# What may differ when a run is resumed. The rest decides its weights. lr and warmup_steps do too,
-# but a run that has diverged needs others.
+# These settings may change when a run is resumed. The others determine its weights. lr and
+# warmup_steps do too, but a run that has diverged needs other ones.
 FREE_ON_RESUME = (
     *("run", "resume", "plan", "shard", "context_parallel", "device", "threads"),
     *("recompute", "no_graphs"),
     *("max_steps", "max_minutes", "stop_at_loss", "patience", "eval_every", "checkpoint_every"),
     *("lr", "warmup_steps"),
 )
-# What a launch decides anew.
+# These settings are not stored: each start determines them again.
 OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
-LARGEST = 2**63  # what fits no number of torch's
-MOST_TOKENS = 1 << 26  # in a step of the optimiser; all its batches are cut before it begins
+LARGEST = 2**63  # too large for an integer of torch
+MOST_TOKENS = 1 << 26  # in a step of the optimiser, whose batches are all in memory
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
 
 
 def parse(argv: list[str]) -> Settings:
-    """The settings of a command line, checked.
+    """Read and check the settings of a command line.
 
-    Its defaults come from the run it resumes, else the checkpoint it starts from, else the preset.
+    Defaults come from the resumed run, else from the checkpoint of --from, else from the preset.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="quick")
@@ -158,7 +164,9 @@ def parse(argv: list[str]) -> Settings:
     first.add_argument("--init")
     known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     if known.preset not in PRESETS:
-        raise InputError(f"--preset: expected one of {', '.join(PRESETS)}, got {known.preset}")
+        raise InputError(
+            f"expected one of {', '.join(PRESETS)}, got {known.preset}", field="--preset"
+        )
     if known.resume:
         stored = read(known.run or cli.newest_run())
         # A flag that the run has set already may be given again; tyro then knows only --no-NAME.
@@ -177,19 +185,19 @@ def parse(argv: list[str]) -> Settings:
             _, config = checkpoint.newest_good(source, checkpoint.load_config)
             sizes = {name: getattr(config, name) for name in MODEL_SIZES}
         default = Settings(preset=known.preset, **preset.settings | sizes)
-        if known.data is not None:  # a preset's limit is for the shipped corpus
+        if known.data is not None:  # the preset's limit is for the shipped corpus
             default.max_documents = None
         settings = cli.parse(Settings, argv, "train", default=default)
         for name in ("tokenizer", "init"):
             if known.from_ and getattr(known, name) is not None:
-                raise InputError(f"{option(name)}: fixed by the checkpoint that --from names")
+                raise InputError("fixed by the checkpoint that --from names", field=option(name))
         if not known.from_:
             settings.tokenizer = settings.tokenizer or "bpe"
         for name, size in sizes.items():
             if getattr(settings, name) != size:
                 raise InputError(
-                    f"{option(name)}: the checkpoint {known.from_} has {size}, "
-                    f"got {getattr(settings, name)}"
+                    f"the checkpoint {known.from_} has {size}, got {getattr(settings, name)}",
+                    field=option(name),
                 )
         if settings.max_steps is None and settings.max_minutes is None:
             settings.max_steps = preset.max_steps
@@ -198,13 +206,13 @@ def parse(argv: list[str]) -> Settings:
 
 
 def _check_resumed(settings: Settings, stored: Settings) -> None:
-    """Raise InputError where a command line asks for another run than the stored one.
+    """Raise InputError if a command line asks for another run than the stored one.
 
-    The command line that began the run is right too, so paths are compared by what they lead to,
-    and the batch that --memory has changed by the windows of a step.
+    The command line that started the run must be accepted too. So paths are resolved before they
+    are compared, and a batch that --memory has changed is compared by the windows of a step.
     """
     if settings.from_ and not _same(settings.from_, stored.from_):
-        raise InputError("--from: starts a new run, so it does not go with --resume")
+        raise InputError("starts a new run, so it does not go with --resume", field="--from")
     windows, planned = (s.batch_size * s.accumulate for s in (settings, stored))
     if stored.memory is not None and (settings.memory, windows) == (stored.memory, planned):
         settings.batch_size, settings.accumulate = stored.batch_size, stored.accumulate
@@ -212,7 +220,9 @@ def _check_resumed(settings: Settings, stored: Settings) -> None:
     for f in fields(Settings):
         given, own = getattr(settings, f.name), getattr(stored, f.name)
         if f.name not in FREE_ON_RESUME and not _same(given, own):
-            raise InputError(f"{option(f.name)}: a run is resumed with its own, {own}; got {given}")
+            raise InputError(
+                f"a run is resumed with its own, {own}; got {given}", field=option(f.name)
+            )
 
 
 def _same(given: Any, own: Any) -> bool:
@@ -225,14 +235,14 @@ def _same(given: Any, own: Any) -> bool:
 
 
 def check(settings: Settings) -> None:
-    """Raise InputError for a value of a wrong type or out of range, naming the option."""
+    """Raise InputError for a value of a wrong type or out of range."""
     for name, kind in get_type_hints(Settings).items():
         value = getattr(settings, name)
         if not _is_a(kind, value):
-            raise InputError(f"{option(name)}: expected {_name_of(kind)}, got {value!r}"[:300])
+            raise InputError(f"expected {_name_of(kind)}, got {value!r}"[:300], field=option(name))
     if settings.preset not in PRESETS:
         raise InputError(
-            f"--preset: expected one of {', '.join(PRESETS)}, got {settings.preset}"[:300]
+            f"expected one of {', '.join(PRESETS)}, got {settings.preset}"[:300], field="--preset"
         )
     least: dict[str, float] = {
         **dict.fromkeys(("seq_len", "batch_size", "accumulate", "max_steps", "patience"), 1),
@@ -247,28 +257,31 @@ def check(settings: Settings) -> None:
         if value is None:
             continue
         if not value >= bound:
-            raise InputError(f"{option(name)}: expected at least {bound}, got {value}")
+            raise InputError(f"expected at least {bound}, got {value}", field=option(name))
         if value >= LARGEST:
-            raise InputError(f"{option(name)}: expected below {LARGEST}, got {value}")
+            raise InputError(f"expected below {LARGEST}, got {value}", field=option(name))
     tokens = settings.accumulate * settings.batch_size * settings.seq_len
     if tokens > MOST_TOKENS:
         raise InputError(
-            f"--accumulate, --batch-size, --seq-len: expected at most {MOST_TOKENS:,} tokens in a "
-            f"step, got {settings.accumulate} * {settings.batch_size} * {settings.seq_len}"
+            f"expected at most {MOST_TOKENS:,} tokens in a "
+            f"step, got {settings.accumulate} * {settings.batch_size} * {settings.seq_len}",
+            field="--accumulate, --batch-size, --seq-len",
         )
     if settings.max_steps is None and settings.max_minutes is None:
-        raise InputError("--max-steps, --max-minutes: expected at least one of them, got neither")
+        raise InputError(
+            "expected at least one of them, got neither", field="--max-steps, --max-minutes"
+        )
     if settings.max_minutes == 0:
-        raise InputError("--max-minutes: expected above 0, got 0")
+        raise InputError("expected above 0, got 0", field="--max-minutes")
     if settings.memory is not None:
         parse_size(settings.memory)
     if settings.from_ and (settings.vocab_size or settings.output_size):
         name = "vocab_size" if settings.vocab_size else "output_size"
-        raise InputError(f"{option(name)}: fixed by the checkpoint that --from names")
+        raise InputError("fixed by the checkpoint that --from names", field=option(name))
 
 
 def _is_a(kind: Any, value: Any) -> bool:
-    """Whether a value, which may come from a file, is of the type that a field has."""
+    """Whether a value, which may come from a file, has the type of a field."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) in (Union, UnionType):
@@ -290,11 +303,12 @@ def _name_of(kind: Any) -> str:
 
 
 def option(name: str) -> str:
+    """The command-line option of a setting."""
     return "--" + name.rstrip("_").replace("_", "-")
 
 
 def write(settings: Settings) -> None:
-    """Write the settings into the folder of their run, whole or not at all."""
+    """Write the settings into the folder of their run, completely or not at all."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -302,7 +316,7 @@ def write(settings: Settings) -> None:
         return str(value.resolve()) if isinstance(value, Path) else value
 
     values = {k: plain(v) for k, v in asdict(settings).items() if k != "run"}
-    with files.replacing(settings.run / "settings.json") as path:
+    with files.replacing(settings.folder / "settings.json") as path:
         path.write_text(json.dumps(values, indent=2) + "\n")
 
 
@@ -314,7 +328,9 @@ def read(folder: Path) -> Settings:
     values = read_json(path)
     try:
         if not isinstance(values["data"], list):
-            raise InputError(f"--data: expected a list of paths, got {values['data']!r}"[:300])
+            raise InputError(
+                f"expected a list of paths, got {values['data']!r}"[:300], field="--data"
+            )
         values["data"] = tuple(map(Path, values["data"]))
         values["from_"] = values["from_"] and Path(values["from_"])
         settings = Settings(**values | {"run": folder} | OF_A_LAUNCH)
@@ -325,12 +341,12 @@ def read(folder: Path) -> Settings:
 
 
 def parse_size(text: str) -> float:
-    """Bytes of "8GB", "500 MB" or "1.5G".
+    """The bytes in a text such as "8GB", "500 MB" or "1.5G".
 
     Raises:
-        InputError: it is none of these.
+        InputError: the text is no such size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise InputError(f"--memory: expected a size like 8GB, got {text!r}")
+        raise InputError(f"expected a size like 8GB, got {text!r}", field="--memory")
     return float(match[1]) * UNITS[match[2].upper()]

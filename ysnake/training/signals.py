@@ -1,18 +1,18 @@
-"""Signals that ask a training process to stop: Ctrl-C, a closed terminal, a request to end."""
+"""Signals that ask training to stop: Ctrl-C, a closed terminal, a request to terminate."""
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-# SIGHUP: the terminal was closed. Windows has neither SIGHUP nor other systems SIGBREAK.
+# SIGHUP: the terminal was closed. Windows has no SIGHUP; only Windows has SIGBREAK.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
 @contextmanager
 def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Let `handler` answer the signals that ask a process to stop, as long as the block runs."""
+    """Handle the signals that ask a process to stop by `handler`, while the block runs."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     if before.get(getattr(signal, "SIGHUP", None)) is signal.SIG_IGN:  # started with nohup
         del before[signal.SIGHUP]
@@ -30,12 +30,12 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 
 def stop_at_once() -> AbstractContextManager[None]:
-    """Every signal that asks to stop raises KeyboardInterrupt, so that the block can clean up."""
+    """While the block runs, every such signal raises KeyboardInterrupt, so it can clean up."""
     return _handling(_interrupt)
 
 
 class Stop:
-    """Whether a signal has asked the run to stop; a second Ctrl-C stops at once."""
+    """Remembers whether a signal has asked training to stop. A second Ctrl-C interrupts at once."""
 
     requested = False
 

@@ -1,8 +1,9 @@
 """One step of training: the loss of its batches, their gradient, and the optimiser's update."""
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ysnake.training import parallel
 from ysnake.training.run import MEAN_OVER, Progress, Run, forget_carried
@@ -10,8 +11,6 @@ from ysnake.training.settings import Settings
 from ysnake.training.signals import Stop
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
     from ysnake.model.network import State
@@ -22,11 +21,12 @@ DECAY_TO = 0.1  # the learning rate ends at this part of its peak
 
 
 def learning_rate(settings: Settings, progress: Progress) -> float:
-    """Linear warm-up, then a cosine down to a tenth, over the steps or else over the clock."""
+    """Linear warm-up, then a cosine down to a tenth, over the steps or over the time limit."""
     warm = min(1.0, (progress.step + 1) / max(1, settings.warmup_steps))
     if settings.max_steps is not None:
         done = progress.step / settings.max_steps
     else:
+        assert settings.max_minutes is not None  # one of the two is set
         done = progress.elapsed / (60 * settings.max_minutes)
     cosine = (1 + math.cos(math.pi * min(done, 1.0))) / 2
     return settings.lr * warm * (DECAY_TO + (1 - DECAY_TO) * cosine)
@@ -35,7 +35,7 @@ def learning_rate(settings: Settings, progress: Progress) -> float:
 def batch_loss(
     run: Run, ids: "Tensor", targets: "Tensor", seq_idx: "Tensor | None", state: "State | None"
 ) -> "Tensor":
-    """Summed loss of windows on the run's device, in nats."""
+    """The summed loss of windows on the run's device, in nats."""
     import torch
 
     precision = run.settings.precision
@@ -49,15 +49,15 @@ def windows(run: Run, batch: "Batch") -> "tuple[Tensor, Tensor, Tensor | None]":
     """ids, targets and seq_idx of this rank's part of a batch, on the run's device."""
     import torch
 
-    batch = run.ranks.part(batch)
+    batch = run.ranks.own_part(batch)
     ids, targets = (torch.from_numpy(t).to(run.device) for t in (batch.ids, batch.targets))
     if (batch.seq_idx == batch.seq_idx[:, :1]).all():
         return ids, targets, None  # one document in each window
     return ids, targets, torch.from_numpy(batch.seq_idx).to(run.device)
 
 
-def add_gradients(run: Run, given: "Sequence[Tensor | None]") -> "list[Tensor]":
-    """Add a batch's part of the step's gradient to the weights' own.
+def add_gradients(run: Run, given: Sequence[Any]) -> "list[Tensor]":
+    """Add the gradient of one batch of a step to the gradients of the weights.
 
     Args:
         given: ids, targets, seq_idx, the targets of the whole step, then each layer's convolution
@@ -72,12 +72,12 @@ def add_gradients(run: Run, given: "Sequence[Tensor | None]") -> "list[Tensor]":
     pairs = zip(states[::2], states[1::2], strict=True)
     state = [LayerState(conv, ssm) for conv, ssm in pairs] or None
     loss = batch_loss(run, ids, targets, seq_idx, state) / n_targets
-    (loss * run.ranks.size).backward()  # ranks average, and here is a share of the loss
+    (loss * run.ranks.size).backward()  # the ranks average gradients; each has a share of the sum
     return [loss.detach(), *(t for layer in state or () for t in (layer.conv, layer.ssm))]
 
 
 def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
-    """One step of the optimiser. None if a stop was asked for: then nothing has changed."""
+    """Take one step of the optimiser. None if a stop was requested; then nothing has changed."""
     import torch
 
     from ysnake.model.network import LayerState
@@ -87,31 +87,31 @@ def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
     first = progress.step * settings.accumulate
     cut = (run.train, settings.seq_len, settings.batch_size)
     indices = range(first, first + settings.accumulate)
-    if settings.carry_state:
+    state: State | None = None
+    if run.carried is not None:
         batches = [data.consecutive_windows(*cut, i) for i in indices]
         state = [LayerState(layer.conv, layer.ssm) for layer in run.carried]
     else:
         batches = [data.training_windows(*cut, i, settings.seed) for i in indices]
-        state = None
     n_targets = max(1.0, sum(batch.n_targets for batch in batches))
-    n_targets = torch.tensor(n_targets, dtype=torch.float32, device=run.device)
+    all_targets = torch.tensor(n_targets, dtype=torch.float32, device=run.device)
 
     run.optimizer.zero_grad(set_to_none=run.replays is None)  # a graph adds to the same tensors
     total = torch.zeros((), device=run.device)
     for i, batch in enumerate(batches, 1):
         if run.ranks.any(stop.requested):
             return None
-        for layer in state or ():  # lanes whose window begins a document forget
-            keep = torch.from_numpy(~run.ranks.part(batch).starts_anew).to(layer.conv)
+        for layer in state or ():  # rows whose window begins a document start from zeros
+            keep = torch.from_numpy(~run.ranks.own_part(batch).starts_anew).to(layer.conv)
             layer.conv = layer.conv * keep[:, None, None]
             layer.ssm = layer.ssm * keep[:, None, None, None].to(layer.ssm)
-        with run.ranks.exchanging(run.loss, now=i == len(batches)):
+        with run.ranks.gradient_exchange(run.loss, now=i == len(batches)):
             before = [t for layer in state or () for t in (layer.conv, layer.ssm)]
-            given = [*windows(run, batch), n_targets, *before]
-            loss, *after = run.replays(given) if run.replays else add_gradients(run, given)
+            given = [*windows(run, batch), all_targets, *before]
+            share, *after = run.replays(given) if run.replays else add_gradients(run, given)
         for layer, conv, ssm in zip(state or (), after[::2], after[1::2], strict=True):
             layer.conv, layer.ssm = conv, ssm
-        total += loss
+        total += share
     loss = run.ranks.total(total)
     norm = parallel.number(torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP))
 
@@ -126,7 +126,7 @@ def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
     else:
         progress.skipped += 1
         progress.skipped_in_a_row += 1
-        forget_carried(run)  # what made the step fail may be in the state
+        forget_carried(run)  # the state may contain the cause
     progress.step += 1
     progress.tokens += settings.accumulate * settings.batch_size * settings.seq_len
     return {"train_loss": loss, "lr": lr, "grad_norm": norm}

@@ -1,4 +1,4 @@
-"""Why a training run ends, and what is said at its end."""
+"""Why a training run ends, and the summary that is printed at its end."""
 
 import shlex
 
@@ -11,14 +11,14 @@ ENDINGS = {
     "time": "the time is up",
     "loss": "the training loss is down to {loss:.3f}",
     "patience": "the held-out loss has stopped getting better",
-    "interrupted": "interrupted; --resume goes on from here",
+    "interrupted": "interrupted; --resume continues from here",
     "diverged": "loss or gradient were not finite ten times in a row, so the run was stopped; "
     "last/ holds step {kept}, from before; resume with a lower --lr or a longer --warmup-steps",
 }
 
 
 def reason_to_end(run: Run) -> str | None:
-    """Why the run should end now, if it should."""
+    """The reason why the run should end now, if there is one."""
     settings, progress = run.settings, run.progress
     if progress.skipped_in_a_row >= GIVE_UP_AFTER:
         return "diverged"
@@ -35,8 +35,9 @@ def reason_to_end(run: Run) -> str | None:
 
 
 def summary(run: Run) -> str:
-    """What is said at the end of a run, in rich's markup: why it ended, and what may follow."""
+    """The summary at the end of a run, in rich's markup: why it ended, and what to do next."""
     progress, folder = run.progress, cli.markup(shlex.quote(str(run.folder)))
+    assert progress.ended is not None
     kept = saved_step(run.folder / "last")
     why = ENDINGS[progress.ended].format(step=progress.step, loss=progress.mean_loss, kept=kept)
     lines = [
@@ -56,7 +57,7 @@ def summary(run: Run) -> str:
 
 
 def _further(run: Run) -> str | None:
-    """The option that lets a finished run go on; none for one that was interrupted."""
+    """The option with which a finished run can be trained further; None for an interrupted one."""
     settings, progress = run.settings, run.progress
     return {
         "steps": f"--max-steps {2 * progress.step}",
@@ -64,4 +65,4 @@ def _further(run: Run) -> str | None:
         "loss": f"--stop-at-loss {(settings.stop_at_loss or 0) / 2:g}",
         "patience": f"--patience {2 * (settings.patience or 0)}",
         "diverged": f"--lr {settings.lr / 3:.2g}",
-    }.get(progress.ended)
+    }.get(progress.ended or "")

@@ -1,4 +1,4 @@
-"""The documents of one kind on disk, and what is still to be asked."""
+"""The documents of one kind on disk, and the questions that are still to be asked."""
 
 import json
 import os
@@ -13,15 +13,15 @@ from ysnake.data_generation.questions import Task, lines, tasks
 from ysnake.shared.errors import InputError
 
 
-class Shelf:
-    """The documents of one kind on disk, and what is still to be asked.
+class DocumentStore:
+    """The documents of one kind on disk, and the questions that are still to be asked.
 
-    The ledger holds a line for each answer: what was asked, what became of it and, if it was kept,
-    where its document lies in the file. That line is written before the document; so a document
-    that a kill has torn is known by the last line, and both are cut off.
+    The ledger has a line for each answer: the question, whether the answer was kept and, if so,
+    where its document is in the file. The line is written before the document. So after a kill only
+    the document of the last line can be incomplete; then both are cut off.
 
     Raises:
-        InputError: the file is not as its ledger says, or another process is writing it.
+        InputError: the file does not match its ledger, or another process is writing it.
     """
 
     def __init__(self, folder: Path, kind: str, count: int | None, seed: int) -> None:
@@ -29,7 +29,7 @@ class Shelf:
         from ysnake.text.prose import Seen
 
         self.kind, self.path = kind, folder / f"{kind}.txt"
-        # hidden, so that training does not take it for data
+        # hidden, so that training does not read it as data
         self.ledger = (folder / f".{kind}.jsonl").open("ab+", buffering=0)
         lock(self.ledger, self.path)
         self.file = self.path.open("ab", buffering=0)
@@ -44,26 +44,26 @@ class Shelf:
         self.count = count or len(lines(kind))
         self.tasks = (task for task in tasks(kind, seed) if task not in done)
         self.prompts = lines(f"{kind}_prompts")
-        self.asked = 0  # answers that are being waited for
-        self.thinks = False  # whether answers begin inside a thought, as some models' do
+        self.asked = 0  # questions without an answer yet
+        self.thinks = False  # whether answers begin inside a thought, as those of some models
 
     @property
-    def wants(self) -> bool:
-        """Whether more must be asked for, if all that is asked for now is kept."""
+    def needs_more(self) -> bool:
+        """Whether more questions are needed if all open ones give a document."""
         return self.counts[KEPT] + self.asked < self.count
 
     @property
-    def filled(self) -> float:
-        """How far it is, counting what is asked for."""
+    def share_done(self) -> float:
+        """Documents and open questions as a share of the documents that are wanted."""
         return (self.counts[KEPT] + self.asked) / self.count
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self.file.close()
         self.ledger.close()
 
-    def put(self, task: Task, answer: str, cut: bool, min_words: int) -> None:
-        """Keep or drop the answer to a task; `cut` says that it is longer than the limit."""
+    def add(self, task: Task, answer: str, cut: bool, min_words: int) -> None:
+        """Keep or drop the answer to a task. `cut`: it was cut at the token limit."""
         from ysnake.text import prose, thoughts
         from ysnake.text.tokenizer import EOT
 
@@ -94,19 +94,19 @@ class Shelf:
             self.words += len(text.split())
 
 
-def open_shelves(options: Options) -> list[Shelf]:
-    """The shelves of a corpus folder, which is made if it is not there."""
+def open_stores(options: Options) -> list[DocumentStore]:
+    """Open the stores of a corpus folder. The folder is created if it does not exist."""
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         kinds = dict.fromkeys(options.kinds)
-        return [Shelf(options.out, kind, options.count, options.seed) for kind in kinds]
+        return [DocumentStore(options.out, kind, options.count, options.seed) for kind in kinds]
     except OSError as error:
-        raise InputError(f"--out: {error.filename}: {error.strerror}") from error
+        raise InputError(f"{error.filename}: {error.strerror}", field="--out") from error
 
 
-def next_task(shelves: list[Shelf]) -> tuple[Shelf, Task] | None:
-    """What to ask for next: something of the kind that is furthest behind."""
-    for shelf in sorted((s for s in shelves if s.wants), key=lambda s: s.filled):
-        for task in shelf.tasks:
-            return shelf, task
+def next_task(stores: list[DocumentStore]) -> tuple[DocumentStore, Task] | None:
+    """The next task, of the kind that is furthest behind."""
+    for store in sorted((s for s in stores if s.needs_more), key=lambda s: s.share_done):
+        for task in store.tasks:
+            return store, task
     return None

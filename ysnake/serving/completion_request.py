@@ -1,0 +1,17 @@
+"""A request for a completion, as both APIs hand it to the application."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ysnake.inference.batch import Job
+from ysnake.serving.fields import Body
+
+
+@dataclass
+class CompletionRequest:
+    """What a client asks for, and how the API shapes the reply."""
+
+    job: Job | None  # None: there is nothing to write
+    part: Callable[[str], Body]  # a part of a stream, with new text
+    last_parts: Callable[[], list[Body]]  # the parts that end a stream
+    whole: Callable[[str], Body]  # the reply without a stream, with all the text
