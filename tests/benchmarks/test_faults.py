@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.faults import files, kills
+from benchmarks.faults.__main__ import PARTS, main
 from benchmarks.faults.clients import Clients
 from benchmarks.faults.kills import KINDS, Kills
 from benchmarks.faults.lost import Lost
@@ -18,14 +20,17 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def trainings(tmp_path, request):
-    attack = Kills(tmp_path, seed=0, kinds=request.param)
+QUICK = (KINDS[1], KINDS[6])  # one process and four
+
+
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory, request):
+    attack = Kills(tmp_path_factory.mktemp("kills"), seed=0, kinds=request.param)
     yield attack
     attack.close()
 
 
-@pytest.mark.parametrize("trainings", [(KINDS[1], KINDS[6])], indirect=True)
+@pytest.mark.parametrize("trainings", [QUICK], indirect=True)
 def test_trainings_end_as_if_nothing_had_happened(trainings):
     """Each fault once, to one training of one process and one of four."""
     for kind in trainings.bench.whole:
@@ -42,9 +47,9 @@ def test_trainings_of_every_kind_end_as_if_nothing_had_happened(trainings):
     trainings.go(600)
 
 
-@pytest.mark.parametrize("trainings", [KINDS[:1]], indirect=True)
+@pytest.mark.parametrize("trainings", [QUICK], indirect=True)
 def test_a_training_that_loses_something_is_found(trainings):
-    run = kills.Run(trainings.bench, KINDS[0], seed="0")
+    run = kills.Run(trainings.bench, QUICK[0], seed="0")
     assert run.go_on().codes == [0]
     run.compare()
     state = run.run / "last/training_state.pt"
@@ -60,12 +65,32 @@ def test_a_training_that_loses_something_is_found(trainings):
     run.remove()
 
 
-def test_requests_that_no_client_should_send(tmp_path):
-    attack = Requests(tmp_path, seed=0)
-    attack.go(3)
-    attack.close()
-    assert attack.statuses[200] > 0
-    assert attack.statuses[400] > 0
+def test_requests_that_no_client_should_send(capsys):
+    assert main(["--part", "requests", "--minutes", "0.05"]) == 0
+    said = capsys.readouterr().out
+    assert "times 200" in said
+    assert "times 400" in said
+    assert said.endswith("nothing was lost\n")
+
+
+def test_the_first_loss_ends_it(monkeypatch, capsys):
+    class Careless:
+        def __init__(self, folder, seed):
+            self.folder = folder
+
+        def go(self, seconds):
+            raise Lost("a whole checkpoint")
+
+        def close(self):
+            (self.folder / "closed").touch()
+
+    monkeypatch.setitem(PARTS, "files", Careless)
+    assert main(["--part", "files", "--seed", "9"]) == 1
+    said = capsys.readouterr().out
+    assert "LOST, with --seed 9: a whole checkpoint" in said
+    folder = Path(said.split()[-1])
+    assert (folder / "files/closed").exists()
+    shutil.rmtree(folder)
 
 
 @pytest.mark.slow
