@@ -47,7 +47,7 @@ STAGES = {
     "sanitize": Stage("sanitize", 45, ("memcheck", "racecheck"), 2, dry_jobs=("memcheck",)),
     "sweep": Stage("sweep", 60),
     "time": Stage("measure", 50, ("fused", "eager", "first call"), dry_jobs=("fused", "eager")),
-    "peers": Stage("peers", 100, ("compile", "scan", "mixer"), dry_jobs=("scan",)),
+    "peers": Stage("peers", 120, ("compile", "scan", "mixer"), dry_jobs=("scan",)),
     "train": Stage(
         "train",
         150,
