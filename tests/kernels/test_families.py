@@ -18,7 +18,6 @@ if find_spec("mamba_ssm") or find_spec("causal_conv1d"):
 NAMES = [*(name for name in FAMILIES if name in families_that_ask()), *VARIANTS]
 MODES = ["logits", "tokens", "training", "padded", "packed", "adapted"]
 MAMBA_2 = ["mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"]
-COMPILED = ["mamba2", "lfm2"]
 FALLING_BACK = "is falling back to its reference PyTorch implementation"
 
 
@@ -73,9 +72,9 @@ def test_packed_documents_are_refused_where_the_scan_would_mix_them(results):
 
 
 @pytest.fixture(scope="module")
-def fused():
-    names = [*MAMBA_2, "mamba2, gelu", "mamba2, width 1", "bamba"]
-    return family_runs.run(["plain", "fused"], names, ["training", "packed"])
+def fused(results):
+    names = [*MAMBA_2, "mamba2, gelu", "mamba2, width 1"]
+    return results[0], *family_runs.run(["fused"], names, ["training", "packed"])
 
 
 @pytest.mark.parametrize("name", MAMBA_2)
@@ -92,10 +91,9 @@ def test_the_fused_mixer_stands_back_where_it_cannot(fused, name):
     assert any(line.startswith("ysnake_kernels.dropin") for line in fused[1][name, None])
 
 
-def test_compiled_models_are_the_same():
-    results = family_runs.run(["plain", "drop-in"], COMPILED, ["compiled"])
-    for name in COMPILED:
-        assert family_runs.verdict(name, "compiled", *results) == (True, "same")
+def test_a_compiled_model_is_the_same():
+    results = family_runs.run(["plain", "drop-in"], ["mamba2"], ["compiled"])
+    assert family_runs.verdict("mamba2", "compiled", *results) == (True, "same")
 
 
 @pytest.mark.slow
