@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
+from typing import Any
 
 from ysnake import __version__
 from ysnake.shared import cli
@@ -124,7 +126,7 @@ def torch_facts() -> dict[str, str]:
     }
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
-            facts[f"GPU {i}"] = asked(lambda i=i: gpu(i))
+            facts[f"GPU {i}"] = asked(partial(gpu, i))
     else:
         facts["GPU"] = "none that torch can use"
     return facts
@@ -188,11 +190,12 @@ def operators(device: str) -> str:
 
     torch.manual_seed(0)
     shapes = {"x": (2, 70, 4, 16), "dt": (2, 70, 4), "B": (2, 70, 1, 16), "C": (2, 70, 1, 16)}
-    given = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    given: dict[str, Any] = {n: torch.randn(shape, device=device) for n, shape in shapes.items()}
     given["A"] = -torch.rand(4, device=device)
 
     def found(exact: bool) -> list[torch.Tensor]:
         leaves = {k: (t.double() if exact else t).requires_grad_() for k, t in given.items()}
+        y: Any
         if exact:
             with backend("reference"):
                 y = ssd_scan(**leaves, dt_softplus=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -60,7 +60,8 @@ class LanguageModel:
 
         if max_tokens < 1:
             raise InputError(f"max_tokens: expected at least 1, got {max_tokens}")
-        how = Sampling(**sampling)
+        options: dict[str, Any] = {**sampling}
+        how = Sampling(**options)
         context = Context(self.decoder, self.tokenizer.get_vocab_size())
         read(context, self.tokenizer, prompt)
         tokens = context.generate(how, max_tokens)

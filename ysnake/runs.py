@@ -82,7 +82,8 @@ def row(folder: Path) -> list[str]:
 
 def metrics(folder: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; one that a kill has torn does not count."""
-    path, found = folder / "metrics.jsonl", []
+    path = folder / "metrics.jsonl"
+    found: list[dict] = []
     if not path.exists():
         return found
     for line in path.read_text(encoding="utf-8").splitlines():

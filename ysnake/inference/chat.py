@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -130,7 +131,7 @@ class Chat:
             for setting, value in self.settings().items():
                 print(f"  {setting} {value}", file=sys.stderr)
         elif name == "set":
-            self.set(*values[:1], " ".join(values[1:]))
+            self.set(values[0], " ".join(values[1:]))
         elif name in ("save", "load"):
             if len(values) != 1:
                 raise InputError(f"/{name}: expected the name of a file")
@@ -160,11 +161,12 @@ class Chat:
             what = "a number" if kind is float else "a whole number"
             raise InputError(f"/set {name}: expected {what}, got {value or 'nothing'}") from None
         if name != "max_tokens":
-            self.sampling = replace(self.sampling, **{name: number})
+            change: Any = {name: number}
+            self.sampling = replace(self.sampling, **change)
         elif number < 1:
             raise InputError(f"/set max_tokens: expected at least 1, got {number}")
         else:
-            self.max_tokens = number
+            self.max_tokens = int(number)
 
     def to_file(self, name: str, path: Path) -> None:
         """Write what the model remembers, or read it."""
