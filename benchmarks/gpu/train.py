@@ -54,7 +54,7 @@ def contestant(name: str, sizes: dict, options: Options) -> tuple[torch.nn.Modul
     elif name == "transformers, drop-in":
         from ysnake_kernels import dropin
 
-        dropin.install(force=True)
+        dropin.install(force=True, fused_training=True)
     torch.manual_seed(0)
     build = transformers if name.startswith("transformers") else ours
     model, loss_of = build(sizes)
