@@ -152,7 +152,7 @@ def test_a_slash_can_be_typed(chat):
 
 def test_prompt_from_a_file(tmp_path, here):
     folder = saved(tmp_path)
-    (tmp_path / "long.txt").write_text("The adder " * 40_000, encoding="utf-8")
+    (tmp_path / "long.txt").write_text("The adder " * 14_000, encoding="utf-8")
     options = ["--temperature", "0", "--max-tokens", "3"]
     done = python("ysnake.run", folder, "--prompt-file", "long.txt", *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
