@@ -27,6 +27,8 @@ class Shape:
     """Tokens of a tile of the single pass."""
     chunk: int = 64
     """Tokens between the states that the backward stores."""
+    row_tile: int = 64
+    """Tokens of a tile of rows in the backward, on an H100."""
     state_item: int = 2
     """Bytes of an element of those states."""
     chain_chunk: int = 256
@@ -165,7 +167,10 @@ def backward(s: Shape) -> list[Kernel]:
     partial = {name: v * s.splits * 4 / s.item for name, v in summed.items()}  # in float32
     written = summed if s.splits == 1 else partial
     shared = 2 * K * s.state * s.splits * s.groups / s.heads  # a product of B and C, per head
-    within = {"dB within chunks": s.batch * s.length * s.splits * s.groups * s.state * 4}
+    # each tile of rows has its part of its chunk's dB
+    rest = s.length % K
+    parts = s.length // K * K * -(-K // s.row_tile) + rest * -(-rest // s.row_tile)
+    within = {"dB within chunks": s.batch * parts * s.splits * s.groups * s.state * 4}
     through, sums = {"flow through chunks": chunks * 4}, {"shares of dA": chunks * 8}
     kernels, entering = [decays(s, 3)], {}
     if s.back_segments > 1:

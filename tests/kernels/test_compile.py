@@ -43,7 +43,10 @@ def check(rows):
 
 @pytest.mark.parametrize(
     ("state", "targets"),
-    [("128", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]), ("64", ["sm_80", "sm_90"])],
+    [
+        ("128", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"]),
+        pytest.param("64", ["sm_80", "sm_90"], marks=pytest.mark.slow),
+    ],
 )
 def test_production_shapes(tmp_path, state, targets):
     rows = compiled(tmp_path, "--states", state, "--targets", *targets)

@@ -91,6 +91,7 @@ def test_the_fused_mixer_stands_back_where_it_cannot(fused, name):
     assert any(line.startswith("ysnake_kernels.dropin") for line in fused[1][name, None])
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_the_same():
     results = family_runs.run(["plain", "drop-in"], ["mamba2"], ["compiled"])
     assert family_runs.verdict("mamba2", "compiled", *results) == (True, "same")

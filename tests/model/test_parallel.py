@@ -206,7 +206,7 @@ def test_a_restart_reads_no_address_of_the_processes_before(store, monkeypatch):
     for restarts in range(3):
         before = store.num_keys()
         monkeypatch.setenv(launch.RESTARTS, str(restarts))
-        with parallel.joined("cpu", 1, False) as ranks:
+        with parallel.process_group("cpu", 1, False) as ranks:
             assert ranks.size == 1
         written.append(store.num_keys() - before)
     assert written[1] == written[2] > 0
@@ -214,7 +214,7 @@ def test_a_restart_reads_no_address_of_the_processes_before(store, monkeypatch):
 
 def test_a_sharded_optimizer_that_cannot_be_written_or_read_is_named(store, tmp_path):
     (tmp_path / "file").touch()
-    with parallel.joined("cpu", 1, True) as ranks:
+    with parallel.process_group("cpu", 1, True) as ranks:
         one = model()
         ranks.distribute(one, "cpu")
         optimizer = make_optimizer(one, 0.1)

@@ -82,8 +82,14 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize(
+    ("lr", "batch_size"),
+    [
+        *((lr, size) for lr in (1e-3, 1e-2) for size in (1, 2)),
+        (1e-2, 64),
+        pytest.param(1e-3, 64, marks=pytest.mark.slow),
+    ],
+)
 def test_no_step_is_skipped_at_any_batch_size(tmp_path, batch_size, lr):
     options = ("--batch-size", batch_size, "--lr", lr, "--seq-len", 6, "--warmup-steps", 10)
     run = fit(tmp_path, "--max-steps", 300, "--eval-every", 1000, *options)
