@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 from ysnake_kernels.conv import fused as conv
+from ysnake_kernels.loss import fused as loss
 from ysnake_kernels.norm import fused as norm
 from ysnake_kernels.ssd import fused_backward, fused_forward
 from ysnake_kernels.ssd.fused_tiles import Constants
@@ -131,6 +132,7 @@ def other_launches(dtype: str, head_dim: int, state: int) -> list[tuple]:
         conv._step(xBC[:, 0], torch.empty(2, channels, 3), weight, bias, None, True)
         heads = (per_head, B[:, None], C[:, None], per_head, None, per_head, None)
         step._step(S, x, dt[:, 0], *heads, True, 0.0, float("inf"))
+        loss.cross_entropy_(torch.empty(2, 50288, dtype=z.dtype), torch.zeros(2, dtype=torch.int64))
 
     return recorded(call)
 

@@ -7,6 +7,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -17,6 +19,7 @@ def compare(*arguments, **environment):
     return subprocess.run(command, env=environment, cwd=ROOT, **options)
 
 
+@pytest.mark.slow
 def test_ours_and_peers_take_turns(tmp_path):
     done = compare("scan", "step", "--quick", "--repeat", 2, "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

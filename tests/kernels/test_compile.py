@@ -15,7 +15,15 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 ROOT = Path(__file__).parents[2]
 SCAN = ("decays", "forward", "decays", "states", "rows", "columns", "steps")
 FIRST = [f"ssd {name}" for name in SCAN]
-REST = ["conv forward", "conv backward", "norm forward", "norm backward", "conv step", "step"]
+REST = [
+    "conv forward",
+    "conv backward",
+    "norm forward",
+    "norm backward",
+    "conv step",
+    "step",
+    "loss",
+]
 # bytes a thread that may spill: two programs on a multiprocessor were worth more than none
 ACCEPTED = {"ssd rows": 400, "ssd columns": 500}
 

@@ -264,7 +264,7 @@ def test_repeats_to_the_bit(norm_before_gate):
 
 
 @pytest.mark.parametrize("name", ["eager", FUSED])
-@pytest.mark.parametrize("norm_before_gate", [True, False])
+@pytest.mark.parametrize("norm_before_gate", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_under_compile(name, norm_before_gate):
     torch.compiler.reset()
     tensors = on_device(inputs(dtype=torch.float32))

@@ -143,6 +143,7 @@ def test_the_plan_is_printed_and_nothing_is_made(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_less_memory_gives_the_same_weights(tmp_path):
     data = ["--data", corpus(tmp_path), *TINY, "--max-steps", "3", "--threads", "1"]
 

@@ -19,7 +19,7 @@ PER_THREAD = 16
 
 
 @triton.jit(do_not_specialize=["vocab"])
-def _kernel(
+def _loss_kernel(
     logits, targets, losses, vocab, UNIT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -56,7 +56,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
         acc = tl.float64 if exact == torch.float64 else tl.float32
         warps = min(max(block // (32 * PER_THREAD), 1), 8)
         with torch.cuda.device_of(logits):
-            launcher(_kernel, (unit, block, acc), warps)(
+            launcher(_loss_kernel, (unit, block, acc), warps)(
                 (tokens,), (logits, targets.contiguous(), losses), (vocab // unit,)
             )
     return losses.sum()
