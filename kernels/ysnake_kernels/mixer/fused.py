@@ -25,6 +25,9 @@ def check_sizes(sizes: list[int], ngroups: int, conv_weight: Tensor, group_size:
     norm.check_group(group_size)
 
 
+TENSORS = 12  # of the arguments of `Mixer`, the first ones
+
+
 class Mixer(torch.autograd.Function):
     """Arguments and results as those of `composed.mixer`, tensors first.
 
@@ -34,25 +37,24 @@ class Mixer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        ctx.tensors, ctx.options = arguments[:12], arguments[12:]
-        ctx.save_for_backward(*ctx.tensors)
+        ctx.save_for_backward(*arguments[:TENSORS])
+        ctx.options = arguments[TENSORS:]
         ctx.set_materialize_grads(False)
-        between = Between(*ctx.tensors, *ctx.options)
-        del ctx.tensors
-        states = between.read()
-        normed = between.norm()
+        found = Intermediates(*arguments)
+        states = found.read()
+        normed = found.norm()
         weight, bias = arguments[10:12]
         return (normed if weight is None else F.linear(normed, weight, bias)), states
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dstates):
-        between = Between(*ctx.saved_tensors, *ctx.options)
-        return *between.gradients(dout, dstates), *[None] * len(ctx.options)
+        found = Intermediates(*ctx.saved_tensors, *ctx.options)
+        return *found.gradients(dout, dstates), *[None] * len(ctx.options)
 
 
-class Between:
-    """What the operators hand on to each other."""
+class Intermediates:
+    """The tensors that one operator gives to the next."""
 
     def __init__(
         self, zxbcdt, conv_weight, conv_bias, dt_bias, A, D, conv_states, initial_states, seq_idx,
