@@ -3,9 +3,12 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from itertools import count
 
 import pytest
 from small import TINY, corpus, entry, environment
@@ -117,23 +120,62 @@ def test_what_a_killed_start_leaves_is_no_run_and_the_next_start_removes_it(
     tmp_path, monkeypatch, data, run
 ):
     monkeypatch.chdir(tmp_path)
-    names = (".alive.12.new", ".killed.34.new", ".stranger.new", ".mine")
+    names = (".alive.0123abcd.new", ".killed.4567abcd.new", ".stranger.new", ".mine")
     alive, killed, stranger, mine = (tmp_path / "runs" / name for name in names)
     for folder in (alive, killed, stranger, mine):
         (folder / "data").mkdir(parents=True)
         (folder / "settings.json").write_text((run / "settings.json").read_text())
-    for folder in (alive, killed, mine):
-        (folder / run_folder.STARTING).touch()
+    for folder in (alive, killed, stranger):
+        folder.with_suffix(".lock").touch()
     with pytest.raises(InputError, match="no run there yet"):
         cli.newest_run()
-    process = another_process_holds(alive / run_folder.STARTING)
+    process = another_process_holds(alive.with_suffix(".lock"))
     assert entry(train.main, *OPTIONS, "--data", data, "--run", "runs/killed")[0] == 0
     process.kill()
     process.wait()
     left = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert left == {alive.name, stranger.name, mine.name, "killed"}
+    alive_or_foreign = {*names, ".alive.0123abcd.lock", ".stranger.lock"} - {killed.name}
+    assert left == {*alive_or_foreign, "killed"}
     assert cli.newest_run().name == "killed"
-    assert not (tmp_path / "runs/killed" / run_folder.STARTING).exists()
+    assert entry(train.main, "--run", "runs/killed", "--resume", "--max-steps", "3")[0] == 0
+    left = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert left == {stranger.name, ".stranger.lock", mine.name, "killed"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_start_killed_at_any_call_leaves_nothing_to_the_next(tmp_path):
+    """The process is killed before its first file operation, before its second, and so on."""
+
+    def fill(folder):
+        (folder / "data").mkdir()
+        (folder / "settings.json").touch()
+
+    def start(killed_at):
+        calls = count(1)
+
+        def counted(real, *arguments, **more):
+            if next(calls) == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **more)
+
+        for name in ("open", "mkdir", "rename", "unlink", "write", "lstat"):
+            setattr(os, name, partial(counted, getattr(os, name)))
+        run_folder.make(runs / "run", runs / "run", fill)
+        os._exit(0)
+
+    statuses = []
+    while 0 not in statuses:
+        runs = tmp_path / f"{len(statuses)}/runs"
+        child = os.fork()
+        if child == 0:
+            start(len(statuses) + 1)
+        statuses.append(os.waitpid(child, 0)[1])
+        complete = (runs / "run").exists()
+        run_folder.make(runs / "next", runs / "next", fill)
+        names = {"next", "run"} if complete else {"next"}
+        assert {p.name for p in runs.iterdir()} == names
+    assert len(statuses) > 8
+    assert set(statuses) == {0, signal.SIGKILL}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), InputError("no text"), OSError(28, "full")])
@@ -164,8 +206,6 @@ def test_a_folder_that_appears_while_a_run_begins_is_kept(tmp_path):
 
 
 def test_a_signal_while_a_run_begins_leaves_nothing(tmp_path, data, monkeypatch):
-    import signal
-
     from ysnake.training import new_run
 
     def stopped(*_):

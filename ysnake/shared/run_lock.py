@@ -45,7 +45,11 @@ def lock(path: Path, busy: str, patience: float = 0.0) -> Iterator[bool]:
     descriptor = _locked(path, busy, time.monotonic() + patience)
     if descriptor is None:
         _warn_once(path.parent)
-        yield False
+        try:
+            yield False
+        finally:
+            with suppress(OSError):
+                path.unlink()
         return
     try:
         os.ftruncate(descriptor, 0)

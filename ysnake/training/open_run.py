@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from ysnake.shared import cli, run_lock
+from ysnake.training import run_folder
 from ysnake.training.new_run import start
 from ysnake.training.parallel import Ranks
 from ysnake.training.resume import resume
@@ -31,6 +32,7 @@ def open_run(settings: Settings, ranks: Ranks, console: "Console") -> Iterator[R
         def take_lock() -> None:
             with cli.writing(settings.folder):
                 held.enter_context(run_lock.lock(settings.folder / run_lock.TRAINING, busy))
+                run_folder.remove_leftovers(settings.folder.parent)
 
         ranks.on_first(take_lock)
         yield run if run and ranks.size == 1 else resume(settings, ranks, console)

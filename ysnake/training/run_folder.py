@@ -1,7 +1,7 @@
 """The folder of a new run. It is made under a hidden name and renamed once it is complete.
 
-The process holds a lock file in the hidden folder. So the next start recognises a folder that a
-killed process left behind, and removes it.
+The process holds a lock file beside the hidden folder from before the folder exists until after it
+is renamed. So the next start recognises what a killed process left behind, and removes it.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import TypeVar
 from ysnake.shared import run_lock
 from ysnake.shared.errors import InputError
 
-STARTING = "start.lock"
+LOCKS = f".*.{'[0-9a-f]' * 8}.lock"  # beside hidden folders
 Result = TypeVar("Result")
 
 
@@ -37,12 +37,17 @@ def make(wanted: Path | None, default: Path, fill: Callable[[Path], Result]) -> 
     remove_leftovers(base.parent)
     new = base.with_name(f".{base.name}.{secrets.token_hex(4)}.new")
     try:
-        new.mkdir(parents=True)
-        with run_lock.lock(new / STARTING, f"{base}: another process removes this folder"):
-            result = fill(new)
-        return _rename(new, base, wanted is None), result
+        base.parent.mkdir(parents=True, exist_ok=True)
+        with run_lock.lock(
+            new.with_suffix(".lock"), f"{base}: another process removes this folder"
+        ):
+            try:
+                new.mkdir()
+                result = fill(new)
+                return _rename(new, base, wanted is None), result
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
     except BaseException as error:
-        shutil.rmtree(new, ignore_errors=True)
         if parent_is_new:
             with suppress(OSError):  # another process has started a run there
                 base.parent.rmdir()
@@ -74,9 +79,9 @@ def _rename(new: Path, base: Path, or_a_neighbour: bool) -> Path:
 
 def remove_leftovers(parent: Path) -> None:
     """Remove the hidden folders of processes that were killed while they started a run."""
-    for mark in parent.glob(f".*.new/{STARTING}"):
-        with suppress(InputError, OSError):  # its process is still running, or has just ended
-            with run_lock.lock(mark, str(mark.parent)) as held:
-                if held:
-                    shutil.rmtree(mark.parent, ignore_errors=True)
-            mark.parent.rmdir()  # on Windows the open lock file kept it from being removed
+    for mark in parent.glob(LOCKS):
+        busy = f"{mark.with_suffix('.new')}: another process starts a run there"
+        # an error: that process is still running, or has just ended
+        with suppress(InputError, OSError), run_lock.lock(mark, busy) as held:
+            if held:
+                shutil.rmtree(mark.with_suffix(".new"), ignore_errors=True)
