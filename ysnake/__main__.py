@@ -9,13 +9,13 @@ from ysnake.shared.errors import InputError
 COMMANDS = {
     "train": "train a model on documents, or go on with a run",
     "run": "complete a text",
-    "chat": "write with a model, line by line; it remembers all that was said",
-    "serve": "a page and the APIs of Ollama and OpenAI",
-    "evaluate": "measure a model on text that it has not seen",
-    "export": "take a model to Ollama, as GGUF",
+    "chat": "talk with a model, which remembers the conversation",
+    "serve": "serve a model: a page, and the APIs of Ollama and OpenAI",
+    "evaluate": "measure how well a model predicts text",
+    "export": "write a model as a GGUF file, for Ollama",
     "generate-data": "have llama 3.1 in Ollama write a corpus",
-    "runs": "list the runs of this folder, or compare two",
-    "doctor": "what this machine is, and what ysnake uses of it",
+    "runs": "list the runs in runs/, or compare two",
+    "doctor": "report what this machine has, and what ysnake uses of it",
 }
 
 
@@ -55,8 +55,8 @@ def main(argv: list[str]) -> int:
         return cli.DONE
     if name not in COMMANDS:
         raise InputError(f"{name}: expected one of {', '.join(COMMANDS)}")
-    cli.through_ysnake = True
-    return importlib.import_module(f"ysnake.{name.replace('-', '_')}").main(rest)
+    module = importlib.import_module(f"ysnake.{name.replace('-', '_')}")
+    return module.main(rest, cli.PROGRAM)
 
 
 def console_script() -> None:

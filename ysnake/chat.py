@@ -1,11 +1,11 @@
-"""`python -m ysnake.chat`: write with a model line by line; it remembers all that was said."""
+"""`python -m ysnake.chat`: a conversation with a model, which remembers all of it."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
+from ysnake.inference.model_options import ModelOptions
 from ysnake.inference.sampling import Sampling
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
@@ -13,46 +13,28 @@ from ysnake.shared.errors import InputError
 
 @dataclass
 class Options:
-    """Write with a model line by line. What it remembers is a state of constant size, so a
-    conversation may be of any length. Type /help in it for its commands."""
+    """Talk with a model, line by line. The model remembers the whole conversation in a state of
+    constant size, so a conversation may have any length. Type /help to list its commands."""
 
-    path: Positional[Annotated[Path | None, arg(metavar="PATH")]] = None
-    """A run or a checkpoint folder; by default the newest run."""
-    checkpoint: Literal["best", "last"] | None = None
-    """Which checkpoint of a run; by default best where patience ended it, else last."""
+    model: ModelOptions = field(default_factory=ModelOptions)
     max_tokens: int = 200
-    """Tokens of a reply at most."""
+    """Largest number of tokens in a reply."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: Annotated[tuple[str, ...], arg(metavar="TEXT...")] = ()
     """End a reply where one of these texts appears; it is not printed."""
-    weights: Literal["float32", "int8"] = "float32"
-    """int8 writes faster on a CPU, and nearly the same."""
-    compile: bool = False
-    """Write faster on a CPU, for some seconds at the start: torch.compile, with a C++ compiler."""
-    device: str = "auto"
-    """auto (CUDA, else CPU), cpu, cuda or mps."""
-    threads: int | None = None
-    """Threads on the CPU; by default one for each core."""
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], program: str = cli.MODULES) -> int:
     """Talk as the command line says, until the input ends; returns the exit code."""
-    options = cli.parse(Options, argv, "chat")
+    options = cli.parse(Options, argv, cli.command_line("chat", program))
     if options.max_tokens < 1:
-        raise InputError(f"--max-tokens: expected at least 1, got {options.max_tokens}")
+        raise InputError(f"expected at least 1, got {options.max_tokens}", field="--max-tokens")
     if "" in options.stop:
-        raise InputError("--stop: expected texts of at least one character")
-    path = options.path or cli.newest_run()
+        raise InputError("expected texts of at least one character", field="--stop")
+    decoder, tokenizer = options.model.load()
 
-    from ysnake.checkpoints import checkpoint
     from ysnake.inference.chat import Chat
-    from ysnake.inference.decoding import Decoder
 
-    cli.tune_memory()
-    cli.use_threads(options.threads)
-    device = cli.pick_device(options.device)
-    _, tokenizer, model = checkpoint.load_all(path, options.checkpoint, device)
-    decoder = Decoder(model, options.weights, options.compile)
     Chat(decoder, tokenizer, options.sampling, options.max_tokens, options.stop).talk()
     return cli.DONE
 

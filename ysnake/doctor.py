@@ -1,6 +1,6 @@
-"""`python -m ysnake.doctor`: what this machine is, and what ysnake uses of it.
+"""`python -m ysnake.doctor`: a report about this machine and what ysnake uses of it.
 
-The report has a form to paste into a bug report. It names no user, file or network.
+The report can be pasted into a bug report. It names no user, file or network.
 """
 
 import importlib.util
@@ -24,20 +24,21 @@ EXTRAS = {
     "gguf": ("gguf",),
     "test": ("pytest", "hypothesis", "xdist"),
 }
-SECONDS = 3.0  # of each part of the self-test
+SECONDS = 3.0  # how long each part of the self-test measures
 
 
 @dataclass
 class Options:
-    """Say what this machine is, what ysnake uses of it and why, and how fast that is."""
+    """Report what this machine has, what ysnake uses of it and why, and how fast it is. Paste the
+    report into a bug report."""
 
     no_test: bool = False
-    """Leave out the self-test, which takes about a quarter of a minute."""
+    """Skip the self-test, which takes about 15 seconds."""
 
 
-def main(argv: list[str]) -> int:
-    """Print the report; returns the exit code, which says whether the self-test was right."""
-    options = cli.parse(Options, argv, "doctor")
+def main(argv: list[str], program: str = cli.MODULES) -> int:
+    """Print the report; returns 0, or 1 if an operator gave a wrong result in the self-test."""
+    options = cli.parse(Options, argv, cli.command_line("doctor", program))
     console = cli.console()
     for title, facts in (
         ("machine", machine()),
@@ -59,11 +60,11 @@ def show(console, title: str, facts: dict[str, str]) -> None:
         console.print(f"  {cli.markup(name)}: {cli.markup(value)}")
 
 
-def asked(question: Callable[[], object]) -> str:
-    """The answer, or the error in one line: a report goes on past what it cannot find out."""
+def answer(question: Callable[[], object]) -> str:
+    """What the question returns, as text. If it fails: the error in one line."""
     try:
         return str(question())
-    except Exception as error:  # each question asks another library
+    except Exception as error:  # each question asks another library, and the report must go on
         return f"not known ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
 
 
@@ -71,10 +72,10 @@ def machine() -> dict[str, str]:
     return {
         "ysnake": __version__,
         "python": platform.python_version(),
-        "system": asked(platform.platform),
-        "processor": asked(processor),
-        "cores": asked(os.cpu_count),
-        "memory": asked(memory),
+        "system": answer(platform.platform),
+        "processor": answer(processor),
+        "cores": answer(os.cpu_count),
+        "memory": answer(memory),
         "C compiler": shutil.which("cc") or shutil.which("gcc") or shutil.which("cl") or "none",
     }
 
@@ -96,7 +97,7 @@ def memory() -> str:
 
 
 def packages() -> dict[str, str]:
-    """Versions, and which extras are whole."""
+    """The versions of packages, and which extras are installed."""
 
     def version(name: str) -> str:
         try:
@@ -116,17 +117,17 @@ def torch_facts() -> dict[str, str]:
     import torch
 
     facts = {
-        "threads": asked(torch.get_num_threads),
-        "CPU kernels": asked(torch.backends.cpu.get_cpu_capability),
-        "oneDNN": asked(torch.backends.mkldnn.is_available),
-        "MKL": asked(torch.backends.mkl.is_available),
-        "16-bit products on the CPU": asked(sixteen_bits),
-        "CUDA": asked(lambda: torch.version.cuda or "none, built without"),
-        "HIP": asked(lambda: torch.version.hip or "none, built without"),
+        "threads": answer(torch.get_num_threads),
+        "CPU kernels": answer(torch.backends.cpu.get_cpu_capability),
+        "oneDNN": answer(torch.backends.mkldnn.is_available),
+        "MKL": answer(torch.backends.mkl.is_available),
+        "16-bit products on the CPU": answer(sixteen_bits),
+        "CUDA": answer(lambda: torch.version.cuda or "none, built without"),
+        "HIP": answer(lambda: torch.version.hip or "none, built without"),
     }
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
-            facts[f"GPU {i}"] = asked(partial(gpu, i))
+            facts[f"GPU {i}"] = answer(partial(gpu, i))
     else:
         facts["GPU"] = "none that torch can use"
     return facts
@@ -149,42 +150,42 @@ def gpu(index: int) -> str:
 
 
 def implementations() -> dict[str, str]:
-    """Which one each device takes, and why."""
+    """The implementation of the operators that each device uses, and why."""
     import torch
     from ysnake_kernels.backend import choose
 
     has_triton = importlib.util.find_spec("triton") is not None
     forced = os.environ.get("YSNAKE_BACKEND")
     why = f"YSNAKE_BACKEND={forced}" if forced else "the default on a CPU"
-    facts = {"CPU": f"{asked(lambda: choose(torch.empty(0)))} ({why})"}
+    facts = {"CPU": f"{answer(lambda: choose(torch.empty(0)))} ({why})"}
     if torch.cuda.is_available():
         if not forced:
             why = "Triton is installed" if has_triton else "Triton is not installed: slow"
         compiler = shutil.which("cc") or shutil.which("gcc")
         if has_triton and not compiler:
             why += "; Triton needs a C compiler, which is missing"
-        facts["GPU"] = f"{asked(lambda: choose(torch.empty(0, device='cuda')))} ({why})"
+        facts["GPU"] = f"{answer(lambda: choose(torch.empty(0, device='cuda')))} ({why})"
     return facts
 
 
 def self_test() -> dict[str, str]:
-    """Operators against their definition, and speeds."""
+    """Compare the operators with their definition, and measure speeds."""
     import torch
 
     device = cli.pick_device("auto")
     facts = {
         "device": device,
-        "operators against the reference": asked(lambda: operators(device)),
-        "matrix products, float32": asked(lambda: products(device, torch.float32)),
-        "matrix products, bfloat16": asked(lambda: products(device, torch.bfloat16)),
-        "training, quick preset, 8 x 128": asked(lambda: training(device)),
-        "writing, quick preset": asked(lambda: writing(device)),
+        "operators against the reference": answer(lambda: operators(device)),
+        "matrix products, float32": answer(lambda: products(device, torch.float32)),
+        "matrix products, bfloat16": answer(lambda: products(device, torch.bfloat16)),
+        "training, quick preset, 8 x 128": answer(lambda: training(device)),
+        "generating, quick preset": answer(lambda: writing(device)),
     }
     return facts
 
 
 def operators(device: str) -> str:
-    """Compare the scan and its gradients with the plain loop that defines it."""
+    """Compare the scan and its gradients with the loop that defines them, in float64."""
     import torch
     from ysnake_kernels import backend, ssd_scan
 
@@ -210,7 +211,7 @@ def operators(device: str) -> str:
 
 
 def repeated(work: Callable[[], object], device: str) -> float:
-    """The time of one call, in seconds: the fastest of those that fit into SECONDS."""
+    """The shortest time of a call in seconds, among repeated calls during SECONDS."""
     import torch
 
     def once() -> float:

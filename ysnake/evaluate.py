@@ -33,10 +33,10 @@ class Options:
     """CPU threads; by default one for each core."""
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], program: str = cli.MODULES) -> int:
     """Evaluate as the command line says; returns the exit code."""
     sleep_soon()
-    options = cli.parse(Options, argv, "evaluate")
+    options = cli.parse(Options, argv, cli.command_line("evaluate", program))
     from ysnake.text import data
 
     if not options.data:

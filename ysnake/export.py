@@ -30,9 +30,9 @@ class Options:
     """Type of the matrices: f32 is exact, f16 takes half the size, q8_0 about a quarter."""
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], program: str = cli.MODULES) -> int:
     """Export as the command line says; returns the exit code."""
-    options = cli.parse(Options, argv, "export")
+    options = cli.parse(Options, argv, cli.command_line("export", program))
     beside = check(options.gguf)
 
     from ysnake.checkpoints import checkpoint

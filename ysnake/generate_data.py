@@ -17,9 +17,9 @@ from ysnake.data_generation.writer import report, write_corpus
 from ysnake.shared import cli
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], program: str = cli.MODULES) -> int:
     """Write a corpus as the command line says; returns the exit code."""
-    options = cli.parse(Options, argv, "generate_data")
+    options = cli.parse(Options, argv, cli.command_line("generate_data", program))
     check(options)
     console = cli.console()
     stores, code = [], cli.DONE
@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
         elif any(store.needs_more for store in stores):
             console.print("All questions have been asked; there are no more.")
         if any(store.counts[KEPT] for store in stores):
-            console.print(f"next: {cli.command_line('train')} --data {options.out}", markup=False)
+            console.print(
+                f"next: {cli.command_line('train', program)} --data {options.out}", markup=False
+            )
     return code
 
 

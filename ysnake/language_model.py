@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class LanguageModel:
-    """A model and its tokenizer. Made by `ysnake.load`."""
+    """A trained model and its tokenizer. `ysnake.load` makes one."""
 
     def __init__(self, decoder: "Decoder", tokenizer: "Tokenizer"):
         self.decoder, self.tokenizer = decoder, tokenizer
@@ -41,16 +41,16 @@ class LanguageModel:
         """Complete a text.
 
         Args:
-            prompt: the text to go on from.
-            max_tokens: tokens to write at most.
-            stop: end where one of these texts appears; it is not part of the result.
-            stream: return the pieces of the text as they are written, instead of all of it.
-            sampling: temperature, top_k, top_p, repetition_penalty, seed; see
+            prompt: the beginning of the text. The result does not contain it.
+            max_tokens: largest number of tokens to generate.
+            stop: end where one of these texts appears. The result does not contain it.
+            stream: return an iterator over pieces of the text, each as soon as it is generated.
+            sampling: temperature, top_k, top_p, repetition_penalty and seed, as in
                 `ysnake.inference.sampling.Sampling`.
 
         Raises:
-            InputError: a value out of its range.
-            TypeError: an argument that is not known.
+            InputError: a value is out of range.
+            TypeError: there is no such argument.
         """
         from ysnake.inference.conversation import read
         from ysnake.inference.generate import Context
@@ -69,11 +69,11 @@ class LanguageModel:
         return pieces if stream else "".join(pieces)
 
     def logits(self, text: str) -> "Tensor":
-        """The logits of what follows each token of a text, its beginning included.
+        """The logits of the next token at each position of a text.
 
         Returns:
-            (tokens + 1, vocab) on the model's device: row 0 follows the beginning of a document,
-            row i the text's token i - 1.
+            A tensor (tokens + 1, vocabulary) on the model's device. Row 0 predicts the first token
+            of the text, row i the token after the first i tokens.
         """
         import torch
 
@@ -86,7 +86,7 @@ class LanguageModel:
         return logits[0, :, : self.tokenizer.get_vocab_size()]
 
     def loss(self, text: str) -> float:
-        """The mean loss of a text as a document, in nats per token; its end counts, too."""
+        """The mean loss of a document in nats per token. The token that ends it counts too."""
         from ysnake.inference.score import score
 
         return score(self.decoder, self.tokenizer, [(text, True)], lambda n: None).loss_per_token
@@ -99,17 +99,18 @@ def load(
     device: str = "auto",
     weights: Literal["float32", "int8"] = "float32",
 ) -> LanguageModel:
-    """Read a model and its tokenizer.
+    """Load a model and its tokenizer.
 
     Args:
-        path: a run, or a checkpoint folder of ours or of Hugging Face's Mamba2; None is the newest
-            run in runs/.
-        checkpoint: which one of a run; None is best where patience ended it, else last.
-        device: auto (CUDA, else CPU), cpu, cuda or mps.
-        weights: int8 writes faster on a CPU, and nearly the same.
+        path: a run, or a checkpoint folder of ysnake or of Hugging Face's Mamba2. None means the
+            newest run in runs/.
+        checkpoint: the checkpoint of a run. None means best if `patience` ended training, else
+            last.
+        device: auto (CUDA if available, else CPU), cpu, cuda or mps.
+        weights: int8 generates faster on a CPU. The output is nearly identical.
 
     Raises:
-        InputError: nothing to read there, or it is damaged.
+        InputError: there is no model to load, or it is damaged.
     """
     from ysnake.checkpoints import checkpoint as checkpoints
     from ysnake.inference.decoding import Decoder

@@ -3,11 +3,12 @@
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
 from ysnake.inference.conversation import complete, converse, read
+from ysnake.inference.model_options import ModelOptions
 from ysnake.inference.sampling import Sampling
 from ysnake.shared import cli, terminal
 from ysnake.shared.errors import InputError
@@ -17,10 +18,7 @@ from ysnake.shared.errors import InputError
 class Options:
     """Complete text with a trained model. Without a prompt it completes each line that you type."""
 
-    path: Positional[Annotated[Path | None, arg(metavar="PATH")]] = None
-    """A run or a checkpoint folder; by default the newest run."""
-    checkpoint: Literal["best", "last"] | None = None
-    """The checkpoint of the run; by default best if --patience ended training, else last."""
+    model: ModelOptions = field(default_factory=ModelOptions)
     prompt: str | None = None
     """The text to complete. Without it you are asked line by line, or standard input is read; its
     last line break is ignored."""
@@ -35,37 +33,20 @@ class Options:
     """Save the model's state after the prompt to this file, and generate nothing."""
     load_state: Annotated[Path | None, arg(metavar="FILE")] = None
     """Continue from the state in this file."""
-    weights: Literal["float32", "int8"] = "float32"
-    """int8 generates faster on a CPU. The output is nearly identical."""
-    compile: bool = False
-    """Generate faster on a CPU, after some seconds of compiling. Needs a C++ compiler."""
-    device: str = "auto"
-    """auto (CUDA if available, else CPU), cpu, cuda or mps."""
-    threads: int | None = None
-    """CPU threads; by default one for each core."""
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], program: str = cli.MODULES) -> int:
     """Complete as the command line says; returns the exit code."""
-    options = cli.parse(Options, argv, "run")
+    options = cli.parse(Options, argv, cli.command_line("run", program))
     if options.max_tokens < 1:
         raise InputError(f"expected at least 1, got {options.max_tokens}", field="--max-tokens")
     if "" in options.stop:
         raise InputError("expected texts of at least one character", field="--stop")
     if options.prompt is not None and options.prompt_file is not None:
         raise InputError("cannot be combined with --prompt", field="--prompt-file")
+    decoder, tokenizer = options.model.load()
 
-    from ysnake.checkpoints import checkpoint
-
-    path = options.path or cli.newest_run()
-    from ysnake.inference.decoding import Decoder
     from ysnake.inference.generate import Context
-
-    cli.tune_memory()
-    cli.use_threads(options.threads)
-    device = cli.pick_device(options.device)
-    _, tokenizer, model = checkpoint.load_all(path, options.checkpoint, device)
-    decoder = Decoder(model, options.weights, options.compile)
 
     def new_context() -> Context:
         context = Context(decoder, tokenizer.get_vocab_size())
@@ -87,7 +68,11 @@ def main(argv: list[str]) -> int:
     if options.save_state is not None:
         context.save(options.save_state)
         size = options.save_state.stat().st_size / 1e6
-        print(f"{options.save_state}: {size:.1f} MB, whatever the length", file=sys.stderr)
+        print(
+            f"saved the state after the prompt to {options.save_state} "
+            f"({size:.1f} MB for a text of any length)",
+            file=sys.stderr,
+        )
     else:
         complete(context, tokenizer, *how)
     return cli.DONE

@@ -1,152 +1,102 @@
-"""`python -m ysnake.runs`: list the runs of this folder, or compare two."""
+"""`python -m ysnake.runs`: list the runs in runs/, or compare two runs."""
 
 import csv
-import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from ysnake.shared import cli
+from ysnake.shared import cli, run_files
 from ysnake.shared.errors import InputError
 from ysnake.shared.files import read_json
 from ysnake.shared.shown import escape_controls
 
-COLUMNS = ("run", "state", "parameters", "steps", "loss", "best held-out loss", "tokens/s", "when")
+FORMATS = {
+    "parameters": "{:,}",
+    "steps": "{:,}",
+    "loss": "{:.3f}",
+    "best held-out loss": "{:.3f}",
+    "tokens/s": "{:,.0f}",
+}
 
 
 @dataclass
 class Options:
-    """List the runs in runs/, the newest first."""
+    """List the runs in runs/. The newest is first."""
 
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="RUN RUN")] = None
-    """Show in what two runs differ, and draw their losses into one picture."""
+    """Compare two runs: print the settings in which they differ, and draw both losses."""
     picture: Annotated[Path, arg(metavar="FILE")] = Path("compare.png")
-    """Where --compare draws."""
+    """The file that --compare draws into."""
     csv: bool = False
-    """Print the table as CSV."""
+    """Print CSV instead of a table."""
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], program: str = cli.MODULES) -> int:
     """List or compare as the command line says; returns the exit code."""
-    options = cli.parse(Options, argv, "runs")
-    if options.compare is not None:
-        return compare(*options.compare, options.picture)
-    found = sorted(cli.runs(), key=changed, reverse=True)
-    if not found:
-        raise InputError(f"{cli.RUNS}: no run there yet; {cli.command_line('train')} makes one")
-    rows = [row(folder) for folder in found]
+    options = cli.parse(Options, argv, cli.command_line("runs", program))
+    rows = comparison(*options.compare) if options.compare else listing()
     if options.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerows([COLUMNS, *rows])
-        return cli.DONE
-    show([COLUMNS, *rows])
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
+    else:
+        show(rows)
+    if options.compare is not None:
+        draw(*options.compare, options.picture)
     return cli.DONE
 
 
 def show(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows in columns; the terminal wraps what is wider than it."""
+    """Print rows in aligned columns. A terminal wraps lines that are too long for it."""
     rows = [[escape_controls(cell) for cell in cells] for cells in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
         print("  ".join(map(str.ljust, cells, widths)).rstrip())
 
 
-def changed(folder: Path) -> float:
-    """When a run was last begun, resumed or saved, in seconds since 1970."""
-    written = (folder / "settings.json", folder / "metrics.jsonl")
-    return max((path.stat().st_mtime for path in written if path.exists()), default=0.0)
+def listing() -> list[list[str]]:
+    """The table of all runs, with its headings."""
+    folders = sorted(cli.runs(), key=run_files.changed, reverse=True)
+    if not folders:
+        raise InputError(cli.NO_RUN)
+    found = [summary(folder) for folder in folders]
+    return [list(found[0]), *(list(each.values()) for each in found)]
 
 
-def row(folder: Path) -> list[str]:
-    """A run as the table shows it."""
-    lines = metrics(folder)
-    losses = [line["train_loss"] for line in lines[-50:] if line.get("train_loss") is not None]
-    held_out = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
-    speeds = sorted(line["tokens_per_s"] for line in lines if line.get("tokens_per_s"))
-    return [
-        str(folder),
-        state(folder),
-        parameters(folder),
-        f"{lines[-1]['step']:,}" if lines else "0",
-        f"{sum(losses) / len(losses):.3f}" if losses else "",
-        f"{min(held_out):.3f}" if held_out else "",
-        f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "",
-        time.strftime("%Y-%m-%d %H:%M", time.localtime(changed(folder))),
-    ]
+def summary(folder: Path) -> dict[str, str]:
+    """The summary of a run, as text."""
+    return {name: _cell(name, value) for name, value in run_files.summary(folder).items()}
 
 
-def metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; one that a kill has torn does not count."""
-    path = folder / "metrics.jsonl"
-    found: list[dict] = []
-    if not path.exists():
-        return found
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+def _cell(name: str, value: Any) -> str:
+    return "" if value is None else FORMATS.get(name, "{}").format(value)
 
 
-def state(folder: Path) -> str:
-    """Why a run ended, or whether it is in training or can be resumed."""
-    from ysnake.shared import run_lock
-
-    if run_lock.held(folder / run_lock.TRAINING):
-        return "in training"
-    path = folder / "last" / "progress.json"
-    if not path.exists():
-        return "no checkpoint"
-    return read_json(path).get("ended") or "can be resumed"
-
-
-def parameters(folder: Path) -> str:
-    """How many numbers the weights of a run hold."""
-    from safetensors import SafetensorError, safe_open
-
-    path = folder / "last" / "model.safetensors"
-    if not path.exists():
-        return ""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-    except (SafetensorError, OSError):
-        return "damaged"
-    count = 0
-    for shape in shapes:
-        size = 1
-        for length in shape:
-            size *= length
-        count += size
-    return f"{count:,}"
+def comparison(first: Path, second: Path) -> list[list[str]]:
+    """The table of what differs between two runs: settings, then results."""
+    if first.resolve() == second.resolve():
+        raise InputError(f"expected two different runs, got {first} twice", field="--compare")
+    for folder in (first, second):
+        if not (folder / run_files.SETTINGS).exists():
+            raise InputError(f"{folder}: not a run, it has no {run_files.SETTINGS}")
+    a, b = (read_json(folder / run_files.SETTINGS) for folder in (first, second))
+    rows = [["", str(first), str(second)]]
+    for name in dict.fromkeys([*a, *b]):
+        if name != "run" and a.get(name) != b.get(name):
+            rows.append([name, str(a.get(name)), str(b.get(name))])
+    results = [summary(folder) for folder in (first, second)]
+    return rows + [[name, *(r[name] for r in results)] for name in results[0] if name != "run"]
 
 
-def compare(first: Path, second: Path, picture: Path) -> int:
-    """Print the settings in which two runs differ and their losses, and draw both."""
+def draw(first: Path, second: Path, picture: Path) -> None:
+    """Draw the losses of two runs into one picture."""
     from ysnake.training.plot import plot_two
 
-    for folder in (first, second):
-        if not (folder / "settings.json").exists():
-            raise InputError(f"{folder}: not a run, it has no settings.json")
-    settings = [read_json(folder / "settings.json") for folder in (first, second)]
-    table = [["", str(first), str(second)]]
-    for name in dict.fromkeys([*settings[0], *settings[1]]):
-        values = [each.get(name) for each in settings]
-        if values[0] != values[1] and name != "run":
-            table.append([name, *map(str, values)])
-    for name, *cells in zip(COLUMNS[1:], row(first)[1:], row(second)[1:], strict=True):
-        table.append([name, *cells])
-    show(table)
     with cli.writing(picture):
-        plot_two({first.name: metrics(first), second.name: metrics(second)}, picture)
-    print(f"picture: {escape_controls(str(picture))}")
-    return cli.DONE
+        plot_two({str(folder): run_files.metrics(folder) for folder in (first, second)}, picture)
+    print(f"picture: {escape_controls(str(picture))}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], program: str = cli.MODULES) -> int:
     """Serve as the command line says until Ctrl-C; returns the exit code."""
-    options = cli.parse(Options, argv, "serve")
+    options = cli.parse(Options, argv, cli.command_line("serve", program))
     if options.api_key is None:
         options.api_key = os.environ.get(KEY_VARIABLE)
     check(options)

@@ -17,11 +17,11 @@ from ysnake.training.signals import Stop
 from ysnake.training.stopping import reason_to_end, summary
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], program: str = cli.MODULES) -> int:
     """Train as the command line says; returns the exit code."""
     sleep_soon()
     with launch.printed_once():
-        settings = settings_of.parse(launch.resumed_after_restart(argv))
+        settings = settings_of.parse(launch.resumed_after_restart(argv), program)
         sharing.check(settings)
         if settings.plan:
             console = cli.console()
@@ -31,10 +31,10 @@ def main(argv: list[str]) -> int:
     with parallel.process_group(
         settings.device, settings.context_parallel, settings.shard
     ) as ranks:
-        return _train(settings, ranks)
+        return _train(settings, ranks, program)
 
 
-def _train(settings: Settings, ranks: Ranks) -> int:
+def _train(settings: Settings, ranks: Ranks, program: str) -> int:
     console = cli.console()
     console.quiet = not ranks.first
     stop = Stop()
@@ -43,7 +43,7 @@ def _train(settings: Settings, ranks: Ranks) -> int:
             run.progress.ended = run.progress.ended and reason_to_end(run)
         fit(run, stop, console)
     progress = run.progress
-    console.print(summary(run))
+    console.print(summary(run, program))
     return {"interrupted": cli.INTERRUPTED, "diverged": cli.FAILED}.get(
         progress.ended or "", cli.DONE
     )

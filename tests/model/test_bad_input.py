@@ -171,7 +171,7 @@ LIST = {
     "--seq-len: a run is resumed with its own, 24": (train, *AGAIN, "--seq-len", "9"),
     "Unrecognized options: --sequence": (train, *NEW, "--sequence", "9"),
     # run
-    "runs: no run there yet; python -m ysnake.train makes one": (run, "--prompt", "x"),
+    "runs: no run there yet; ysnake train makes one": (run, "--prompt", "x"),
     "nowhere: no such checkpoint folder ": (run, "nowhere", "--prompt", "x"),
     "done/third: no such checkpoint folder": (run, "done/third", "--prompt", "x"),
     "snakes.txt: no such checkpoint folder": (run, "snakes.txt", "--prompt", "x"),

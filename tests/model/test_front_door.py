@@ -16,7 +16,7 @@ from ysnake.inference.conversation import read
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.generate import Context
 from ysnake.inference.sampling import Sampling
-from ysnake.shared import cli, run_lock
+from ysnake.shared import run_files, run_lock
 from ysnake.shared.errors import InputError
 
 
@@ -24,7 +24,6 @@ from ysnake.shared.errors import InputError
 def here(tmp_path, monkeypatch):
     """A folder of the user's, with nothing in it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "through_ysnake", False)
     return tmp_path
 
 
@@ -122,7 +121,7 @@ def test_settings(chat, capsys):
         ("/set max_tokens 0", "max_tokens"),
         ("/set mood 3", "temperature"),
         ("/save", "/save"),
-        ("/save nothing.state", "nothing has been said"),
+        ("/save nothing.state", "still empty"),
         ("/load missing.state", "missing.state"),
     ],
 )
@@ -135,7 +134,7 @@ def test_commands_that_cannot_be_done(chat, here, line, names):
 def test_save_and_load(chat, loaded, here, capsys):
     chat.answer("The adder")
     chat.answer("/save a.state")
-    assert "MB, whatever the length" in capsys.readouterr().err
+    assert "MB for a text of any length" in capsys.readouterr().err
     other = Chat(*loaded, Sampling(temperature=0), 5, ())
     other.answer("/load a.state")
     torch.testing.assert_close(other.context.logits, chat.context.logits)
@@ -185,13 +184,13 @@ def test_runs_are_listed(two_runs, monkeypatch, capsys):
     (two_runs / "runs/first/metrics.jsonl").open("a").write('{"step": 4, "torn')
     assert runs.main(["--csv"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.startswith("run,state,parameters,steps,loss")
+    assert head.startswith("run,state,parameters,data,steps,loss")
     assert {line.split(",")[0] for line in lines} == {"runs/first", "runs/second"}
     assert all(line.split(",")[1] == "steps" for line in lines)
     assert runs.main([]) == 0
     assert "runs/second" in capsys.readouterr().out
     with run_lock.lock(two_runs / "runs/first" / run_lock.TRAINING, "busy"):
-        assert runs.state(two_runs / "runs/first") == "in training"
+        assert run_files.state(two_runs / "runs/first") == "in training"
 
 
 def test_two_runs_are_compared(two_runs, monkeypatch, capsys):
@@ -201,6 +200,8 @@ def test_two_runs_are_compared(two_runs, monkeypatch, capsys):
     assert "0.002" in out
     assert "d_model" not in out  # the same in both
     assert (two_runs / "compare.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="--compare: expected two different runs"):
+        runs.main(["--compare", "runs/first", "runs/../runs/first"])
     with pytest.raises(InputError, match="not a run"):
         runs.main(["--compare", "runs/first", "runs/third"])
 

@@ -1,4 +1,4 @@
-"""A conversation that remembers: one context, to which each line and each reply is added.
+"""A conversation in the terminal. One context reads each line and each reply, so it remembers all.
 
 The model completes text. So a conversation is one text, with a line break after each reply.
 """
@@ -23,22 +23,22 @@ from ysnake.shared.errors import InputError
 from ysnake.shared.shown import escape_controls
 
 HELP = """\
-  an empty line       the model goes on
-  /clear              forget all that was said
+  an empty line       let the model continue
+  /clear              forget the conversation
   /undo               forget the last line and its reply
   /set                show the settings
-  /set NAME VALUE     change one, for example: /set temperature 0.7
-  /save FILE          write what the model remembers to a file
-  /load FILE          go on from such a file
-  /help               this list
-  /bye                leave (Ctrl-D does, too)
-  //...               a line that begins with one slash
-Ctrl-C ends a reply."""
-MOST_UNDONE = 20  # lines that /undo can take back
+  /set NAME VALUE     change a setting, for example: /set temperature 0.7
+  /save FILE          save what the model remembers
+  /load FILE          continue from a saved file
+  /help               show this list
+  /bye                leave; Ctrl-D does the same
+  //TEXT              send /TEXT to the model
+Ctrl-C stops a reply."""
+MOST_UNDONE = 20  # /undo can take back so many lines
 
 
 class Chat:
-    """What the model remembers, and how it writes."""
+    """A conversation: what the model has read so far, and how it generates replies."""
 
     def __init__(
         self,
@@ -51,17 +51,17 @@ class Chat:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.sampling, self.max_tokens, self.stops = sampling, max_tokens, stops
         self.context = self.new_context()
-        self.before: list[Context] = []  # as it was before each of the last lines
+        self.before: list[Context] = []  # the context before each of the last lines
 
     def new_context(self) -> Context:
         return Context(self.decoder, self.tokenizer.get_vocab_size())
 
     def talk(self) -> None:
-        """Answer what is typed until the end of input or /bye."""
+        """Answer each line that the user types, until /bye or the end of the input."""
         with suppress(ImportError):  # not on Windows, whose console does the same
             import readline  # noqa: F401  (gives input() its history and editing)
 
-        print("Type a text for the model to go on with. /help lists the commands.", file=sys.stderr)
+        print("Type a text; the model continues it. /help lists the commands.", file=sys.stderr)
         while True:
             try:
                 line = terminal.ask("> ")
@@ -77,10 +77,10 @@ class Chat:
                 print(f"error: {error}", file=sys.stderr)
 
     def answer(self, line: str) -> None:
-        """Do what a line asks for.
+        """Reply to a line, or run the command in it.
 
         Raises:
-            InputError: a command that is not known, or that cannot be done. Nothing has changed.
+            InputError: the command is unknown or failed. The conversation has not changed.
         """
         if line.startswith("/") and not line.startswith("//"):
             name, *values = line[1:].split(maxsplit=2) or [""]
@@ -96,7 +96,7 @@ class Chat:
         self.reply()
 
     def reply(self) -> None:
-        """Print what the model writes as it comes, then how fast it came."""
+        """Print the reply while the model generates it, then the speed."""
         written = 0
 
         def counted() -> Iterator[int]:
@@ -118,14 +118,14 @@ class Chat:
             read(self.context, self.tokenizer, "\n")
 
     def command(self, name: str, values: list[str]) -> None:
-        """Run a command that is typed after a slash."""
+        """Run the command NAME of a line "/NAME VALUES"."""
         if name == "help":
             print(HELP, file=sys.stderr)
         elif name == "clear":
             self.context, self.before = self.new_context(), []
         elif name == "undo":
             if not self.before:
-                raise InputError("/undo: there is no line to take back")
+                raise InputError("/undo: there is nothing to take back")
             self.context = self.before.pop()
         elif name == "set" and not values:
             for setting, value in self.settings().items():
@@ -137,7 +137,7 @@ class Chat:
                 raise InputError(f"/{name}: expected the name of a file")
             self.to_file(name, Path(values[0]))
         else:
-            raise InputError(f"/{name}: not a command; /help lists them")
+            raise InputError(f"/{name}: unknown command; /help lists the commands")
 
     def settings(self) -> dict[str, object]:
         names = [field.name for field in fields(Sampling)]
@@ -147,7 +147,7 @@ class Chat:
         """Change a setting.
 
         Raises:
-            InputError: no such setting, or not a value that it can have.
+            InputError: there is no such setting, or it cannot have this value.
         """
         name = name.replace("-", "_")
         known = self.settings()
@@ -169,15 +169,15 @@ class Chat:
             self.max_tokens = int(number)
 
     def to_file(self, name: str, path: Path) -> None:
-        """Write what the model remembers, or read it."""
+        """Save the context to a file (`name` is "save"), or load it from one ("load")."""
         if name == "load":
             context = self.new_context()
             context.load(path)
             self.before = [*self.before, self.context][-MOST_UNDONE:]
             self.context = context
         elif self.context.logits is None:
-            raise InputError("/save: nothing has been said yet")
+            raise InputError("/save: the conversation is still empty")
         else:
             self.context.save(path)
             size = path.stat().st_size / 1e6
-            print(f"{path}: {size:.1f} MB, whatever the length of the text", file=sys.stderr)
+            print(f"saved to {path} ({size:.1f} MB for a text of any length)", file=sys.stderr)

@@ -17,30 +17,42 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
-RUNS = Path("runs")
 MOST_THREADS = 4096
 
+# The two ways to start a command. Its name follows.
+MODULES, PROGRAM = "python -m ysnake.", "ysnake "
+RUNS = Path("runs")
+NO_RUN = f"{RUNS}: no run there yet; {PROGRAM}train makes one"
+
 Options = TypeVar("Options")
-through_ysnake = False  # whether this process is the program `ysnake`
 
 
-def command_line(program: str) -> str:
-    """How a command is called in the way that the user called this one."""
-    if through_ysnake:
-        return f"ysnake {program.replace('_', '-')}"
-    return f"python -m ysnake.{program}"
+def command_line(name: str, program: str = MODULES) -> str:
+    """How to start a command, for messages to the user.
+
+    Args:
+        name: the command, for example "generate_data".
+        program: MODULES or PROGRAM, as the user started the present command.
+    """
+    return program + (name if program == MODULES else name.replace("_", "-"))
 
 
 def parse(
-    options: type[Options], argv: list[str], program: str, default: Options | None = None
+    options: type[Options], argv: list[str], command: str, default: Options | None = None
 ) -> Options:
-    """Read the options of `python -m ysnake.PROGRAM` from a dataclass.
+    """Read the options of a command line into a dataclass.
 
     Ends the process for `--help` and for options that cannot be read.
+
+    Args:
+        options: the dataclass. The string below a field is its help.
+        argv: the arguments.
+        command: how the user started the command, for the usage line.
+        default: values of the options that are not given.
     """
     parsed: Any = tyro.cli(
         options,
-        prog=command_line(program),
+        prog=command,
         args=argv,
         default=default,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
@@ -115,7 +127,7 @@ def newest_run() -> Path:
     """The folder of the run that was started or resumed last."""
     found = runs()
     if not found:
-        raise InputError(f"{RUNS}: no run there yet; {command_line('train')} makes one")
+        raise InputError(NO_RUN)
     return max(found, key=lambda folder: (folder / "settings.json").stat().st_mtime)
 
 

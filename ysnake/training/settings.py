@@ -26,8 +26,8 @@ class Settings:
     """Train a Mamba-2 language model. Without arguments: the quick preset on the shipped corpus."""
 
     data: Annotated[tuple[Path, ...], arg(metavar="PATH...")] = (SHIPPED,)
-    """Files and folders of .txt and .md (documents separated by a line <|endoftext|>) and .jsonl (a
-    document in each line). About a twentieth of the text is held out for evaluation."""
+    """Files and folders to train on: .txt and .md (a line <|endoftext|> separates documents) and
+    .jsonl (each line is a document). About a twentieth of the text is held out for evaluation."""
     run: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder of the run; by default a new one in runs/. With --resume: the run to continue, by
     default the newest."""
@@ -57,8 +57,8 @@ class Settings:
     accumulate: int = 1
     """Forward passes per step of the optimiser."""
     carry_state: bool = False
-    """Train on consecutive windows, and start each one with the state after the window before. So
-    the model learns long text from short sequences."""
+    """Train on consecutive windows. Each starts with the state after the previous window, so the
+    model learns long text from short sequences."""
 
     d_model: int = 512
     """Embedding size."""
@@ -101,11 +101,11 @@ class Settings:
     """Steps between checkpoints in last/."""
 
     recompute: bool = False
-    """Store only the input of each block, and compute the rest again for the gradient. It takes
-    less memory and more time, and gives the same result."""
+    """Store only the input of each block and compute the rest again for the gradient. This takes
+    less memory and more time. The result is the same."""
     memory: Annotated[str | None, arg(metavar="SIZE")] = None
-    """Stay below this memory, for example 8GB, by smaller batches, more of them in a step, and
-    --recompute if necessary. The number of windows in a step does not change."""
+    """Stay below this memory, for example 8GB. Training then takes smaller batches, accumulates
+    more of them, and recomputes if necessary. The number of windows in a step stays the same."""
     plan: bool = False
     """Print the number of parameters, the predicted memory and the largest batch; do not train."""
 
@@ -116,8 +116,8 @@ class Settings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto is bfloat16 autocast on CUDA, float32 elsewhere. State and decay are always float32."""
     no_graphs: bool = False
-    """On one GPU: launch the kernels of a step one by one. By default a CUDA graph launches them
-    all at once, which makes small models train several times as fast."""
+    """On one GPU: launch the kernels of a step one by one. By default a CUDA graph launches all of
+    them at once. Small models then train several times as fast."""
     threads: int | None = None
     """CPU threads; by default one for each core."""
     shard: bool = False
@@ -149,11 +149,12 @@ UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
 
 
-def parse(argv: list[str]) -> Settings:
+def parse(argv: list[str], program: str = cli.MODULES) -> Settings:
     """Read and check the settings of a command line.
 
     Defaults come from the resumed run, else from the checkpoint of --from, else from the preset.
     """
+    command = cli.command_line("train", program)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="quick")
     first.add_argument("--resume", action="store_true")
@@ -172,7 +173,7 @@ def parse(argv: list[str]) -> Settings:
         # A flag that the run has set already may be given again; tyro then knows only --no-NAME.
         flags = {option(f.name) for f in fields(Settings) if getattr(stored, f.name) is True}
         argv = [word for word in argv if word.replace("_", "-") not in flags]
-        settings = cli.parse(Settings, argv, "train", default=stored)
+        settings = cli.parse(Settings, argv, command, default=stored)
         _check_resumed(settings, stored)
         settings.run = stored.run
     else:
@@ -187,7 +188,7 @@ def parse(argv: list[str]) -> Settings:
         default = Settings(preset=known.preset, **preset.settings | sizes)
         if known.data is not None:  # the preset's limit is for the shipped corpus
             default.max_documents = None
-        settings = cli.parse(Settings, argv, "train", default=default)
+        settings = cli.parse(Settings, argv, command, default=default)
         for name in ("tokenizer", "init"):
             if known.from_ and getattr(known, name) is not None:
                 raise InputError("fixed by the checkpoint that --from names", field=option(name))

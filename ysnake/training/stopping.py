@@ -34,7 +34,7 @@ def reason_to_end(run: Run) -> str | None:
     return None
 
 
-def summary(run: Run) -> str:
+def summary(run: Run, program: str = cli.MODULES) -> str:
     """The summary at the end of a run, in rich's markup: why it ended, and what to do next."""
     progress, folder = run.progress, cli.markup(shlex.quote(str(run.folder)))
     assert progress.ended is not None
@@ -44,12 +44,11 @@ def summary(run: Run) -> str:
         f"[bold]{cli.markup(run.folder)}[/]: {why} ({progress.elapsed / 60:.1f} minutes of "
         f"training, {progress.skipped} steps skipped)",
         f"picture: {cli.markup(run.folder / 'loss.png')}",
-        f'next: {cli.command_line("run")} {folder} --prompt "..."',
+        f'next: {cli.command_line("run", program)} {folder} --prompt "..."',
     ]
     if further := _further(run):
-        lines.append(
-            f"train it further: {cli.command_line('train')} --run {folder} --resume {further}"
-        )
+        train = cli.command_line("train", program)
+        lines.append(f"train it further: {train} --run {folder} --resume {further}")
     falling = progress.evaluations > 1 and progress.evaluations_since_best == 0
     if falling and progress.ended in ("steps", "time"):
         lines.append("the held-out loss was still falling, so more training will help")

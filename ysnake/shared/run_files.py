@@ -1,0 +1,81 @@
+"""What the files in a run's folder say about the run, without loading its model."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from ysnake.shared import run_lock
+from ysnake.shared.files import read_json
+
+SETTINGS, METRICS, SAMPLES = "settings.json", "metrics.jsonl", "samples.txt"
+RECENT = 50  # steps over which the training loss is averaged
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, one for each step. Incomplete lines are left out."""
+    path = folder / METRICS
+    return parse_metrics(path.read_bytes()) if path.exists() else []
+
+
+def parse_metrics(text: bytes) -> list[dict[str, Any]]:
+    """The complete lines of a part of metrics.jsonl."""
+    found = []
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # a process was killed while it wrote this line
+            continue
+    return found
+
+
+def changed(folder: Path) -> float:
+    """When the run was last started, resumed or trained, in seconds since 1970."""
+    written = (folder / SETTINGS, folder / METRICS)
+    return max((path.stat().st_mtime for path in written if path.exists()), default=0.0)
+
+
+def state(folder: Path) -> str:
+    """Either "in training", why the run ended, or "can be resumed"."""
+    if run_lock.held(folder / run_lock.TRAINING):
+        return "in training"
+    path = folder / "last" / "progress.json"
+    if not path.exists():
+        return "no checkpoint"
+    return read_json(path).get("ended") or "can be resumed"
+
+
+def parameters(folder: Path) -> int | None:
+    """The number of parameters in last/; None if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / "last" / "model.safetensors"
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = file.keys()
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+    except (SafetensorError, OSError):
+        return None
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """The run in a few values; None stands for what is not known."""
+    lines = metrics(folder)
+    losses = [line["train_loss"] for line in lines[-RECENT:] if line.get("train_loss") is not None]
+    held_out = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
+    speeds = sorted(line["tokens_per_s"] for line in lines if line.get("tokens_per_s"))
+    data = read_json(folder / SETTINGS).get("data") or []
+    return {
+        "run": str(folder),
+        "state": state(folder),
+        "parameters": parameters(folder),
+        "data": " ".join(Path(path).name for path in data),
+        "steps": lines[-1]["step"] if lines else 0,
+        "loss": sum(losses) / len(losses) if losses else None,
+        "best held-out loss": min(held_out, default=None),
+        "tokens/s": speeds[len(speeds) // 2] if speeds else None,
+        "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(changed(folder))),
+    }
