@@ -8,6 +8,7 @@ from setuptools.command.build_py import build_py
 
 SERVE = ["starlette>=1.7", "uvicorn>=0.54"]
 GGUF = ["gguf>=0.17"]
+DOCS = ["pdoc>=15"]
 # Torch for GPUs brings the Triton that it needs. Torch for CPUs brings none, and only tests and
 # benchmarks need one there.
 TRITON = ['triton>=3.6; platform_system == "Linux"']
@@ -73,12 +74,14 @@ setup(
     extras_require={
         "serve": SERVE,
         "gguf": GGUF,
+        "docs": DOCS,
         "test": [
             *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6"),
             *("transformers>=5", "ruff>=0.12", "mypy>=1.18"),
             "hypothesis>=6.100",
             *SERVE,
             *GGUF,
+            *DOCS,
             *TRITON,
         ],
         "bench": ["pytest-benchmark>=5", "transformers>=5", *TRITON],

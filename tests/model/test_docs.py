@@ -5,12 +5,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+import ysnake_kernels
 from small import saved
+
+import ysnake
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,3 +93,19 @@ def test_snippets_run(page, code, tmp_path, monkeypatch):
         shutil.copytree(tmp_path / "runs/mine/best", tmp_path / "runs/mine/last")
         monkeypatch.chdir(tmp_path)
     exec(compiled, given_scan())
+
+
+def test_the_api_pages_have_every_public_name(tmp_path, monkeypatch):
+    pages = pytest.importorskip("pdoc.__main__")
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^python -m pdoc (.*)$", text, flags=re.M)
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pages.cli(shlex.split(line))
+    for package in (ysnake, ysnake_kernels):
+        html = Path("api", f"{package.__name__}.html").read_text(encoding="utf-8")
+        shown = set(re.findall(r'<section id="(\w+)">', html))
+        assert shown == set(package.__all__)
+        for name in package.__all__:
+            assert getattr(package, name).__doc__
