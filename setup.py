@@ -58,6 +58,7 @@ setup(
         "ysnake_kernels.dropin": ["hub/build/*/*"],
     },
     install_requires=[
+        'tomli>=2; python_version < "3.11"',
         "torch>=2.11",
         "einops>=0.8",
         "ollama>=0.5",

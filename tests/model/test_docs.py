@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import ysnake_kernels
-from small import saved
+from small import corpus, saved
 
 import ysnake
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(r"python -m (ysnake\.\w+|benchmarks\.\w+)([^\n`]*)")
+PROGRAM = re.compile(r"(?:^|`|&& )ysnake ([a-z]+(?:-[a-z]+)*)\b([^\n`]*)", flags=re.M)
 
 
 def names(pages):
@@ -54,7 +55,9 @@ def help_of(module):
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
 def test_commands_have_the_options_they_use(page):
-    for module, rest in COMMAND.findall(page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    found = [(f"ysnake.{name.replace('-', '_')}", rest) for name, rest in PROGRAM.findall(text)]
+    for module, rest in [*COMMAND.findall(text), *found]:
         words = shlex.split(re.split(r" && | \| | < |  #", rest)[0])
         for option in (word for word in words if word.startswith("-")):
             assert option in help_of(module), f"{module} {option} in {page.name}"
@@ -87,6 +90,10 @@ def test_snippets_run(page, code, tmp_path, monkeypatch):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return
+    if "my_book.txt" in code:
+        corpus(tmp_path).rename(tmp_path / "my_book.txt")
+        monkeypatch.chdir(tmp_path)
+        compiled = compile(code.replace("max_steps=300", "max_steps=2"), str(page), "exec")
     if "runs/mine" in code:
         (tmp_path / "runs/mine").mkdir(parents=True)
         saved(tmp_path).rename(tmp_path / "runs/mine/best")
@@ -103,9 +110,14 @@ def test_the_api_pages_have_every_public_name(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pages.cli(shlex.split(line))
+
+    def shown(page):
+        return set(re.findall(r'<section id="(\w+)">', Path(page).read_text(encoding="utf-8")))
+
+    # ysnake.train is a module too, so its function has the page of the module that defines it
+    of_ysnake = shown("api/ysnake.html") | shown("api/ysnake/trained_run.html")
+    assert of_ysnake == set(ysnake.__all__)
+    assert shown("api/ysnake_kernels.html") == set(ysnake_kernels.__all__)
     for package in (ysnake, ysnake_kernels):
-        html = Path("api", f"{package.__name__}.html").read_text(encoding="utf-8")
-        shown = set(re.findall(r'<section id="(\w+)">', html))
-        assert shown == set(package.__all__)
         for name in package.__all__:
             assert getattr(package, name).__doc__

@@ -6,17 +6,19 @@ This file does not import torch, so `--help` and errors are quick.
 import argparse
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from tyro.conf import arg
 
 from ysnake.model.config import PRESETS
 from ysnake.shared import cli, files
 from ysnake.shared.errors import InputError
+from ysnake.shared.field_types import is_a, name_of
 from ysnake.shared.files import read_json
+from ysnake.training import settings_file
 
 SHIPPED = Path(__file__).parents[2] / "training_data"
 
@@ -28,6 +30,8 @@ class Settings:
     data: Annotated[tuple[Path, ...], arg(metavar="PATH...")] = (SHIPPED,)
     """Files and folders to train on: .txt and .md (a line <|endoftext|> separates documents) and
     .jsonl (each line is a document). About a twentieth of the text is held out for evaluation."""
+    config: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Read settings from this file, TOML or the settings.json of a run. Other options win."""
     run: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder of the run; by default a new one in runs/. With --resume: the run to continue, by
     default the newest."""
@@ -136,7 +140,7 @@ class Settings:
 # These settings may change when a run is resumed. The others determine its weights. lr and
 # warmup_steps do too, but a run that has diverged needs other ones.
 FREE_ON_RESUME = (
-    *("run", "resume", "plan", "shard", "context_parallel", "device", "threads"),
+    *("config", "run", "resume", "plan", "shard", "context_parallel", "device", "threads"),
     *("recompute", "no_graphs"),
     *("max_steps", "max_minutes", "stop_at_loss", "patience", "eval_every", "checkpoint_every"),
     *("lr", "warmup_steps"),
@@ -152,58 +156,117 @@ MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups
 def parse(argv: list[str], program: str = cli.MODULES) -> Settings:
     """Read and check the settings of a command line.
 
-    Defaults come from the resumed run, else from the checkpoint of --from, else from the preset.
+    A setting comes from its option, else from the file of --config, else from the resumed run, the
+    checkpoint of --from, or the preset.
     """
-    command = cli.command_line("train", program)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="quick")
-    first.add_argument("--resume", action="store_true")
-    first.add_argument("--run", type=Path)
+    options = _look_ahead(argv)
+    from_file = read_config(options["config"]) if "config" in options else {}
+
+    def add_options(default: Settings) -> Settings:
+        # A flag that is set already may be given again; tyro then knows only --no-NAME.
+        flags = {option(f.name) for f in fields(Settings) if getattr(default, f.name) is True}
+        words = [word for word in argv if word.replace("_", "-") not in flags]
+        return cli.parse(Settings, words, cli.command_line("train", program), default=default)
+
+    return _complete(from_file, from_file | options, add_options)
+
+
+def from_values(values: Mapping[str, Any]) -> Settings:
+    """Check settings that were given by name, and add the defaults of the others.
+
+    Raises:
+        InputError: a name is unknown or a value is wrong.
+    """
+    given = settings_file.checked(values, get_type_hints(Settings), "ysnake.train")
+    if given.get("config") is not None:
+        given = read_config(given["config"]) | given
+    return _complete(given, given, lambda settings: settings)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a file. Those of a run come without what belongs to a single launch."""
+    values = settings_file.read(path)
+    if path.suffix == ".json":
+        values = {name: value for name, value in values.items() if name not in OF_A_LAUNCH}
+    if "config" in values:
+        raise InputError(f"{path}: config: a file of settings cannot name another one")
+    return settings_file.checked(values, get_type_hints(Settings), str(path))
+
+
+def _look_ahead(argv: list[str]) -> dict[str, Any]:
+    """The options that determine the defaults of others, if they are given."""
+    first = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for name in ("--preset", "--tokenizer", "--init"):
+        first.add_argument(name)
+    for name in ("--run", "--config"):
+        first.add_argument(name, type=Path)
     first.add_argument("--from", type=Path, dest="from_")
+    first.add_argument("--resume", action="store_true")
     first.add_argument("--data", nargs="*")
-    first.add_argument("--tokenizer")
-    first.add_argument("--init")
-    known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    if known.preset not in PRESETS:
-        raise InputError(
-            f"expected one of {', '.join(PRESETS)}, got {known.preset}", field="--preset"
-        )
-    if known.resume:
-        stored = read(known.run or cli.newest_run())
-        # A flag that the run has set already may be given again; tyro then knows only --no-NAME.
-        flags = {option(f.name) for f in fields(Settings) if getattr(stored, f.name) is True}
-        argv = [word for word in argv if word.replace("_", "-") not in flags]
-        settings = cli.parse(Settings, argv, command, default=stored)
+    return vars(first.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0])
+
+
+def _complete(
+    values: dict[str, Any], known: dict[str, Any], add_options: Callable[[Settings], Settings]
+) -> Settings:
+    """Settings from defaults, values and options, checked.
+
+    Args:
+        values: settings that replace the defaults.
+        known: all that determines the defaults: `values`, and some options.
+        add_options: replaces settings by the options of the command line.
+    """
+    if known.get("resume"):
+        stored = read(known.get("run") or cli.newest_run())
+        settings = add_options(replace(stored, **values))
         _check_resumed(settings, stored)
         settings.run = stored.run
     else:
-        preset = PRESETS[known.preset]
-        sizes = {}
-        if known.from_:
-            from ysnake.checkpoints import checkpoint
-
-            source = checkpoint.resolve(known.from_)
-            _, config = checkpoint.newest_good(source, checkpoint.load_config)
-            sizes = {name: getattr(config, name) for name in MODEL_SIZES}
-        default = Settings(preset=known.preset, **preset.settings | sizes)
-        if known.data is not None:  # the preset's limit is for the shipped corpus
-            default.max_documents = None
-        settings = cli.parse(Settings, argv, command, default=default)
-        for name in ("tokenizer", "init"):
-            if known.from_ and getattr(known, name) is not None:
-                raise InputError("fixed by the checkpoint that --from names", field=option(name))
-        if not known.from_:
-            settings.tokenizer = settings.tokenizer or "bpe"
-        for name, size in sizes.items():
-            if getattr(settings, name) != size:
-                raise InputError(
-                    f"the checkpoint {known.from_} has {size}, got {getattr(settings, name)}",
-                    field=option(name),
-                )
-        if settings.max_steps is None and settings.max_minutes is None:
-            settings.max_steps = preset.max_steps
+        settings = add_options(replace(_defaults(known), **values))
+        _finish_new(settings)
     check(settings)
     return settings
+
+
+def _defaults(known: dict[str, Any]) -> Settings:
+    """The settings of a new run where nothing else is said."""
+    preset = known.get("preset", "quick")
+    if preset not in PRESETS:
+        raise InputError(f"expected one of {', '.join(PRESETS)}, got {preset}", field="--preset")
+    default = Settings(preset=preset, **PRESETS[preset].settings | _sizes_of(known.get("from_")))
+    if known.get("data") is not None:  # the preset's limit is for the shipped corpus
+        default.max_documents = None
+    return default
+
+
+def _sizes_of(source: Path | None) -> dict[str, int]:
+    """The sizes of the model in the checkpoint of --from."""
+    if source is None:
+        return {}
+    from ysnake.checkpoints import checkpoint
+
+    _, config = checkpoint.newest_good(checkpoint.resolve(source), checkpoint.load_config)
+    return {name: getattr(config, name) for name in MODEL_SIZES}
+
+
+def _finish_new(settings: Settings) -> None:
+    """Check a new run against the checkpoint of --from, and choose its tokenizer and its end."""
+    if settings.from_ is None:
+        settings.tokenizer = settings.tokenizer or "bpe"
+    else:
+        if settings.tokenizer is not None or settings.init != Settings.init:
+            name = "init" if settings.tokenizer is None else "tokenizer"
+            raise InputError("fixed by the checkpoint that --from names", field=option(name))
+        for name, size in _sizes_of(settings.from_).items():
+            if getattr(settings, name) != size:
+                raise InputError(
+                    f"the checkpoint {settings.from_} has {size}, got {getattr(settings, name)}",
+                    field=option(name),
+                )
+    if settings.max_steps is None and settings.max_minutes is None:
+        settings.max_steps = PRESETS[settings.preset].max_steps
 
 
 def _check_resumed(settings: Settings, stored: Settings) -> None:
@@ -239,8 +302,8 @@ def check(settings: Settings) -> None:
     """Raise InputError for a value of a wrong type or out of range."""
     for name, kind in get_type_hints(Settings).items():
         value = getattr(settings, name)
-        if not _is_a(kind, value):
-            raise InputError(f"expected {_name_of(kind)}, got {value!r}"[:300], field=option(name))
+        if not is_a(kind, value):
+            raise InputError(f"expected {name_of(kind)}, got {value!r}"[:300], field=option(name))
     if settings.preset not in PRESETS:
         raise InputError(
             f"expected one of {', '.join(PRESETS)}, got {settings.preset}"[:300], field="--preset"
@@ -281,28 +344,6 @@ def check(settings: Settings) -> None:
         raise InputError("fixed by the checkpoint that --from names", field=option(name))
 
 
-def _is_a(kind: Any, value: Any) -> bool:
-    """Whether a value, which may come from a file, has the type of a field."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) in (Union, UnionType):
-        return any(_is_a(each, value) for each in get_args(kind))
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_is_a(get_args(kind)[0], v) for v in value)
-    if kind in (int, float):
-        return isinstance(value, int | kind) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _name_of(kind: Any) -> str:
-    if get_origin(kind) in (Union, UnionType):
-        kind = get_args(kind)[0]  # the other is None
-    if get_origin(kind) is Literal:
-        return f"one of {', '.join(get_args(kind))}"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(kind, "a path")
-
-
 def option(name: str) -> str:
     """The command-line option of a setting."""
     return "--" + name.rstrip("_").replace("_", "-")
@@ -316,7 +357,7 @@ def write(settings: Settings) -> None:
             return [plain(each) for each in value]
         return str(value.resolve()) if isinstance(value, Path) else value
 
-    values = {k: plain(v) for k, v in asdict(settings).items() if k != "run"}
+    values = {k: plain(v) for k, v in asdict(settings).items() if k not in ("run", "config")}
     with files.replacing(settings.folder / "settings.json") as path:
         path.write_text(json.dumps(values, indent=2) + "\n")
 

@@ -1,6 +1,7 @@
 """Signals that ask training to stop: Ctrl-C, a closed terminal, a request to terminate."""
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -12,7 +13,13 @@ SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name)
 
 @contextmanager
 def _handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle the signals that ask a process to stop by `handler`, while the block runs."""
+    """Handle the signals that ask a process to stop by `handler`, while the block runs.
+
+    Python allows this in the main thread only. In another thread nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     if before.get(getattr(signal, "SIGHUP", None)) is signal.SIG_IGN:  # started with nohup
         del before[signal.SIGHUP]
