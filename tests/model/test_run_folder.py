@@ -240,12 +240,11 @@ def test_a_new_start_after_a_restart_of_the_launcher_goes_on(tmp_path, data, mon
     run = tmp_path / "runs/mine"
     assert entry(train.main, *argv, "--run", run)[0] == 0
     assert launch.resumed_after_restart(argv) == argv
+    named = [*argv, "--run", str(run)]
+    resumed = [*named, "--resume", "--run", str(run)]
+    assert launch.resumed_after_restart(named) == resumed  # a change of machines counts no restart
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert launch.resumed_after_restart([*argv, "--run", str(run)])[-3:] == [
-        "--resume",
-        "--run",
-        str(run),
-    ]
+    assert launch.resumed_after_restart(named) == resumed
     assert launch.resumed_after_restart(argv)[-3:] == [
         "--resume",
         "--run",
@@ -253,4 +252,5 @@ def test_a_new_start_after_a_restart_of_the_launcher_goes_on(tmp_path, data, mon
     ]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
     assert launch.resumed_after_restart(argv) == argv
+    assert launch.resumed_after_restart(named) == named
     assert json.loads((run / "settings.json").read_text())["resume"] is False

@@ -19,6 +19,8 @@ from ysnake.shared.errors import InputError
 TORCHRUN = "torchrun --nproc-per-node N -m ysnake.train ..."
 REPORT_TIME = 10  # seconds that torchrun has to report the rank that failed first
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # how often torchrun has restarted these processes
+LAUNCH = "TORCHELASTIC_RUN_ID"  # the name of this launch, from --rdzv-id
+UNNAMED = "none"  # torchrun's name for a launch without --rdzv-id
 SIGNATURE = "launch.txt"  # in a run folder: which launch of torchrun started the run
 
 
@@ -29,8 +31,8 @@ def launched() -> bool:
 
 def identity() -> str | None:
     """The name of this launch of torchrun. All processes share it, also after a restart."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID")
-    if name != "none":  # torchrun's name for every launch without --rdzv-id
+    name = os.environ.get(LAUNCH)
+    if name != UNNAMED:
         return name
     if (
         os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
@@ -46,12 +48,20 @@ def record_launch(folder: Path) -> None:
 
 
 def resumed_after_restart(argv: list[str]) -> list[str]:
-    """The command line. After a restart by torchrun it resumes the run that this launch started."""
-    if int(os.environ.get(RESTARTS, 0)) == 0 or "--resume" in argv:
+    """The command line. After a restart by torchrun it resumes the run that this launch started.
+
+    torchrun counts a restart after a failure. It counts none when the number of machines changes.
+    Then only the launch's name tells a restart from a start, so torchrun needs a --rdzv-id and the
+    command line a --run.
+    """
+    if "--resume" in argv:
         return argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--run", type=Path)
     run = first.parse_known_args(argv)[0].run
+    restarted = int(os.environ.get(RESTARTS, 0)) > 0
+    if not restarted and (run is None or os.environ.get(LAUNCH, UNNAMED) == UNNAMED):
+        return argv
     for folder in cli.runs() if run is None else [run]:
         path = folder / SIGNATURE
         if path.is_file() and path.read_text(encoding="utf-8") == identity():
