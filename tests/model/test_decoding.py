@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch._inductor.config
-from small import model, python, saved
+from small import entry, model, saved
 from torch.nn.functional import cross_entropy
 
+from ysnake import evaluate, run
 from ysnake.inference.decoding import WEIGHTS, Decoder
 from ysnake.inference.replay import ReplayedStep
 from ysnake.shared.errors import InputError
@@ -155,12 +156,11 @@ def test_where_int8_cannot_be():
 
 def test_the_commands_take_int8(tmp_path):
     folder = saved(tmp_path)
-    done = python("ysnake.run", folder, "--prompt", "The viper", "--weights", "int8", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert entry(run.main, folder, "--prompt", "The viper", "--weights", "int8")[0] == 0
     losses = []
     for weights in ("float32", "int8"):
         options = ["--data", tmp_path / "snakes.txt", "--weights", weights]
-        done = python("ysnake.evaluate", folder, *options, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        losses.append(float(done.stdout.split(": ")[1].split()[0]))
+        code, out, errors = entry(evaluate.main, folder, *options)
+        assert code == 0, errors
+        losses.append(float(out.split(": ")[1].split()[0]))
     assert abs(losses[1] / losses[0] - 1) < 0.005
