@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small import corpus, model, python, saved
+from small import corpus, entry, model, saved
 
-from ysnake import evaluate, run
+from ysnake import evaluate, run, train
 from ysnake.checkpoints import checkpoint
 from ysnake.checkpoints.config_json import from_hugging_face, from_json, to_hugging_face
 from ysnake.model import Model
@@ -149,9 +149,8 @@ def test_a_state_spaces_folder_runs_trains_and_is_evaluated(tmp_path, capsys):
         assert command.main([str(folder), *options]) == 0
         assert capsys.readouterr().out.strip()
     options = ("--max-steps", "2", "--seq-len", "16", "--batch-size", "2")
-    source = ("--from", folder, "--data", data, "--run", "tuned")
-    done = python("ysnake.train", *source, *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    source = ("--from", folder, "--data", data, "--run", tmp_path / "tuned")
+    assert entry(train.main, *source, *options)[0] == 0
     assert "hidden_size" in json.loads((tmp_path / "tuned/last/config.json").read_text())
 
 

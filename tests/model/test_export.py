@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small import corpus, entry, model, python, saved
+from small import corpus, entry, model, saved
 
 from ysnake import export
 from ysnake.checkpoints import checkpoint, gguf_file, modelfile
@@ -27,6 +27,7 @@ PAGE = """The cobra's asleep; they'll wake it, we've 'heard.
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A checkpoint of a tiny model that is sure of itself, and the ten documents it has learnt."""
+    pytest.importorskip("llama_cpp", reason="pip install llama-cpp-python reads it")
     folder = tmp_path_factory.mktemp("export")
     tales = corpus(folder, 40).read_text().strip().split("\n<|endoftext|>\n")
     documents = [f"Night {i}. " + " ".join(tales[i::10]) for i in range(10)]
@@ -175,12 +176,12 @@ def test_content_of_a_file(tmp_path):
     assert "output.weight" not in tensors
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, monkeypatch):
     folder = saved(tmp_path)
-    options = ("--gguf", "a.gguf", "--type", "q8_0")
-    done = python("ysnake.export", folder, *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "ollama create model -f Modelfile" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    code, out, errors = entry(export.main, folder, "--gguf", "a.gguf", "--type", "q8_0")
+    assert code == 0, errors
+    assert "ollama create model -f Modelfile" in out
     lines = (tmp_path / "Modelfile").read_text().splitlines()
     assert lines[:3] == [modelfile.WRITTEN_BY_US, "FROM ./a.gguf", 'TEMPLATE "{{ .Prompt }}"']
     assert 'PARAMETER stop "<|endoftext|>"' in lines

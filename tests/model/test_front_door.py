@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from small import TINY, corpus, python, saved
+from small import TINY, corpus, entry, python, saved
 
 from ysnake import __main__ as front
-from ysnake import __version__, doctor, runs, train
+from ysnake import __version__, doctor, run, runs, train
 from ysnake.checkpoints import checkpoint
 from ysnake.inference.chat import Chat
 from ysnake.inference.conversation import read
@@ -152,17 +152,16 @@ def test_a_slash_can_be_typed(chat):
     assert chat.context.logits is not None
 
 
-def test_prompt_from_a_file(tmp_path, here):
-    folder = saved(tmp_path)
-    (tmp_path / "long.txt").write_text("The adder " * 14_000, encoding="utf-8")
+def test_prompt_from_a_file(tmp_path):
+    folder, long, bad = saved(tmp_path), tmp_path / "long.txt", tmp_path / "bad.txt"
+    long.write_text("The adder " * 14_000, encoding="utf-8")
     options = ["--temperature", "0", "--max-tokens", "3"]
-    done = python("ysnake.run", folder, "--prompt-file", "long.txt", *options, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "bad.txt").write_bytes(b"\xff")
-    for file, names in (("bad.txt", "is not UTF-8"), ("none.txt", "none.txt")):
-        done = python("ysnake.run", folder, "--prompt-file", file, cwd=tmp_path)
-        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-        assert names in done.stderr
+    assert entry(run.main, folder, "--prompt-file", long, *options)[0] == 0
+    bad.write_bytes(b"\xff")
+    for file, names in ((bad, "is not UTF-8"), (tmp_path / "none.txt", "none.txt")):
+        code, _, errors = entry(run.main, folder, "--prompt-file", file)
+        assert (code, errors.count("\n")) == (2, 1)
+        assert names in errors
 
 
 # The list of runs
