@@ -67,7 +67,7 @@ setup(
         "tokenizers>=0.21",
         "safetensors>=0.5",
         "numpy>=1.26",
-        "tyro>=0.9.13",
+        "tyro>=1.0.17",
         "rich>=13.9",
         "matplotlib>=3.9",
     ],

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate-data": "have llama 3.1 in Ollama write a corpus",
     "runs": "list the runs in runs/, or compare two",
     "doctor": "report what this machine has, and what ysnake uses of it",
+    "completion": "print a script for completion in bash, zsh or fish",
 }
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 MOST_THREADS = 4096
+STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)  # of all options
 
 # The two ways to start a command. Its name follows.
 MODULES, PROGRAM = "python -m ysnake.", "ysnake "
@@ -55,7 +56,7 @@ def parse(
         prog=command,
         args=argv,
         default=default,
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        config=STYLE,
     )
     return parsed
 
