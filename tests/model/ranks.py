@@ -1,12 +1,15 @@
-"""What each rank of the tests of many processes does: run by torchrun with a list of tasks in JSON.
+"""What each rank of the tests of many processes does.
 
-Each task leaves a file of JSON per rank, or the run folder that a training leaves.
+torchrun starts it with a list of tasks in JSON. Without torchrun the number of ranks comes before
+the list, and the ranks are forked: then only one process imports torch. Each task leaves a file of
+JSON per rank, or the run folder that a training leaves.
 """
 
 import copy
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -146,9 +149,39 @@ def write(out, rank, content):
     Path(f"{out}.{rank}.json").write_text(json.dumps(content))
 
 
-if __name__ == "__main__":
+def work(tasks):
     dist.init_process_group("gloo")
-    for task, arguments in json.loads(sys.argv[1]):
+    for task, arguments in tasks:
         does = {"trained": trained, "gradients": gradients, "memory": memory}[task]
         does(dist.get_rank(), dist.get_world_size(), **arguments)
     dist.destroy_process_group()
+
+
+def fork(size, tasks):
+    """Fork the ranks with the variables that torchrun sets. Returns whether all succeeded."""
+    import torch._dynamo
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp  # noqa: F401
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ["TORCHELASTIC_RUN_ID"] = "forked"
+    children = []
+    for rank in map(str, range(size)):
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+            work(tasks)
+            return True
+        children.append(child)
+    return not any([os.waitpid(child, 0)[1] for child in children])
+
+
+if __name__ == "__main__":
+    tasks = json.loads(sys.argv[-1])
+    if "RANK" in os.environ:
+        work(tasks)
+    elif not fork(int(sys.argv[1]), tasks):
+        sys.exit(1)

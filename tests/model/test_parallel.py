@@ -1,4 +1,8 @@
-"""Many processes, real ones that torchrun starts, take the steps that one process takes."""
+"""Many processes take the steps that one process takes.
+
+torchrun starts them where a test is about starting, ending or restarting. Elsewhere they are forked
+as torchrun would start them, which is quicker.
+"""
 
 import json
 import os
@@ -34,10 +38,17 @@ def torchrun(processes, *arguments, cwd, **options):
     )
 
 
-def done(processes, tasks, cwd, *options):
+def done(processes, tasks, cwd):
     """Let the ranks do the tasks of ranks.py, one after the other."""
+    command = [sys.executable, ROOT / "tests/model/ranks.py", str(processes), json.dumps(tasks)]
+    one_thread = environment() | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=cwd, env=one_thread, stdout=subprocess.DEVNULL, check=True)
+
+
+def done_by_torchrun(tasks, cwd, *options):
+    """Let one rank that torchrun starts do the tasks."""
     arguments = [*options, ROOT / "tests/model/ranks.py", json.dumps(tasks)]
-    process = torchrun(processes, *arguments, cwd=cwd, stdout=subprocess.DEVNULL)
+    process = torchrun(1, *arguments, cwd=cwd, stdout=subprocess.DEVNULL)
     assert process.wait(300) == 0
 
 
@@ -67,7 +78,7 @@ def runs(tmp_path_factory):
         for run in ("two-stopped", "two-shard-stopped"):
             assert train.main(["--run", f"{run}-one", "--resume"]) == 0
         done(4, BY_FOUR, folder)
-        done(1, RESTARTED, folder, "--max-restarts", 1)
+        done_by_torchrun(RESTARTED, folder, "--max-restarts", 1)
     finally:
         os.chdir(before[1])
         torch.set_num_threads(before[0])
