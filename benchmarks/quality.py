@@ -98,8 +98,8 @@ def measure(
     return {"title": title, "rows": rows, "memory": "peak", "bases": []}
 
 
-def train(job: dict, tell: Callable[[dict], None]) -> None:
-    """Train one of the models; tells how it does from time to time, and at the end."""
+def train(job: dict, report: Callable[[dict], None]) -> None:
+    """Train one of the models. Calls `report` with its figures now and then, and at the end."""
     import torch
 
     from ysnake.text import data
@@ -115,7 +115,7 @@ def train(job: dict, tell: Callable[[dict], None]) -> None:
     model, loss_of = _model(job)
     settings = Settings(lr=job["lr"], warmup_steps=WARMUP_STEPS, max_minutes=job["minutes"])
     optimizer, progress = make_optimizer(model, WEIGHT_DECAY), Progress()
-    told = 0
+    reported = 0  # evaluations so far
     while progress.elapsed < 60 * job["minutes"]:
         start = time.monotonic()
         batch = data.training_windows(learn, SEQ_LEN, BATCH_SIZE, progress.step, 0)
@@ -128,10 +128,10 @@ def train(job: dict, tell: Callable[[dict], None]) -> None:
         progress.step += 1
         progress.elapsed += time.monotonic() - start
         done = progress.elapsed / (60 * job["minutes"])
-        if done >= (told + 1) / EVALUATIONS:
-            told = int(done * EVALUATIONS)
+        if done >= (reported + 1) / EVALUATIONS:
+            reported = int(done * EVALUATIONS)
             tokens = progress.step * BATCH_SIZE * SEQ_LEN
-            tell(
+            report(
                 {
                     **{"minutes": progress.elapsed / 60, "steps": progress.step},
                     **{"tokens_per_s": tokens / progress.elapsed, "done": done >= 1},
@@ -152,8 +152,11 @@ def _held_out(tokens: "Tokens", loss_of: Callable[["Batch"], "Tensor"], job: dic
 
 
 def _model(job: dict) -> tuple[Any, Callable[["Batch"], "Tensor"]]:
-    """A model, and its loss on a batch, summed. Documents in a window are not kept apart: neither
-    of transformers' models can, so ours does not either."""
+    """A model, and its summed loss on a batch.
+
+    Tokens see the document before theirs in a window, since transformers' models cannot separate
+    documents.
+    """
     import torch
     import torch.nn.functional as F
     from ysnake_kernels.allocator import keep_freed_memory
@@ -190,8 +193,8 @@ def _model(job: dict) -> tuple[Any, Callable[["Batch"], "Tensor"]]:
 def main() -> None:
     """One line of JSON for each evaluation."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
-    train(json.loads(sys.argv[1]), lambda told: answers.write(json.dumps(told) + "\n"))
+    os.dup2(2, 1)  # libraries may print too
+    train(json.loads(sys.argv[1]), lambda figures: answers.write(json.dumps(figures) + "\n"))
 
 
 if __name__ == "__main__":

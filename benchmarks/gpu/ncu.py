@@ -22,8 +22,8 @@ def run(job: str, options: Options) -> None:
         command += [word for name in SECTIONS for word in ("--section", name)]
         command += ["--launch-count", "40", "--page", "details", "--csv", "--print-units", "base"]
         command += ["--log-file", str(file)]
-    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run([*command, *script], timeout=SECONDS, check=False, **told)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run([*command, *script], timeout=SECONDS, check=False, **output)
     print(done.stdout[-4000:], file=sys.stderr)
     size = file.stat().st_size if file.exists() else 0
     options.write("ncu", code=done.returncode, file=file.name, bytes=size)

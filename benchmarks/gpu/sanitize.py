@@ -28,9 +28,9 @@ def run(job: str, options: Options) -> None:
         command += ["--error-exitcode", "9", "--launch-timeout", "30"]
         command += ["--target-processes", "application-only"]  # not those that compile
     environment = os.environ | TOOLS[job]
-    told = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(
-        [*command, *script], env=environment, timeout=SECONDS, check=False, **told
+        [*command, *script], env=environment, timeout=SECONDS, check=False, **output
     )
     print(done.stdout[-6000:], file=sys.stderr)
     summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line or line == "done"]
