@@ -63,6 +63,7 @@ setup(
         "einops>=0.8",
         "ollama>=0.5",
         "httpx>=0.27",
+        "jinja2>=3.1.6",
         "markdown-it-py>=3",
         "tokenizers>=0.21",
         "safetensors>=0.5",

@@ -30,6 +30,9 @@ ADDRESSES = 8 << 30  # bytes of address space that the process may have; it begi
 GROWTH = 300_000_000  # bytes that the process may grow by, whatever it reads
 DRAWS, EACH = 20, 20  # what is drawn before the target changes, and the files of each draw
 OPTION = r"(--)?[a-z-]+: "  # how a message about settings.json may begin
+TEMPLATE = """{% set ns = namespace(text='') %}{% for m in messages[0:] %}{% if loop.first %}
+{% set ns.text = ns.text ~ m['role'] + ': ' %}{% endif %}{{ m.content.strip() | trim }}
+{{ eos_token }}{% endfor %}{{ ns.text }}{% if add_generation_prompt %}assistant{% endif %}"""
 TEXT = "The boa sleeps <|endoftext|> 蛇\n"
 
 
@@ -58,6 +61,15 @@ def complete(folder: Path) -> None:
     tokenizers.decode(tokenizer, ids)
     with torch.no_grad():
         model(torch.tensor([ids[:8] or [0]]))
+
+
+def chat(folder: Path) -> None:
+    """Compile a chat template and render some messages with it."""
+    from ysnake.checkpoints import checkpoint
+    from ysnake.text import chat_template
+
+    template = chat_template.load(folder, checkpoint.load_tokenizer(folder))
+    template.render([{"role": role, "content": TEXT} for role in ("system", "user", "user")])
 
 
 def go_on(folder: Path) -> None:
@@ -90,6 +102,7 @@ def targets() -> list[Target]:
         *(Target("model/config.json", change, complete) for change in JSON),
         *(Target("model/tokenizer.json", change, complete) for change in JSON),
         *(Target("word/tokenizer.json", change, complete) for change in JSON),
+        *(Target("model/chat_template.jinja", change, chat) for change in PLAIN),
         *(Target("whole/manifest.json", change, complete) for change in JSON),
         *(Target("shards/model.safetensors.index.json", change, complete) for change in JSON),
         *(Target("state-spaces/config.json", change, complete) for change in JSON),
@@ -102,6 +115,7 @@ def targets() -> list[Target]:
     ]
 
 
+PLAIN = ("bytes_changed", "noise")
 JSON = ("bytes_changed", "values_exchanged", "noise")
 TENSORS = ("bytes_changed", "header_changed", "noise")
 PICKLE = ("bytes_changed", "member_changed", "noise")
@@ -128,6 +142,7 @@ def make(folder: Path) -> None:
     for name, kind, vocab in (("model", "bpe", 300), ("word", "word", 300)):
         checkpoint.save(folder / name, model, tokenizers.train(kind, texts, vocab))
     shutil.copytree(folder / "model", folder / "whole")
+    (folder / "model/chat_template.jinja").write_text(TEMPLATE)
     shutil.copytree(folder / "model", folder / "shards")
     for name in ("model", "word", "shards"):  # strangers have no manifest
         (folder / name / "manifest.json").unlink()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.lost import Lost, environment, resident
-from ysnake.serving import fields, ollama_api, openai_api
+from ysnake.serving import ollama_api, openai_api
 
 NAME = "snake"
 CLIENTS = 16  # at once
@@ -27,34 +27,28 @@ GROWTH = 60_000_000  # bytes that the server may grow by after that
 SERVER = "from ysnake import serve; from ysnake.serving import error_log; "
 SERVER += "from ysnake.shared import cli; error_log.MOST = 10**9; cli.run(serve.main)"
 
-OPTIONS = fields.SAMPLING | {"repeat_penalty", "num_predict"}
-OPTIONS |= ollama_api.OPTIONS_NEUTRAL.keys() | ollama_api.OPTIONS_IGNORED
-GENERATE = {"prompt", "system"} | ollama_api.GENERATE_NEUTRAL.keys()
-CHAT = {"messages"} | ollama_api.CHAT_NEUTRAL.keys()
 SCHEMA = {
-    "/api/generate": sorted(ollama_api.USED | ollama_api.IGNORED | GENERATE),
-    "/api/chat": sorted(ollama_api.USED | ollama_api.IGNORED | CHAT),
-    "/api/show": ["model", "name", "verbose"],
-    "/v1/completions": sorted(openai_api.USED | openai_api.NEUTRAL.keys() | openai_api.IGNORED),
+    path: sorted(known.names()) for path, known in (ollama_api.FIELDS | openai_api.FIELDS).items()
 }
 INNER = {
-    "options": sorted(OPTIONS),
-    "stream_options": ["include_usage", "include_obfuscation"],
-    "messages": ["role", "content", *sorted(ollama_api.MESSAGE_NEUTRAL)],
+    "options": sorted(ollama_api.OPTIONS.names()),
+    "stream_options": sorted(openai_api.STREAM_OPTIONS.names()),
+    "messages": sorted(ollama_api.MESSAGE.names() | openai_api.MESSAGE.names()),
 }
+USER = {"role": "user", "content": "The boa"}
 GOOD = {
     "/api/generate": {"model": NAME, "prompt": "The boa", "options": {"num_predict": 2}},
-    "/api/chat": {
-        "model": NAME,
-        "messages": [{"role": "user", "content": "The boa"}],
-        "options": {"num_predict": 2},
-    },
+    "/api/chat": {"model": NAME, "messages": [USER], "options": {"num_predict": 2}},
+    "/api/embed": {"model": NAME, "input": ["The boa", ""]},
     "/api/show": {"model": NAME},
     "/v1/completions": {"model": NAME, "prompt": "The boa", "max_tokens": 2},
+    "/v1/chat/completions": {"model": NAME, "messages": [USER], "max_tokens": 2},
+    "/v1/embeddings": {"model": NAME, "input": "The boa"},
 }
 VALUES = [None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1e308, 2**31, 2**63, -(2**63), 10**40]
 VALUES += ["", "x", NAME, "user", "\0", "\ud800", "é蛇\u202e", "\x1b]52;c;x\x07", "x" * 5000]
 VALUES += [[], {}, [None], ["a", "b"], [1], [[]], {"a": 1}, [{"role": "user"}], ["x"] * 100]
+VALUES += [[{"type": "text", "text": "x"}], [{"type": "text", "text": []}], [{"type": "image_url"}]]
 RAW = [b"", b"[]", b"null", b"1e999", b"\xff\xfe", b'{"model": NaN}', b"[" * 50_000]
 RAW += [b'{"model": "snake", "prompt": "x", "options": {"seed": 1e400}}', b'{"a":' * 5000]
 RAW += [b'{"seed": ' + b"9" * 5000, b'{"model": "snake", "model": 1}', b'"' * 3]

@@ -1,88 +1,29 @@
 """The server as its clients meet it: real processes, real sockets, the real `ollama` client."""
 
 import asyncio
-import itertools
 import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import ollama
 import pytest
-import torch
-from small import environment, python, saved
+from running_server import NAME, options, serving
+from small import entry, environment, saved
 
-from ysnake.checkpoints import checkpoint
-from ysnake.inference.batch import Batch, Job
-from ysnake.inference.decoding import Decoder
-from ysnake.inference.generate import Context, choose, draw, random_generator
-from ysnake.inference.sampling import Sampling
+from ysnake import run, serve
+from ysnake.serving import chat
 from ysnake.shared.shown import escape_controls
-from ysnake.text.tokenizer import decode
-
-NAME = "snake"
 
 
-@contextmanager
-def serving(folder, *options, **more):
-    """A server in a process of its own; gives its address and the process."""
-    command = [sys.executable, "-m", "ysnake.serve", str(folder), "--port", "0", "--name", NAME]
-    process = subprocess.Popen(
-        [*command, "--threads", "1", *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        cwd=folder.parent,
-        **more,
-    )
-    try:
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+", line)
-        assert found, line + process.stderr.read()
-        yield found[0], process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("serve"))
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    with serving(folder) as (address, process):
-        yield address, process
-        assert process.poll() is None, "the server died"
-
-
-@pytest.fixture(scope="module")
-def address(server):
-    return server[0]
-
-
-@pytest.fixture
-def client(address):
-    with ollama.Client(address) as client:
-        yield client
-
-
-def options(**more):
-    return {"seed": 3, "num_predict": 12, **more}
-
-
-def test_the_ollama_client_generates(client, folder):
+def test_the_ollama_client_generates(client, served):
     whole = client.generate(NAME, "The adder", options=options())
     assert whole.done
     assert whole.done_reason == "length"
@@ -91,21 +32,31 @@ def test_the_ollama_client_generates(client, folder):
     assert "".join(part.response for part in parts) == whole.response
     assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
     settings = ("--seed", "3", "--max-tokens", "12")
-    done = python("ysnake.run", folder, "--prompt", "The adder", *settings, cwd=folder.parent)
-    assert done.stdout == escape_controls(whole.response, keep="\n\t") + "\n"
+    _, printed, _ = entry(run.main, served, "--prompt", "The adder", *settings)
+    assert printed == escape_controls(whole.response, keep="\n\t") + "\n"
 
 
 def test_the_ollama_client_chats(client):
-    """A chat is one text: what the assistant said stands where it was written."""
+    """A base model reads a transcript. Its reply ends where it would write for the user."""
     messages = [{"role": "user", "content": "The boa"}]
     reply = client.chat(NAME, messages, options=options())
     assert reply.message.role == "assistant"
-    assert reply.message.content == client.generate(NAME, "The boa", options=options()).response
-    messages += [dict(reply.message), {"role": "user", "content": "And the krait"}]
-    text = f"The boa{reply.message.content}\n\nAnd the krait"
+    written = client.generate(NAME, "User: The boa\nAssistant:", options=options())
+    assert reply.message.content == written.response.lstrip()
+    messages = [{"role": "system", "content": "Snakes."}, *messages, dict(reply.message)]
+    messages += [{"role": "user", "content": "And the krait"}]
+    text = f"Snakes.\n\nUser: The boa\nAssistant: {reply.message.content}\n"
+    text += "User: And the krait\nAssistant:"
     parts = list(client.chat(NAME, messages, stream=True, options=options()))
-    written = client.generate(NAME, text, options=options()).response
+    written = client.generate(NAME, text, options=options(stop=chat.STOP)).response.lstrip()
     assert "".join(part.message.content for part in parts) == written
+
+
+def test_a_reply_that_is_begun_is_continued(client):
+    messages = [{"role": "user", "content": "The boa"}, {"role": "assistant", "content": "sleeps"}]
+    reply = client.chat(NAME, messages, options=options()).message.content
+    text = "User: The boa\nAssistant: sleeps"
+    assert reply == client.generate(NAME, text, options=options(stop=chat.STOP)).response
 
 
 def test_the_ollama_client_looks_around(client, address):
@@ -114,7 +65,7 @@ def test_the_ollama_client_looks_around(client, address):
     assert listed.details.family == "mamba2"
     assert client.ps().models[0].digest == listed.digest
     shown = client.show(NAME)
-    assert shown.capabilities == ["completion"]
+    assert shown.capabilities == ["completion", "embedding"]
     assert shown.modelinfo["mamba2.block_count"] == 2
     assert client.generate(f"{NAME}:latest", "").done_reason == "load"
     with pytest.raises(ollama.ResponseError, match="model 'bear' not found") as caught:
@@ -123,38 +74,12 @@ def test_the_ollama_client_looks_around(client, address):
     assert httpx.get(f"{address}/api/version").json()["version"]
 
 
-def complete(address, **body):
-    return httpx.post(f"{address}/v1/completions", json={"model": NAME, "prompt": "The", **body})
-
-
-def test_openai_completions(address, client):
-    whole = complete(address, prompt="The python", seed=3, max_tokens=12).json()
-    (choice,) = whole["choices"]
-    assert choice["text"] == client.generate(NAME, "The python", options=options()).response
-    assert choice["finish_reason"] == "length"
-    assert whole["usage"]["completion_tokens"] == 12
-    more = {"stream": True, "stream_options": {"include_usage": True}}
-    lines = complete(address, prompt=["The python"], seed=3, max_tokens=12, **more).text.split(
-        "\n\n"
-    )
-    assert lines[-2:] == ["data: [DONE]", ""]
-    *parts, usage = (json.loads(line.removeprefix("data: ")) for line in lines[:-2])
-    assert "".join(part["choices"][0]["text"] for part in parts) == choice["text"]
-    assert usage["usage"]["completion_tokens"] == 12
-    assert "prompt_tokens_details" not in usage["usage"]  # it would tell what others have sent
-    models = httpx.get(f"{address}/v1/models").json()
-    assert [m["id"] for m in models["data"]] == [NAME]
-    assert httpx.get(f"{address}/v1/models/{NAME}").json()["object"] == "model"
-
-
-def test_stop_texts_end_a_completion(address, client):
+def test_stop_texts_end_a_completion(client):
     full = client.generate(NAME, "The", options=options(num_predict=60)).response
     stop = full[20:23]
     cut = client.generate(NAME, "The", options=options(num_predict=60, stop=["nowhere", stop]))
     assert cut.response == full[: full.index(stop)]
     assert cut.done_reason == "stop"
-    whole = complete(address, seed=3, max_tokens=60, stop=stop).json()["choices"][0]
-    assert (whole["text"], whole["finish_reason"]) == (cut.response, "stop")
 
 
 def test_32_clients_stream_at_once(address):
@@ -205,12 +130,24 @@ SCHEMA = {
     "/v1/completions": BODY
     | COMMON
     | {"prompt": (str, [["a", "b"], None]), "max_tokens": (int, [0, 10**9]), "n": (int, [2])},
+    "/v1/chat/completions": BODY
+    | COMMON
+    | {"messages": (list, [[], [1], [{}]]), "max_completion_tokens": (int, [0, 10**9])},
+    "/v1/embeddings": {"model": BODY["model"], "input": (list, [[], [1], None])},
+    "/api/embed": {
+        "model": BODY["model"],
+        "input": (list, [[], [[]], None]),
+        "options": (dict, []),
+    },
 }
 VALID = {
     "/api/generate": {"model": NAME, "prompt": "x", "options": {"num_predict": 1}},
     "/api/chat": {"model": NAME, "messages": [{"role": "user", "content": "x"}]},
     "/api/show": {"model": NAME},
     "/v1/completions": {"model": NAME, "prompt": "x", "max_tokens": 1},
+    "/v1/chat/completions": {"model": NAME, "messages": [{"role": "user", "content": "x"}]},
+    "/v1/embeddings": {"model": NAME, "input": "x"},
+    "/api/embed": {"model": NAME, "input": "x"},
 }
 
 
@@ -240,6 +177,8 @@ def malformed(draw):
         bad = [1, True, ["x"]]
     if name == "prompt" and path == "/v1/completions":
         bad = [0, 1.5, True, [], {}, [1]]
+    if name == "input":
+        bad = [0, 1.5, True, {}, [None]]
     target[name] = draw.choice([*bad, *out_of_range])
     return "POST", path, json.dumps(body)
 
@@ -287,7 +226,7 @@ def test_a_page_from_elsewhere_cannot_reach_a_local_server(address):
 def test_what_is_not_built_is_refused_alike(address, unknown):
     for path, body in VALID.items():
         if path == "/api/show":
-            continue
+            continue  # it has no options
         options = body.get("options", {})
         wrong = body | ({"options": options | unknown} if path.startswith("/api") else unknown)
         for content in (wrong, body | {"no_such_field": 1}):
@@ -393,10 +332,10 @@ def test_weights_that_change_under_the_server(guarded):
     assert process.stderr.read() == ""
 
 
-def test_other_machines_need_a_key(folder):
-    done = python("ysnake.serve", folder, "--host", "0.0.0.0", "--port", "0", cwd=folder.parent)
-    assert done.returncode == 2
-    assert "--api-key: expected a key, as --host 0.0.0.0 lets other machines in" in done.stderr
+def test_other_machines_need_a_key(served):
+    code, _, errors = entry(serve.main, served, "--host", "0.0.0.0", "--port", "0")
+    assert code == 2
+    assert "--api-key: expected a key, as --host 0.0.0.0 lets other machines in" in errors
 
 
 # ------------------------------------------------------------------ limits, places, memory
@@ -466,7 +405,7 @@ def test_memory_is_flat_over_many_requests(server, requests):
 
     async def ask(http, number):
         prompt = f"The number {number} " * (number % 7)
-        body = {"model": NAME, "prompt": prompt + "x", "options": {"num_predict": 5 + number % 11}}
+        body = {"model": NAME, "prompt": prompt + "x", "options": {"num_predict": 2 + number % 5}}
         async with http.stream("POST", "/api/generate", json=body) as stream:
             assert stream.status_code == 200
             async for _ in stream.aiter_lines():
@@ -484,232 +423,25 @@ def test_memory_is_flat_over_many_requests(server, requests):
     assert resident(process.pid) - before < 10_000
 
 
-# ------------------------------------------------------------------ the batch itself
-
-
-def test_each_row_is_drawn_in_its_own_way():
-    """Flat rows, of which all tokens must be ordered, beside peaked ones, of which few must."""
-    generator = torch.Generator().manual_seed(0)
-    logits = (
-        torch.randn(6, 1000, generator=generator) * torch.tensor([0.1, 9, 0.1, 0.1, 3, 0])[:, None]
-    )
-    seen = torch.rand(6, 1000, generator=generator) < 0.3
-    ways = [{}, {}, {"top_k": 400}, {"temperature": 0}, {"repetition_penalty": 1.5}, {"top_p": 1}]
-    samplings = [Sampling(**way) for way in ways]
-    for seed in range(20):
-        together = draw(logits, seen, samplings, [random_generator(seed + i) for i in range(6)])
-        for i, (token, sampling) in enumerate(zip(together, samplings, strict=True)):
-            assert token == choose(logits[i], seen[i], sampling, random_generator(seed + i))
-
-
-def finished(tokenizer, m, jobs, **settings):
-    """Run jobs, each handed in when the one before has written two pieces; gives their texts."""
-    texts = {job: "" for job in jobs}
-    late, ended = list(jobs[1:]), []
-
-    def deliver(news):
-        for job, text, end in news:
-            texts[job] += text
-            if end:
-                ended.append(job)
-            if late and job.n_written >= 2:
-                batch.submit(late.pop(0))
-        if len(ended) == len(jobs):
-            batch.close()
-
-    batch = Batch(Decoder(m), tokenizer, deliver, **settings)
-    batch.submit(jobs[0])
-    batch.thread.join(60)
-    assert len(ended) == len(jobs)
-    return [texts[job] for job in jobs]
-
-
-def test_rows_that_come_and_go_do_not_touch_each_other(folder, monkeypatch):
-    from ysnake.inference import batch, generate
-
-    monkeypatch.setattr(batch, "PROMPT_STEP", 7)  # prompts are read in turns
-    monkeypatch.setattr(generate, "PROMPT_STEP", 7)
-    tokenizer, m = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
-    asked = [
-        ((0, *range(5, 5 + 3 * i)), Sampling(seed=i, repetition_penalty=1 + i % 2), 4 + 5 * i % 17)
-        for i in range(9)
-    ]
-    texts = finished(tokenizer, m, [Job(*a) for a in asked], rows=3)
-    for text, (ids, sampling, n) in zip(texts, asked, strict=True):
-        context = Context(m, tokenizer.get_vocab_size())
-        context.feed(list(ids))
-        assert decode(tokenizer, list(context.generate(sampling, n))).startswith(text.rstrip("�"))
-        assert text
-
-
-def test_what_begins_like_an_earlier_prompt_is_read_from_there(folder):
-    tokenizer, m = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
-    prompts = [(0, 5, 6), (0, 5, 6, 7, 8), (0, 5, 6, 7, 8), (0, 9), (0, 5, 6, 7)]
-
-    def jobs():
-        return [Job(ids, Sampling(seed=1), 6) for ids in prompts]
-
-    remembering = jobs()
-    texts = finished(tokenizer, m, remembering, remembered=2)
-    assert [job.n_remembered for job in remembering] == [0, 3, 5, 0, 0]  # the fourth pushed it out
-    assert texts == finished(tokenizer, m, jobs(), remembered=0)
-
-
-def test_a_prompt_of_another_owner_is_not_read_on_from(folder):
-    tokenizer, m = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
-    jobs = [Job((0, 5, 6, 7), Sampling(seed=1), 3, owner=owner) for owner in "abab"]
-    texts = finished(tokenizer, m, jobs)
-    assert [job.n_remembered for job in jobs] == [0, 0, 4, 4]
-    assert len(set(texts)) == 1
-
-
-def test_an_error_in_the_model_ends_requests_not_the_batch(folder, caplog):
-    tokenizer, m = checkpoint.load_tokenizer(folder), checkpoint.load(folder)
-    bad, good = Job((0, 100_000), Sampling(), 4), Job((0, 5), Sampling(), 4)
-    ended = []
-
-    def deliver(news):
-        ended.extend(job for job, _, end in news if end)
-
-    batch = Batch(Decoder(m), tokenizer, deliver, rows=2)
-    for job in (bad, good):
-        batch.submit(job)
-        end = time.monotonic() + 60
-        while job not in ended:
-            assert time.monotonic() < end
-            time.sleep(0.01)
-    batch.close()
-    batch.thread.join(60)
-    assert (bad.reason, good.error) == ("error", None)
-    assert "IndexError" in caplog.text
-
-
 # ------------------------------------------------------------------ the command
 
 
-def test_the_command_is_quick_to_import_and_says_what_is_missing(folder):
+def test_the_command_is_quick_to_import_and_says_what_is_missing(served, monkeypatch):
     script = "import sys, ysnake.serve; print({'torch', 'starlette', 'uvicorn'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
     )
     assert done.stdout == "set()\n", done.stderr
-    done = python("ysnake.serve", "--help", cwd=folder)
-    assert done.returncode == 0
-    assert "127.0.0.1" in done.stdout
-    script = "import sys; sys.modules['uvicorn'] = None\n"
-    script += "from ysnake import serve\nfrom ysnake.shared import cli\n"
-    script += f"sys.argv = ['serve', {str(folder)!r}]; cli.run(serve.main)"
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(), capture_output=True, text=True
-    )
-    assert (done.returncode, "pip install" in done.stderr) == (2, True)
+    code, printed, _ = entry(serve.main, "--help")
+    assert code == 0
+    assert "127.0.0.1" in printed
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    code, _, errors = entry(serve.main, served)
+    assert (code, "pip install" in errors) == (2, True)
 
 
-def test_a_port_that_is_taken(folder, address):
+def test_a_port_that_is_taken(served, address):
     taken = address.rsplit(":", 1)[1]
-    done = python("ysnake.serve", folder, "--port", taken, cwd=folder.parent)
-    assert done.returncode == 2, done.stderr
-    assert "Address already in use" in done.stderr
-
-
-# ------------------------------------------------------------------ the page
-
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-
-
-@contextmanager
-def browser(profile):
-    """Headless Chromium with an empty page; gives what sends a command and waits for its result."""
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
-    flags += " --disable-background-networking --disable-component-update --disable-sync"
-    flags += f" --remote-debugging-pipe --user-data-dir={profile} --window-size=900,900"
-    ours, theirs = os.pipe(), os.pipe()
-    # the DevTools protocol over a pipe: it reads descriptor 3 and writes descriptor 4
-    shell = f'exec "$0" {flags} 3<&{ours[0]} 4>&{theirs[1]}'
-    process = subprocess.Popen(
-        ["bash", "-c", shell, CHROMIUM],
-        pass_fds=(ours[0], theirs[1]),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    os.close(ours[0])
-    os.close(theirs[1])
-    numbers, session = itertools.count(1), {}
-
-    def send(method, **parameters):
-        message = {"id": next(numbers), "method": method, "params": parameters, **session}
-        writer.write(json.dumps(message).encode() + b"\0")
-        writer.flush()
-        while True:
-            answer = bytearray()
-            while (byte := reader.read(1)) != b"\0":
-                assert byte, "Chromium ended"
-                answer += byte
-            answer = json.loads(answer)
-            if answer.get("id") == message["id"]:
-                assert "result" in answer, answer
-                return answer["result"]
-
-    with os.fdopen(ours[1], "wb") as writer, os.fdopen(theirs[0], "rb") as reader:
-        try:
-            target = send("Target.createTarget", url="about:blank")["targetId"]
-            attached = send("Target.attachToTarget", targetId=target, flatten=True)
-            session["sessionId"] = attached["sessionId"]
-            yield send
-        finally:
-            process.kill()
-            process.wait()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
-def test_the_page_completes_a_prompt(address, client, tmp_path):
-    with browser(tmp_path) as send:
-
-        def value(expression):
-            told = send("Runtime.evaluate", expression=expression, awaitPromise=True)
-            assert "exceptionDetails" not in told, told
-            return told["result"].get("value")
-
-        def wait_for(expression):
-            end = time.monotonic() + 60
-            while not value(expression):
-                assert time.monotonic() < end, value("document.body.innerText")
-                time.sleep(0.05)
-
-        def press(key, **more):
-            send("Input.dispatchKeyEvent", type="keyDown", key=key, **more)
-            send("Input.dispatchKeyEvent", type="keyUp", key=key, **more)
-
-        text, ended = (
-            "document.getElementById('text').textContent",
-            "!document.querySelector('.writing')",
-        )
-        send("Page.navigate", url=address)
-        wait_for("document.readyState == 'complete' && model")
-        value("document.querySelector('[name=num_predict]').value = 12")
-        value("document.querySelector('[name=seed]').value = 3")
-        value("document.getElementById('prompt').focus()")
-        send("Input.insertText", text="The <b>adder")
-        press("Enter", modifiers=2)  # with Ctrl
-        wait_for(f"{ended} && document.getElementById('status').textContent != ''")
-        first = client.generate(NAME, "The <b>adder", options=options()).response
-        assert value(text) == "The <b>adder" + first
-
-        value("document.querySelector('[name=num_predict]').value = 4000")
-        value("document.getElementById('more').click()")
-        wait_for(f"{text}.length > {len(first) + 40} || {ended}")
-        press("Escape")
-        wait_for(ended)
-        assert value(text).startswith("The <b>adder" + first)
-
-        value("document.querySelector('[name=num_predict]').value = 1000000")
-        value("document.getElementById('write').click()")
-        wait_for(f"{ended} && !!document.querySelector('.alarm')")
-        assert "num_predict: expected 1 to 4096" in value("document.body.innerText")
-        wide = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
-        for width in (320, 1280):
-            size = {"width": width, "height": 700, "deviceScaleFactor": 1, "mobile": width < 500}
-            send("Emulation.setDeviceMetricsOverride", **size)
-            assert value(wide), f"the page is wider than {width} pixels"
+    code, _, errors = entry(serve.main, served, "--port", taken)
+    assert code == 2
+    assert "Address already in use" in errors

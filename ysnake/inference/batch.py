@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from ysnake.inference.decoding import Decoder
+from ysnake.inference.embedding import MeanState
 from ysnake.inference.generate import PROMPT_STEP, Context, draw, random_generator
 from ysnake.inference.sampling import Sampling
 from ysnake.inference.text_stream import cut
@@ -33,11 +34,14 @@ class Job:
     max_tokens: int
     stops: tuple[str, ...] = ()
     owner: str = ""  # only prompts of the same owner are continued
+    end_ids: frozenset[int] = frozenset()  # tokens that end it, besides the model's own
     gone: bool = False  # nobody waits for it any more; set from outside the thread
     context: Context | None = None  # while the prompt is read
     n_read: int = 0  # tokens of the prompt that are read, including remembered ones
     n_remembered: int = 0  # tokens of the prompt that did not have to be read again
     n_written: int = 0
+    embeds: bool = False  # for an embedding: the text is read, and nothing is written
+    pooled: MeanState | None = None  # of the text that is read for an embedding
     reason: str | None = None  # why it ended: stop, length, or error
     error: str | None = None
     started: int = field(default_factory=time.perf_counter_ns)
@@ -101,7 +105,7 @@ class Batch:
             while self._receive():
                 news: News = []
                 try:
-                    self._read()
+                    self._read(news)
                     self._write(news)
                 except Exception as error:  # whatever it was, the clients must get an answer
                     logging.getLogger(__name__).exception("a step of the batch failed")
@@ -120,7 +124,7 @@ class Batch:
                 return False
             self.reading.append(job)
 
-    def _read(self) -> None:
+    def _read(self, news: News) -> None:
         """Read about PROMPT_STEP tokens of waiting prompts, so that writing continues soon."""
         left = PROMPT_STEP
         while left > 0 and self.reading and len(self.writing) < self.rows:
@@ -128,17 +132,25 @@ class Batch:
             if job.gone:
                 self.reading.popleft()
                 continue
-            context = job.context or self._remembered(job)
-            job.context = context
+            reader: Context | MeanState
+            if job.embeds:
+                reader = job.pooled = job.pooled or MeanState(self.model)
+            else:
+                reader = job.context = job.context or self._remembered(job)
             ids = list(job.ids[job.n_read : job.n_read + PROMPT_STEP])
-            context.feed(ids)
+            reader.feed(ids)
             job.n_read += len(ids)
             left -= len(ids)
             if job.n_read < len(job.ids):
                 self.reading.rotate(-1)
+                continue
+            self.reading.popleft()
+            if isinstance(reader, Context):
+                self._join(job, reader)
             else:
-                self.reading.popleft()
-                self._join(job, context)
+                job.reason = "stop"
+                job.read = job.ended = time.perf_counter_ns()
+                news.append((job, "", True))
 
     def _remembered(self, job: Job) -> Context:
         """A context to read the prompt with, from its longest remembered beginning."""
@@ -208,7 +220,7 @@ class Batch:
     def _take(self, job: Job, token: int) -> str:
         """The new text that can be shown after a token. Sets the reason if the job has ended."""
         found, text = False, ""
-        if token == self.model.config.eos_id:
+        if token == self.model.config.eos_id or token in job.end_ids:
             job.reason = "stop"
         else:
             job.n_written += 1

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from ysnake import __version__
 from ysnake.inference.batch import Job
 from ysnake.serving import ollama_api, openai_api
 from ysnake.serving.completion_request import CompletionRequest
+from ysnake.serving.embeddings import EmbeddingRequest, embedded
 from ysnake.serving.fields import Body, Refused, body_of, error_body, take
 from ysnake.serving.guard import Guard
 from ysnake.serving.service import Service
@@ -62,25 +63,25 @@ def application(service: Service) -> Starlette:
         batch.close()
         await asyncio.to_thread(batch.thread.join)
 
-    generate = partial(ollama_api.completion, chat=False)
-    chat = partial(ollama_api.completion, chat=True)
     models = get_endpoint(lambda: {"models": ollama_api.tags(service)})
     listed = get_endpoint(lambda: {"object": "list", "data": [openai_api.listed(service)]})
+    posted = {
+        "/api/show": about,
+        "/api/generate": completion_endpoint(service, ollama_api.generate, NDJSON),
+        "/api/chat": completion_endpoint(service, ollama_api.chat, NDJSON),
+        "/api/embed": embedding_endpoint(service, ollama_api.embed),
+        "/v1/completions": completion_endpoint(service, openai_api.completion, EVENTS),
+        "/v1/chat/completions": completion_endpoint(service, openai_api.chat, EVENTS),
+        "/v1/embeddings": embedding_endpoint(service, openai_api.embed),
+    }
     routes = [
         Route("/", page),
         Route("/api/version", get_endpoint(lambda: {"version": __version__})),
         Route("/api/tags", models),
         Route("/api/ps", models),
-        Route("/api/show", about, methods=["POST"]),
-        Route("/api/generate", completion_endpoint(service, generate, NDJSON), methods=["POST"]),
-        Route("/api/chat", completion_endpoint(service, chat, NDJSON), methods=["POST"]),
         Route("/v1/models", listed),
         Route("/v1/models/{name}", one_model),
-        Route(
-            "/v1/completions",
-            completion_endpoint(service, openai_api.completion, EVENTS),
-            methods=["POST"],
-        ),
+        *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posted.items()),
     ]
     middleware = [Middleware(Guard, options=service.options)]
     if origins := service.options.allow_origin:
@@ -134,18 +135,23 @@ def completion_endpoint(
     """
 
     async def lines(completion: CompletionRequest, job: Job, path: str) -> AsyncIterator[str]:
-        async for text in service.text(job):
+        for first in completion.first_parts:
+            yield form.frame % json.dumps(first)
+        async for text in text_of(service, completion, job):
             yield form.frame % json.dumps(completion.part(text))
         failed = job.error
         for last in [error_body(path, failed, 500)] if failed else completion.last_parts():
             yield form.frame % json.dumps(last)
         yield form.end
 
+    async def whole(completion: CompletionRequest, job: Job) -> Body:
+        text = "".join([text async for text in text_of(service, completion, job)])
+        if job.error:
+            raise Refused(job.error, 500)
+        return completion.whole(text)
+
     async def endpoint(request: Request) -> Callable:
-        with ExitStack() as held:
-            room = partial(held.enter_context, service.large_request())
-            body = await body_of(request, service.options.max_body, room)
-            service.check_name(body)
+        async with body_for(service, request) as body:
             stream = take(body, "stream", bool, form.by_default)
             completion = await read(service, body, request.client.host if request.client else "")
         job = completion.job
@@ -159,7 +165,7 @@ def completion_endpoint(
                     text = lines(completion, job, request.url.path)
                     response: Response = StreamingResponse(text, media_type=form.media_type)
                 else:
-                    response = await whole_reply(service, request, completion, job)
+                    response = await unless_gone(request, whole(completion, job))
                 await response(scope, receive, send)
             finally:
                 service.release(job)
@@ -169,25 +175,47 @@ def completion_endpoint(
     return endpoint
 
 
-async def whole_reply(
-    service: Service, request: Request, completion: CompletionRequest, job: Job
-) -> Response:
-    """Reply with all the text at once. Stops as soon as the client is gone."""
+def embedding_endpoint(
+    service: Service, read: Callable[[Service, Body], EmbeddingRequest]
+) -> Callable:
+    """An endpoint for embeddings; `read` is the `embed` of one of the APIs."""
 
-    async def collect() -> str:
-        return "".join([text async for text in service.text(job)])
+    async def endpoint(request: Request) -> Response:
+        async with body_for(service, request) as body:
+            return await unless_gone(request, embedded(service, read(service, body)))
 
-    collected, gone = asyncio.ensure_future(collect()), asyncio.ensure_future(request.receive())
+    return endpoint
+
+
+@asynccontextmanager
+async def body_for(service: Service, request: Request) -> AsyncIterator[Body]:
+    """The body of a request for this model. A large one counts as such inside the block."""
+    with ExitStack() as held:
+        room = partial(held.enter_context, service.large_request())
+        body = await body_of(request, service.options.max_body, room)
+        body["model"] = service.check_name(body)
+        yield body
+
+
+async def text_of(service: Service, completion: CompletionRequest, job: Job) -> AsyncIterator[str]:
+    """The text of a job while it is written, without leading spaces where that is asked for."""
+    strip = completion.strip_start
+    async for text in service.text(job):
+        text = text.lstrip() if strip else text
+        strip = strip and not text
+        if text:
+            yield text
+
+
+async def unless_gone(request: Request, content: Coroutine[Any, Any, Body]) -> Response:
+    """Reply with all the content at once. Stops as soon as the client is gone."""
+    made, gone = asyncio.ensure_future(content), asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait({collected, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not collected.done():
-            return Response(status_code=499)
+        await asyncio.wait({made, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return reply(made.result()) if made.done() else Response(status_code=499)
     finally:
-        collected.cancel()
+        made.cancel()
         gone.cancel()
-    if job.error:
-        raise Refused(job.error, 500)
-    return reply(completion.whole(collected.result()))
 
 
 async def refused(request: Request, error: Any) -> Response:

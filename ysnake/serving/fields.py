@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ysnake.inference.sampling import Sampling
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 Body = dict[str, Any]
 LARGE = 1 << 16  # bytes; only a limited number of larger requests is read at once
+MOST_SHOWN = 5  # unknown fields that an error names
 
 
 class Refused(Exception):
@@ -49,35 +51,45 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def check_fields(body: Body, used: set[str], neutral: dict[str, tuple], ignored: set[str]) -> None:
-    """Refuse unknown fields, and unsupported ones that would change the text.
+@dataclass(frozen=True)
+class Fields:
+    """The fields that an object in a request may have. All others are refused by their names."""
 
-    Args:
-        body: the fields of a request, or of an object in it. null counts as missing.
-        used: fields that the caller reads.
-        neutral: unsupported fields, each with the values that change nothing.
-        ignored: fields that change nothing here, whatever their value.
-    """
-    for name, value in body.items():
-        if value is None or name in used or name in ignored:
-            continue
-        if name not in neutral:
-            raise Refused(f"{_shown(name)}: not a field that this server knows")
-        kind = isinstance(value, bool)
-        if not any(value == same and isinstance(same, bool) == kind for same in neutral[name]):
-            raise Refused(f"{name}: this model does not support it, got {_shown(value)}")
+    used: set[str]
+    """Fields that the server reads."""
+    neutral: dict[str, tuple] = field(default_factory=dict)
+    """Fields that the server does not support, each with the values that change nothing."""
+    ignored: set[str] = field(default_factory=set)
+    """Fields that change nothing here, whatever their value."""
+
+    def names(self) -> set[str]:
+        """All fields that are known."""
+        return self.used | self.neutral.keys() | self.ignored
+
+    def check(self, body: Body) -> None:
+        """Refuse unknown fields, and unsupported ones that would change the reply.
+
+        A field that is null counts as missing.
+        """
+        given = {name: value for name, value in body.items() if value is not None}
+        if unknown := sorted(given.keys() - self.names()):
+            shown = ", ".join(map(_shown, unknown[:MOST_SHOWN]))
+            more = f" and {n} more" if (n := len(unknown) - MOST_SHOWN) > 0 else ""
+            raise Refused(f"this server does not know {shown}{more}")
+        for name in sorted(given.keys() & self.neutral.keys()):
+            if not any(_same(given[name], same) for same in self.neutral[name]):
+                raise Refused(f"{name}: this server does not support it, got {_shown(given[name])}")
+
+
+def _same(value: Any, same: Any) -> bool:
+    return value == same and isinstance(value, bool) == isinstance(same, bool)
 
 
 SAMPLING = {"temperature", "top_k", "top_p", "seed", "stop", "repeat_last_n"}
 # the fields of a request, by the options of `ysnake.run` that they stand for
 OPTION_FIELDS = {"--temperature": "temperature", "--top-k": "top_k", "--top-p": "top_p"}
 OPTION_FIELDS |= {"--seed": "seed"}
-SAMPLING_NEUTRAL: dict[str, tuple] = {
-    "min_p": (0,),
-    "typical_p": (1,),
-    "tfs_z": (1,),
-    "mirostat": (0,),
-}
+SAMPLING_NEUTRAL: dict[str, tuple] = {"min_p": (0,), "typical_p": (1,), "tfs_z": (1,)}
 SAMPLING_NEUTRAL |= {"mirostat": (0,), "presence_penalty": (0,), "frequency_penalty": (0,)}
 SAMPLING_IGNORED = {"mirostat_tau", "mirostat_eta"}  # without mirostat
 

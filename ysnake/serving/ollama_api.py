@@ -1,54 +1,109 @@
 """Ollama's HTTP API: what its requests ask for, and the shapes of its replies."""
 
 from datetime import datetime, timezone
+from typing import NamedTuple
+
+import torch
 
 from ysnake.inference.batch import Job
+from ysnake.inference.sampling import Sampling
 from ysnake.serving import fields
+from ysnake.serving.chat import Prompt, messages_of, prompt_of
 from ysnake.serving.completion_request import CompletionRequest
-from ysnake.serving.fields import Body, Refused, check_fields, take
+from ysnake.serving.embeddings import EmbeddingRequest, texts_of
+from ysnake.serving.fields import Body, Fields, take
 from ysnake.serving.service import Service
 
 USED = {"model", "name", "stream", "options"}
-# unsupported fields, with the values that change nothing
-NEUTRAL = {"images": ([],), "format": ("",), "think": (False,), "template": ("",)}
-NEUTRAL |= {"logprobs": (False,), "top_logprobs": (0,)}
-GENERATE_NEUTRAL = NEUTRAL | {"suffix": ("",), "context": ([],)}
-CHAT_NEUTRAL = NEUTRAL | {"tools": ([],)}
-MESSAGE_NEUTRAL = {"images": ([],), "tool_calls": ([],), "thinking": ("",), "tool_name": ("",)}
+NEUTRAL: dict[str, tuple] = {"format": ("",), "think": (False,), "template": ("",)}
+NEUTRAL |= {"images": ([],), "logprobs": (False,), "top_logprobs": (0,)}
 IGNORED = {"keep_alive", "raw"}
-OPTIONS_NEUTRAL = fields.SAMPLING_NEUTRAL | {"penalize_newline": (True,)}
 # how Ollama runs a model; these change no text
-OPTIONS_IGNORED = fields.SAMPLING_IGNORED | {"num_ctx", "num_keep", "num_batch", "num_thread"}
-OPTIONS_IGNORED |= {"num_gpu", "main_gpu", "low_vram", "f16_kv", "use_mmap", "use_mlock", "numa"}
+HARDWARE = {"num_ctx", "num_keep", "num_batch", "num_thread", "num_gpu", "main_gpu", "low_vram"}
+HARDWARE |= {"f16_kv", "use_mmap", "use_mlock", "numa"}
+FIELDS = {
+    "/api/generate": Fields(
+        USED | {"prompt", "system"}, NEUTRAL | {"suffix": ("",), "context": ([],)}, IGNORED
+    ),
+    "/api/chat": Fields(USED | {"messages"}, NEUTRAL | {"tools": ([],)}, IGNORED),
+    "/api/embed": Fields(
+        {"model", "name", "input", "options"},
+        {"truncate": (False,), "dimensions": ()},
+        {"keep_alive"},
+    ),
+    "/api/show": Fields({"model", "name"}, ignored={"verbose"}),
+}
+OPTIONS = Fields(
+    fields.SAMPLING | {"repeat_penalty", "num_predict"},
+    fields.SAMPLING_NEUTRAL | {"penalize_newline": (True,)},
+    fields.SAMPLING_IGNORED | HARDWARE,
+)
+MESSAGE = Fields(
+    {"role", "content"},
+    {"images": ([],), "tool_calls": ([],), "thinking": ("",), "tool_name": ("",)},
+)
 
 
-async def completion(service: Service, body: Body, client: str, chat: bool) -> CompletionRequest:
-    """A request to /api/generate or /api/chat."""
-    if chat:
-        check_fields(body, USED | {"messages"}, CHAT_NEUTRAL, IGNORED)
-    else:
-        check_fields(body, USED | {"prompt", "system"}, GENERATE_NEUTRAL, IGNORED)
-    settings = take(body, "options", dict, {})
-    used = fields.SAMPLING | {"repeat_penalty", "num_predict"}
-    check_fields(settings, used, OPTIONS_NEUTRAL, OPTIONS_IGNORED)
-    most = service.options.max_tokens
-    sampling = fields.sampling_of(settings, "repeat_penalty")
-    n = fields.max_tokens_of(settings, "num_predict", -1, most)
-    stops, owner = fields.stops_of(settings), service.owner(client)
-    if chat:
-        prompt = conversation(body)
-    else:
-        texts = (take(body, "system", str, ""), take(body, "prompt", str, ""))
-        prompt = "\n\n".join(filter(None, texts)) if texts[1] else ""
+class Settings(NamedTuple):
+    """How a request wants its text to be written."""
+
+    sampling: Sampling
+    max_tokens: int
+    stops: tuple[str, ...]
+
+
+def settings_of(service: Service, body: Body) -> Settings:
+    """The `options` of a request."""
+    options = take(body, "options", dict, {})
+    OPTIONS.check(options)
+    sampling = fields.sampling_of(options, "repeat_penalty")
+    n = fields.max_tokens_of(options, "num_predict", -1, service.options.max_tokens)
+    return Settings(sampling, n, fields.stops_of(options))
+
+
+async def generate(service: Service, body: Body, client: str) -> CompletionRequest:
+    """A request to /api/generate."""
+    FIELDS["/api/generate"].check(body)
+    settings = settings_of(service, body)
+    system, prompt = take(body, "system", str, ""), take(body, "prompt", str, "")
+    text = "\n\n".join(filter(None, (system, prompt)))
     # a request without a prompt only asks whether the model exists
-    ids = await service.prompt_ids(prompt) if prompt else None
-    job = None if ids is None else Job(ids, sampling, n, stops, owner)
+    asked = Prompt(await service.prompt_ids(text)) if prompt else None
+    return _completion(service, body, client, settings, asked, chat=False)
+
+
+async def chat(service: Service, body: Body, client: str) -> CompletionRequest:
+    """A request to /api/chat."""
+    FIELDS["/api/chat"].check(body)
+    settings = settings_of(service, body)
+    messages = messages_of(body, MESSAGE)
+    asked = await prompt_of(service, messages) if messages else None
+    return _completion(service, body, client, settings, asked, chat=True)
+
+
+def _completion(
+    service: Service,
+    body: Body,
+    client: str,
+    settings: Settings,
+    prompt: Prompt | None,
+    chat: bool,
+) -> CompletionRequest:
+    job = None
+    if prompt is not None:
+        job = Job(
+            prompt.ids,
+            settings.sampling,
+            settings.max_tokens,
+            settings.stops + prompt.stops,
+            service.owner(client),
+            prompt.end_ids,
+        )
 
     def part(text: str) -> Body:
         now = datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
-        content = (
-            {"message": {"role": "assistant", "content": text}} if chat else {"response": text}
-        )
+        message = {"role": "assistant", "content": text}
+        content = {"message": message} if chat else {"response": text}
         return {"model": body["model"], "created_at": now, **content, "done": False}
 
     def whole(text: str) -> Body:
@@ -65,24 +120,25 @@ async def completion(service: Service, body: Body, client: str, chat: bool) -> C
             "eval_duration": job.ended - job.read,
         }
 
-    return CompletionRequest(job, part, lambda: [whole("")], whole)
+    strip = prompt is not None and prompt.strip_start
+    return CompletionRequest(job, part, lambda: [whole("")], whole, strip_start=strip)
 
 
-def conversation(body: Body) -> str:
-    """The messages of a chat as one text, since a model completes text.
+def embed(service: Service, body: Body) -> EmbeddingRequest:
+    """A request to /api/embed. Its options change nothing, but wrong ones are refused."""
+    FIELDS["/api/embed"].check(body)
+    settings_of(service, body)
 
-    Each message begins a paragraph, except that a message of the assistant continues the text.
-    """
-    text = ""
-    for i, message in enumerate(take(body, "messages", list, [])):
-        if not isinstance(message, dict):
-            raise Refused(f"messages[{i}]: expected an object")
-        check_fields(message, {"role", "content"}, MESSAGE_NEUTRAL, set())
-        role, content = take(message, "role", str), take(message, "content", str, "")
-        if role not in ("system", "user", "assistant"):
-            raise Refused(f"messages[{i}].role: expected system, user or assistant")
-        text += content if role == "assistant" or not text else "\n\n" + content
-    return text
+    def whole(vectors: list[torch.Tensor], n_tokens: int, nanoseconds: int) -> Body:
+        return {
+            "model": body["model"],
+            "embeddings": [vector.tolist() for vector in vectors],
+            "total_duration": nanoseconds,
+            "load_duration": 0,
+            "prompt_eval_count": n_tokens,
+        }
+
+    return EmbeddingRequest(texts_of(body), whole)
 
 
 def tags(service: Service) -> list[Body]:
@@ -100,7 +156,7 @@ def tags(service: Service) -> list[Body]:
 
 def show(service: Service, body: Body) -> Body:
     """The reply to /api/show: information about the model."""
-    check_fields(body, {"model", "name"}, {}, {"verbose"})
+    FIELDS["/api/show"].check(body)
     service.check_name(body)
     c, (tag,) = service.decoder.model.config, tags(service)
     info: Body = {"general.architecture": "mamba2", "general.basename": service.name}
@@ -116,6 +172,6 @@ def show(service: Service, body: Body) -> Body:
         "template": "{{ .Prompt }}",
         "details": tag["details"],
         "model_info": info,
-        "capabilities": ["completion"],
+        "capabilities": ["completion", "embedding"],
         "modified_at": tag["modified_at"],
     }

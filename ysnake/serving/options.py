@@ -13,7 +13,7 @@ KEY_VARIABLE = "YSNAKE_API_KEY"
 
 @dataclass
 class Options:
-    """Serve a trained model: Ollama's API, OpenAI's completions API, and a web page."""
+    """Serve a trained model: Ollama's API, OpenAI's API, and a web page."""
 
     path: Positional[Annotated[Path | None, arg(metavar="PATH")]] = None
     """A run or a checkpoint folder; by default the newest run."""
@@ -49,6 +49,8 @@ class Options:
     """Largest number of tokens in a prompt."""
     max_body: int = 1_000_000
     """Largest number of bytes in a request."""
+    plain_chat: bool = False
+    """Write a chat as a transcript, also where the checkpoint has a chat template."""
     weights: Literal["float32", "int8"] = "float32"
     """int8 generates faster on a CPU. The output is nearly identical."""
     compile: bool = False

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,14 +15,18 @@ from tokenizers import Tokenizer
 from ysnake.checkpoints import checkpoint
 from ysnake.inference.batch import Batch, Job, News
 from ysnake.inference.decoding import Decoder
+from ysnake.inference.sampling import Sampling
 from ysnake.serving.fields import Body, Refused, take
 from ysnake.shared import cli
+from ysnake.shared.errors import InputError
+from ysnake.text import chat_template
+from ysnake.text.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     from ysnake.serving.options import Options
 
 MOST_LARGE = 64  # large requests that are read at the same time
-SHORT = 4096  # characters that the event loop itself tokenises, in a few milliseconds
+SHORT = 4096  # bytes that the event loop itself tokenises, in a few milliseconds
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Service:
     tokenizer: Tokenizer
     modified: datetime
     digest: str
+    template: ChatTemplate | None  # None: a chat is a transcript
     longest: int  # bytes that a token stands for at most
     batch: Batch | None = None  # while the application runs
     queues: dict[Job, asyncio.Queue] = field(default_factory=dict)
@@ -90,25 +96,49 @@ class Service:
             if text := "".join(texts[:-1] if ended else texts):
                 yield text
 
+    async def embedding(self, ids: tuple[int, ...]) -> torch.Tensor:
+        """The mean (d_model,) of the last hidden states of these tokens, scaled to length 1."""
+        job = Job(ids, Sampling(), 0, embeds=True)
+        self.submit(job)
+        try:
+            async for _ in self.text(job):
+                pass
+        finally:
+            self.release(job)
+        if job.error or job.pooled is None:
+            raise Refused(job.error or "no embedding", 500)
+        return job.pooled.vector()
+
     async def prompt_ids(self, text: str) -> tuple[int, ...]:
         """The token that begins a document, and the tokens of a prompt.
 
         A text with too many bytes is refused before it is split into tokens.
         """
+        bos = self.decoder.model.config.bos_id
+        return await self.piece_ids([text] if bos is None else [bos, text])
+
+    async def piece_ids(self, pieces: list[str | int]) -> tuple[int, ...]:
+        """The tokens of a prompt in pieces: texts, and ids of special tokens."""
         most, bos = self.options.max_prompt, self.decoder.model.config.bos_id
-        text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair becomes "?"
+        # half of a surrogate pair becomes "?"
+        texts = [p.encode("utf-8", "replace").decode() for p in pieces if isinstance(p, str)]
         expected, code = f"prompt: expected at most {most} tokens", "context_length_exceeded"
-        if (size := len(text.encode())) > most * self.longest:
+        if (size := sum(len(text.encode()) for text in texts)) > most * self.longest:
             raise Refused(f"{expected}, got {size} bytes, which are more", code=code)
 
-        def encode() -> list[int]:
+        def encode() -> list:
             # this is the only encoding function that does not block other threads
-            return self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
-        ids = encode() if len(text) <= SHORT else await asyncio.to_thread(encode)
-        if len(ids) > most:
-            raise Refused(f"{expected}, got {len(ids)}", code=code)
-        return tuple(ids) if bos is None else (bos, *ids)
+        encoded = iter(encode() if size <= SHORT else await asyncio.to_thread(encode))
+        ids = [
+            token
+            for piece in pieces
+            for token in (next(encoded).ids if isinstance(piece, str) else [piece])
+        ]
+        if (n := len(ids) - (ids[:1] == [bos])) > most:
+            raise Refused(f"{expected}, got {n}", code=code)
+        return tuple(ids)
 
     @contextmanager
     def large_request(self) -> Iterator[None]:
@@ -125,13 +155,14 @@ class Service:
         """Who shares remembered prompts with a client: only the client itself, or everybody."""
         return "" if self.options.share_prompts else client
 
-    def check_name(self, body: Body) -> None:
-        """Refuse a request for another model."""
+    def check_name(self, body: Body) -> str:
+        """The name of the model that a request asks for. Another model's is refused."""
         asked = take(body, "model", str) or take(body, "name", str)
         if not asked:
             raise Refused("model: expected the name of a model")
         if asked.removesuffix(":latest") != self.name:
             raise Refused(f"model '{asked}' not found", 404, "model_not_found")
+        return asked
 
 
 def load(options: "Options") -> Service:
@@ -141,6 +172,7 @@ def load(options: "Options") -> Service:
     cli.use_threads(options.threads)
     device = cli.pick_device(options.device)
     folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint, device)
+    template = None if options.plain_chat else load_template(folder, tokenizer)
     digest = sha256()
     for weight in model.parameters():
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -161,5 +193,14 @@ def load(options: "Options") -> Service:
         tokenizer=tokenizer,
         modified=datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc),
         digest=digest.hexdigest(),
+        template=template,
         longest=max((len(token.encode()) for token in tokenizer.get_vocab()), default=1),
     )
+
+
+def load_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template of a checkpoint. An error says how to do without one."""
+    try:
+        return chat_template.load(folder, tokenizer)
+    except InputError as error:
+        raise InputError(f"{error}; --plain-chat does without it") from error
