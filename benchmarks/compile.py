@@ -28,6 +28,7 @@ from ysnake_kernels.loss import fused as loss
 from ysnake_kernels.norm import fused as norm
 from ysnake_kernels.ssd import fused_backward, fused_forward
 from ysnake_kernels.ssd.fused_tiles import Constants
+from ysnake_kernels.ssd.inputs import ScanInputs
 from ysnake_kernels.step import fused as step
 from ysnake_kernels.triton_launch import Launcher
 
@@ -98,12 +99,12 @@ def scan_launches(
         seq_idx = torch.empty(batch, length, dtype=torch.int32, device="meta")
     if form == "packed":
         cu_seqlens = torch.empty(packed + 1, dtype=torch.int32, device="meta")
-    given = (x, dt, per_head, B, B, D, x if z else None, initial, per_head, seq_idx, cu_seqlens)
-    options = (True, 0.0, float("inf"))
+    tensors = (x, dt, per_head, B, B, D, x if z else None, initial, per_head, seq_idx, cu_seqlens)
+    inputs = ScanInputs(*tensors, dt_softplus=True)
 
     def call() -> None:
-        fused_forward.forward(*given, *options)
-        fused_backward.backward(x, initial, *given, *options)
+        fused_forward.forward(inputs)
+        fused_backward.backward(x, initial, inputs)
 
     with ExitStack() as patches:
         for module in (fused_forward, fused_backward):

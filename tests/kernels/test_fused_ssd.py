@@ -12,6 +12,7 @@ from test_ssd import CASES, EVERYTHING, OPTIONS, inputs
 from ysnake_kernels import backend, ssd_scan
 from ysnake_kernels.ssd import fused, fused_backward, fused_forward, fused_tiles
 from ysnake_kernels.ssd.fused_tiles import Config, segments
+from ysnake_kernels.ssd.inputs import ScanInputs
 from ysnake_kernels.triton_launch import Launcher
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -283,10 +284,8 @@ def restore_precision():
 
 
 def precision():
-    names = ("x", "dt", "A", "B", "C")
-    given = inputs(**SMALL, dtype=torch.float32)
-    scan = fused_tiles.Scan(*(given[name] for name in names), *[None] * 6)
-    return fused_tiles.constants(scan, 1, "sm_90", True, 0.0, 1.0).PRECISION
+    given = ScanInputs(**inputs(**SMALL, dtype=torch.float32))
+    return fused_tiles.constants(given, 1, "sm_90").PRECISION
 
 
 @pytest.mark.usefixtures("restore_precision")

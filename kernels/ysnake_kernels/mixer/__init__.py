@@ -16,6 +16,7 @@ from ysnake_kernels.conv import check_conv
 from ysnake_kernels.mixer import composed, eager_operator
 from ysnake_kernels.mixer.composed import scan_inputs
 from ysnake_kernels.ssd import check_scan
+from ysnake_kernels.ssd.inputs import ScanInputs
 
 
 def mamba_split_conv1d_scan_combined(
@@ -98,9 +99,16 @@ def mamba_split_conv1d_scan_combined(
         shape = (len(zxbcdt), channels, width - 1)
         check("conv_initial_states", conv_initial_states, shape, zxbcdt, match="zxbcdt")
     x, B, C = scan_inputs(xBC, sizes, ngroups)
+    dt = zxbcdt[..., -sizes[2] :]
     check_scan(
-        *(x, zxbcdt[..., -sizes[2] :], A, B, C, chunk_size, D, None, dt_bias),
-        *(initial_states, seq_idx, None, dt_limit),
+        ScanInputs(
+            *(x, dt, A, B, C, D),
+            dt_bias=dt_bias,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            chunk_size=chunk_size,
+            dt_limit=dt_limit,
+        )
     )
     device = zxbcdt.device.type
     autocast = torch.is_autocast_enabled(device)

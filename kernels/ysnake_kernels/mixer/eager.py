@@ -18,6 +18,7 @@ from ysnake_kernels.mixer.composed import scan_inputs
 from ysnake_kernels.mixer.output import MergedOutput, output_of
 from ysnake_kernels.numerics import accumulator
 from ysnake_kernels.ssd import eager as ssd
+from ysnake_kernels.ssd.inputs import ScanInputs, SequenceGradients
 
 CHUNK_ELEMENTS = 512 * 1024  # of a chunk of z: two megabytes in float32
 
@@ -171,8 +172,8 @@ def _forward(
     weights = (norm_weight, out_weight, out_bias)
     output = output_of(z, weights, norm_options, dtype, rstd)
     output.forward(out)
-    scan = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, scan_options)
-    states, _ = ssd.forward(*scan, output.finish, return_states)
+    tensors = (x, dt, A, B, C, D, None, initial_states, dt_bias, seq_idx, None)
+    states, _ = ssd.forward(ScanInputs(*tensors, *scan_options), output.finish, return_states)
     output.project()
     return states
 
@@ -216,8 +217,10 @@ def _backward(
     conv.forward(*conv_arguments, mixed, activation, sums)
     x, B, C = scan_inputs(mixed, sizes, ngroups)
     dx, dB, dC = scan_inputs(dmixed, sizes, ngroups)
-    scan = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, scan_options)
-    dA, dD, dinitial, ddt_bias = ssd.backward(*scan, output.gradient, dstates, dx, ddt, dB, dC)
+    tensors = (x, dt, A, B, C, D, None, initial_states, dt_bias, seq_idx, None)
+    scan = ScanInputs(*tensors, *scan_options)
+    into = SequenceGradients(dx, ddt, dB, dC)
+    dA, dD, dinitial, ddt_bias = ssd.backward(scan, output.gradient, dstates, into)
     dconv_weight, dconv_bias, dedge = conv.backward(*conv_arguments, dmixed, dxBC, activation, sums)
     grads = (dconv_weight, dconv_bias, ddt_bias, dA, dD, *output.parameter_gradients())
     return None if dedge is None else dedge.transpose(1, 2), dinitial, grads

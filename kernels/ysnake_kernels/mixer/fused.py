@@ -14,7 +14,7 @@ from ysnake_kernels.mixer.composed import scan_inputs
 from ysnake_kernels.norm import fused as norm
 from ysnake_kernels.ssd import fused as scan
 from ysnake_kernels.ssd import fused_backward, fused_forward
-from ysnake_kernels.ssd.fused_backward import Into
+from ysnake_kernels.ssd.inputs import ScanInputs, SequenceGradients
 
 
 def check_sizes(sizes: list[int], ngroups: int, conv_weight: Tensor, group_size: int) -> None:
@@ -77,8 +77,10 @@ class Intermediates:
         mixed, _ = conv._forward(*self.convolution)
         x, B, C = scan_inputs(mixed.transpose(1, 2), self.sizes, self.ngroups)
         A, D, initial_states, dt_bias, seq_idx = self.small
-        self.scan = (x, self.dt, A, B, C, D, None, initial_states, dt_bias, seq_idx, None)
-        y, states = fused_forward.forward(*self.scan, *self.scan_options)
+        softplus, *limit = self.scan_options
+        tensors = (x, self.dt, A, B, C, D, None, initial_states, dt_bias, seq_idx)
+        self.scan = ScanInputs(*tensors, dt_softplus=softplus, dt_limit=tuple(limit))
+        y, states = fused_forward.forward(self.scan)
         self.y = y.flatten(2)
         return states
 
@@ -111,8 +113,8 @@ class Intermediates:
         dy = dy.view(dx.shape)
         if dstates is not None:
             dstates = dstates.contiguous()
-        given = (dy, dstates, *self.scan, *self.scan_options)
-        found = fused_backward.backward(*given, into=Into(dx, ddt, dB, dC))
+        into = SequenceGradients(dx, ddt, dB, dC)
+        found = fused_backward.backward(dy, dstates, self.scan, into)
         _, _, dA, _, _, dD, _, dinitial, ddt_bias = found
         del self.scan, dy
         given = (dmixed.transpose(1, 2), None, *self.convolution)

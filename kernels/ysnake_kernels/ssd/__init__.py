@@ -18,7 +18,7 @@ from ysnake_kernels.checks import (
     values_can_be_checked,
 )
 from ysnake_kernels.ssd import eager_operator, reference
-from ysnake_kernels.ssd.sequences import scan_each
+from ysnake_kernels.ssd.inputs import ScanInputs
 
 
 def ssd_scan(
@@ -77,74 +77,61 @@ def ssd_scan(
 
     Source: Dao and Gu, arXiv 2405.21060, section 6 (block decomposition of SSD).
     """
-    check_scan(
-        *(x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, cu_seqlens, dt_limit)
+    inputs = ScanInputs(
+        *(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens),
+        *(chunk_size, dt_softplus, dt_limit),
     )
-    arguments = (x, dt, A, B, C, chunk_size, D, z, initial_states, seq_idx)
-    options = (dt_bias, dt_softplus, dt_limit)
+    check_scan(inputs)
+    low, high = dt_limit
+    inputs = inputs._replace(dt_softplus=bool(dt_softplus), dt_limit=(float(low), float(high)))
     name = choose(x)
     with torch.autocast(x.device.type, enabled=False):
         if name == "fused":
             from ysnake_kernels.ssd import fused  # only where it runs: it needs triton
 
-            y, states = fused.scan(*arguments, *options, cu_seqlens=cu_seqlens)
+            y, states = fused.scan(inputs)
         elif name == "eager":
-            y, states = eager_operator.scan(*arguments, *options, cu_seqlens=cu_seqlens)
-        elif cu_seqlens is None:
-            y, states = reference.scan(*arguments, *options)
+            y, states = eager_operator.scan(inputs)
         else:
-            y, states = scan_each(reference.scan, cu_seqlens, *arguments, *options)
+            y, states = reference.scan(inputs)
     return (y, states) if return_final_states else y
 
 
-def check_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int | None,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dt_limit: tuple[float, float],
-) -> None:
-    """The checks of `ssd_scan`'s arguments."""
+def check_scan(inputs: ScanInputs) -> None:
+    """Raise ValueError or TypeError unless these are arguments that `ssd_scan` takes."""
+    x = inputs.x
     check_rank("x", x, "batch, length, heads, P")
     batch, length, heads, head_dim = x.shape
     if length < 1:
         raise ValueError("x: expected a length of at least 1, got 0")
-    check("dt", dt, (batch, length, heads), x)
-    check("A", A, (heads,), x)
-    check_decay(A)
-    check_rank("B", B, "batch, length, groups, N")
-    groups, state = B.shape[2:]
+    check("dt", inputs.dt, (batch, length, heads), x)
+    check("A", inputs.A, (heads,), x)
+    check_decay(inputs.A)
+    check_rank("B", inputs.B, "batch, length, groups, N")
+    groups, state = inputs.B.shape[2:]
     if groups < 1 or heads % groups:
         raise ValueError(f"B: expected a number of groups dividing {heads} heads, got {groups}")
-    check("B", B, (batch, length, groups, state), x)
-    check("C", C, (batch, length, groups, state), x, match="B")
-    check_whole("chunk_size", chunk_size)
-    check_skip(D, heads, head_dim, x)
-    if z is not None:
-        check("z", z, tuple(x.shape), x)
-    if dt_bias is not None:
-        check("dt_bias", dt_bias, (heads,), x)
-    check_limit(dt_limit)
-    sequences = batch
-    if cu_seqlens is not None:
-        sequences = _check_cu_seqlens(cu_seqlens, x, seq_idx)
-    if initial_states is not None:
-        check("initial_states", initial_states, (sequences, heads, head_dim, state), x)
-    if seq_idx is not None:
-        check("seq_idx", seq_idx, (batch, length), x, dtypes=INTEGERS)
-        check_seq_idx(seq_idx)
+    check("B", inputs.B, (batch, length, groups, state), x)
+    check("C", inputs.C, (batch, length, groups, state), x, match="B")
+    check_whole("chunk_size", inputs.chunk_size)
+    check_skip(inputs.D, heads, head_dim, x)
+    if inputs.z is not None:
+        check("z", inputs.z, tuple(x.shape), x)
+    if inputs.dt_bias is not None:
+        check("dt_bias", inputs.dt_bias, (heads,), x)
+    check_limit(inputs.dt_limit)
+    if inputs.cu_seqlens is not None:
+        _check_cu_seqlens(inputs.cu_seqlens, x, inputs.seq_idx)
+    if inputs.initial_states is not None:
+        shape = (inputs.sequences, heads, head_dim, state)
+        check("initial_states", inputs.initial_states, shape, x)
+    if inputs.seq_idx is not None:
+        check("seq_idx", inputs.seq_idx, (batch, length), x, dtypes=INTEGERS)
+        check_seq_idx(inputs.seq_idx)
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, seq_idx: Tensor | None) -> int:
-    """The number of packed sequences, after the checks of cu_seqlens."""
+def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, seq_idx: Tensor | None) -> None:
+    """Raise unless `cu_seqlens` cuts the length of x into sequences."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
     if seq_idx is not None:
@@ -164,4 +151,3 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, seq_idx: Tensor | None) -> 
                 f"cu_seqlens: expected values from 0 to length {length} that never decrease, "
                 f"got {bounds}"
             )
-    return len(cu_seqlens) - 1

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ysnake_kernels.numerics import (
     SMALLEST_LOG_DECAY,
-    accumulator,
     finite_rates,
     log_decays,
     step_sizes,
     step_sizes_backward,
     sums_of_log_decays,
 )
+from ysnake_kernels.ssd.inputs import ScanInputs, SequenceGradients
 
 CPU_CHUNK = 64  # 32 to 64 measured best on two cores, 128 and above lost
 GPU_CHUNK = 128
@@ -310,16 +310,7 @@ def _matrices(t: Tensor) -> list[Tensor]:
 
 
 def forward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    initial_states: Tensor | None,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    options: tuple[int | None, bool, tuple[float, float]],
+    inputs: ScanInputs,
     finish: Callable[[slice, Tensor], None],
     want_states: bool = True,
     out: Tensor | None = None,
@@ -332,8 +323,8 @@ def forward(
     that enter the chunks and what the pieces read of them; nothing if the states take more than
     twice the memory of x.
     """
-    chunk_size, *step_options = options
-    acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
+    x, dt, A, B, C, D, _, initial_states, dt_bias, seq_idx, _, chunk_size, *step_options = inputs
+    acc = inputs.accumulator
     dts = step_sizes(dt, dt_bias, *step_options, acc)
     sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, initial_states is not None, acc)
     S = sweep.fold_states(initial_states)
@@ -357,41 +348,32 @@ def forward(
             reads.append(CS)
         finish(piece.span, sweep.outputs(W, piece, CS, None if out is None else out[:, piece.span]))
         S = leaving[-1]
-    return S.view(len(x), -1, *x.shape[3:], sweep.n) if want_states else None, [kept, *reads]
+    return S.view(
+        len(x), -1, *x.shape[3:], sweep.n
+    ) if want_states else None, [] if kept is None else [kept, *reads]
 
 
 def backward(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    initial_states: Tensor | None,
-    dt_bias: Tensor | None,
-    seq_idx: Tensor | None,
-    options: tuple[int | None, bool, tuple[float, float]],
+    inputs: ScanInputs,
     gradient: Callable[[slice, Callable[[], Tensor]], Tensor],
     dstates: Tensor | None,
-    dx: Tensor,
-    ddt: Tensor,
-    dB: Tensor,
-    dC: Tensor,
-    kept: Sequence[Tensor | None] = (None,),
-) -> tuple[Tensor | None, ...]:
+    into: SequenceGradients,
+    kept: Sequence[Tensor | None] = (),
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The sweep forward for the entering states, unless they are `kept`, and one back.
 
     Writes dx, ddt, dB and dC. `gradient(span, y)` returns that of a piece's y, both [batch tokens
     heads p]; y() computes y, as `forward` handed it over. Returns the gradients of A, D,
     initial_states and dt_bias.
     """
-    chunk_size, *step_options = options
-    acc = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
+    x, dt, A, B, C, D, _, initial_states, dt_bias, seq_idx, _, chunk_size, *step_options = inputs
+    dx, ddt, dB, dC = into
+    acc = inputs.accumulator
     dts = step_sizes(dt, dt_bias, *step_options, acc).clamp_(min=TINY)
     entered = [initial_states is not None]
     sweep = _Sweep(x, dts, A, B, C, D, seq_idx, chunk_size, entered[0], acc)
     entered += [True] * (len(sweep.pieces) - 1)
-    states, *reads = kept
+    states, *reads = kept or (None,)
     if states is None:
         states = sweep.states("S", sweep.n_chunks + 1)
         if initial_states is not None:

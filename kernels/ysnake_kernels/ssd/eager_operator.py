@@ -1,11 +1,11 @@
 """The eager scan as PyTorch sees it: an autograd function, and a custom operator for torch.compile.
 
-The function keeps for backward the states between chunks and what is read of them. The operator
-keeps its inputs only, since an operator's outputs cannot depend on sizes that easily.
+The autograd function stores for backward the states between chunks and what the chunks read of
+them. The operator stores its inputs only, since an operator has a fixed number of outputs.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,163 +13,160 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.custom_op import empty_gradients, with_none, without_none
-from ysnake_kernels.numerics import accumulator
 from ysnake_kernels.ssd.eager import backward, forward, gate_backward
+from ysnake_kernels.ssd.inputs import (
+    DIFFERENTIABLE,
+    SCHEMA,
+    TENSORS,
+    ScanInputs,
+    SequenceGradients,
+)
 from ysnake_kernels.ssd.sequences import scan_each
 
-ARGUMENTS = (
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? initial_states, Tensor? dt_bias, Tensor? seq_idx, Tensor? cu_seqlens, "
-    "int? chunk_size, bool softplus, float low, float high"
-)
+OPTIONS = len(ScanInputs._fields) - TENSORS
+ONE_FOR_EACH_TOKEN = ("x", "dt", "B", "C", "z")
 
 
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int | None,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Arguments as `ssd_scan` has checked them."""
-    tensors = (x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx)
-    options = (chunk_size, bool(dt_softplus), *map(float, dt_limit))
+class Gradients(NamedTuple):
+    """The gradients of the differentiable fields of ScanInputs; None for what is absent."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    initial_states: Tensor | None
+    dt_bias: Tensor | None
+
+
+def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """y and the final states, of inputs that `ssd_scan` has checked."""
     if torch.compiler.is_compiling():
-        return _scan(*tensors, cu_seqlens, *options)
-    if cu_seqlens is not None:
-        packed = (x, dt, A, B, C, chunk_size, D, z, initial_states)
-        return scan_each(scan, cu_seqlens, *packed, None, dt_bias, dt_softplus, dt_limit)
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return _Scan.apply(*tensors, _grouped(options), keep)
+        return _scan(*inputs)
+    if inputs.cu_seqlens is not None:
+        return scan_each(scan, inputs)
+    keep = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in inputs[:DIFFERENTIABLE]
+    )
+    return _Scan.apply(keep, *inputs)
 
 
-def _grouped(options: tuple) -> tuple[int | None, bool, tuple[float, float]]:
-    chunk_size, softplus, low, high = options
-    return chunk_size, softplus, (low, high)
-
-
-def _run(
-    x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options, keep=False
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """y, the final states, and what `_gradients` likes to have kept."""
+def _run(inputs: ScanInputs, keep: bool = False) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """y, the final states, and what `_gradients` can use again if `keep`."""
+    x, z = inputs.x, inputs.z
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    def finish(span: slice, y: Tensor) -> None:
+    def finish(tokens: slice, y: Tensor) -> None:
         if z is not None:
-            out[:, span] = y * F.silu(z[:, span].to(y.dtype))
+            out[:, tokens] = y * F.silu(z[:, tokens].to(y.dtype))
 
-    arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, options)
-    final, kept = forward(*arguments, finish, out=out if z is None else None, keep=keep)
-    return out, final.clone(), kept  # else it would hold on to the states of other chunks
+    final, kept = forward(inputs, finish, out=out if z is None else None, keep=keep)
+    assert final is not None
+    return out, final.clone(), kept  # the clone does not keep the states of other chunks alive
 
 
 def _gradients(
-    dout, dstates, x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, options, kept=(None,)
-) -> tuple[Tensor | None, ...]:
-    """Those of the tensors before seq_idx."""
-    if dout is None:
-        dout = torch.zeros_like(x)
-    dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
+    dout: Tensor | None,
+    dstates: Tensor | None,
+    inputs: ScanInputs,
+    kept: Sequence[Tensor | None] = (),
+) -> Gradients:
+    """The gradients of the inputs, from those of y and of the final states; None means zeros."""
+    x, z = inputs.x, inputs.z
+    dy = torch.zeros_like(x) if dout is None else dout
     dz = None if z is None else torch.empty_like(z)
 
-    def gradient(span: slice, y: Callable[[], Tensor]) -> Tensor:
-        if z is None:
-            return dout[:, span]
-        G, dz[:, span], _ = gate_backward(y(), z[:, span], dout[:, span])
+    def gradient(tokens: slice, y: Callable[[], Tensor]) -> Tensor:
+        if z is None or dz is None:
+            return dy[:, tokens]
+        G, dz[:, tokens], _ = gate_backward(y(), z[:, tokens], dy[:, tokens])
         return G
 
-    arguments = (x, dt, A, B, C, D, initial_states, dt_bias, seq_idx, options)
-    grads = backward(*arguments, gradient, dstates, dx, ddt, dB, dC, kept)
-    dA, dD, dinitial, dbias = grads
-    return dx, ddt, dA, dB, dC, dD, dz, dinitial, dbias
+    into = SequenceGradients(*(torch.empty_like(t) for t in (x, inputs.dt, inputs.B, inputs.C)))
+    dA, dD, dinitial, dbias = backward(inputs, gradient, dstates, into, kept)
+    return Gradients(into.dx, into.ddt, dA, into.dB, into.dC, dD, dz, dinitial, dbias)
 
 
 class _Scan(torch.autograd.Function):
     """Saves its inputs, the states between chunks and what is read of them; recomputes the rest."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        *tensors, options, keep = arguments
-        ctx.options = options
+    def forward(ctx, keep, *arguments):
+        out, final, kept = _run(ScanInputs(*arguments), keep)
+        ctx.options = arguments[TENSORS:]
         ctx.set_materialize_grads(False)
-        out, final, kept = _run(*tensors, options, keep)
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(*arguments[:TENSORS], *kept)
         return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dstates):
-        tensors, kept = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
-        return *_gradients(dout, dstates, *tensors, ctx.options, kept), None, None, None
+        tensors, kept = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
+        grads = _gradients(dout, dstates, ScanInputs(*tensors, *ctx.options), kept)
+        return None, *grads, None, None, *[None] * OPTIONS
 
 
 @torch.library.custom_op(
-    "ysnake::ssd_scan_eager", mutates_args=(), schema=f"({ARGUMENTS}) -> (Tensor, Tensor)"
+    "ysnake::ssd_scan_eager", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)"
 )
-def _scan(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, *options):
-    chunk_size, softplus, limit = _grouped(options)
+def _scan(*arguments):
+    inputs = ScanInputs(*arguments)
+    return scan_each(_run_alone, inputs) if inputs.cu_seqlens is not None else _run_alone(inputs)
 
-    def run(x, dt, A, B, C, chunk_size, D, z, state, seq_idx, *_):
-        tensors = (x, dt, A, B, C, D, z, state, dt_bias, seq_idx)
-        return _run(*tensors, (chunk_size, softplus, limit))[:2]
 
-    arguments = (x, dt, A, B, C, chunk_size, D, z, initial_states, seq_idx)
-    return run(*arguments) if cu_seqlens is None else scan_each(run, cu_seqlens, *arguments)
+def _run_alone(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    out, final, _ = _run(inputs)
+    return out, final
 
 
 @_scan.register_fake
-def _(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens, *options):
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    exact = accumulator(x, dt, A, B, C, D, initial_states, dt_bias)
-    states = x.new_empty(sequences, *x.shape[2:], B.shape[3], dtype=exact)
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), states
+def _(*arguments):
+    inputs = ScanInputs(*arguments)
+    return torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device), (
+        inputs.empty_states()
+    )
 
 
 @torch.library.custom_op(
     "ysnake::ssd_scan_eager_backward",
     mutates_args=(),
-    schema=f"(Tensor? dout, Tensor? dstates, {ARGUMENTS}) -> Tensor[]",
+    schema=f"(Tensor? dout, Tensor? dstates, {SCHEMA}) -> Tensor[]",
 )
 def _scan_backward(dout, dstates, *arguments):
-    *tensors, cu_seqlens = arguments[:11]
-    options = _grouped(arguments[11:])
-    if cu_seqlens is None:
-        return without_none(_gradients(dout, dstates, *tensors, options))
-    x, dt, A, B, C, D, z, initial_states, dt_bias, _ = tensors
-    total = [None if t is None else torch.zeros_like(t) for t in tensors[:9]]
-    dx, ddt, dA, dB, dC, dD, dz, dinitial, dbias = total
-    for k, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        state, dstate = (None if t is None else t[k : k + 1] for t in (initial_states, dstates))
+    inputs = ScanInputs(*arguments)
+    if inputs.cu_seqlens is None:
+        return without_none(_gradients(dout, dstates, inputs))
+    totals = [t.zero_() for t in _empty_gradients(inputs)]
+    for number, (start, end) in enumerate(inputs.spans()):
+        dstate = None if dstates is None else dstates[number : number + 1]
         if start == end:
-            if dinitial is not None and dstate is not None:
-                dinitial[k] = dstate[0]
+            if inputs.initial_states is not None and dstate is not None:
+                totals[Gradients._fields.index("initial_states")][number] = dstate[0]
             continue
-        cut = [None if t is None else t[:, start:end] for t in (dout, x, dt, B, C, z)]
-        piece = (cut[1], cut[2], A, cut[3], cut[4], D, cut[5], state, dt_bias, None)
-        grads = _gradients(cut[0], dstate, *piece, options)
-        placed = [None if t is None else t[:, start:end] for t in (dx, ddt, dB, dC, dz)]
-        for to, grad in zip(placed, (*grads[:2], *grads[3:5], grads[6]), strict=True):
-            if to is not None:
-                to.copy_(grad)
-        for to, grad in ((dA, grads[2]), (dD, grads[5]), (dbias, grads[8])):
-            if to is not None:
-                to += grad
-        if dinitial is not None:
-            dinitial[k] = grads[7][0]
-    return without_none(total)
+        dy = None if dout is None else dout[:, start:end]
+        grads = _gradients(dy, dstate, inputs.packed_sequence(number, start, end))
+        for name, total, grad in zip(Gradients._fields, totals, grads, strict=True):
+            if grad is None:
+                continue
+            if name in ONE_FOR_EACH_TOKEN:
+                total[:, start:end] = grad
+            elif name == "initial_states":
+                total[number] = grad[0]
+            else:
+                total += grad
+    return totals
 
 
 @_scan_backward.register_fake
-def _(dout, dstates, x, dt, A, B, C, D, z, initial_states, dt_bias, *_):
+def _(dout, dstates, *arguments):
+    return _empty_gradients(ScanInputs(*arguments))
+
+
+def _empty_gradients(inputs: ScanInputs) -> list[Tensor]:
+    """Memory for the gradients in the order of Gradients; of no elements for what is absent."""
+    x, dt, A, B, C, D, z, initial_states, dt_bias = inputs[:DIFFERENTIABLE]
     dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
     dz = x.new_empty(0) if z is None else torch.empty_like(z)
     dA, dD, dinitial, dbias = empty_gradients(A, D, initial_states, dt_bias)
@@ -178,14 +175,14 @@ def _(dout, dstates, x, dt, A, B, C, D, z, initial_states, dt_bias, *_):
 
 def _save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:11])
-    ctx.options = inputs[11:]
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.options = inputs[TENSORS:]
 
 
 def _differentiate(ctx, dout, dstates):
     grads = _scan_backward(dout, dstates, *ctx.saved_tensors, *ctx.options)
-    nones = [None] * (2 + len(ctx.options))
-    return *with_none(grads, ctx.saved_tensors[:9]), *nones
+    given = ctx.saved_tensors[:DIFFERENTIABLE]
+    return *with_none(grads, given), None, None, *[None] * OPTIONS
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)

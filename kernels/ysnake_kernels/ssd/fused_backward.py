@@ -14,15 +14,13 @@ With G = dy silu(z), u = step x, S the entering state, dS the leaving state's gr
 the flow from token j to token i, the gradient of cs_i - cs_j, is M_ij = (C_i . B_j) L_ij G_i . u_j.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator, ceil_divide
+from ysnake_kernels.numerics import ceil_divide
 from ysnake_kernels.ssd import fused_tiles as ft
 from ysnake_kernels.ssd.fused_forward import compute_decays, heads_at_once, states_kernel
 from ysnake_kernels.ssd.fused_tiles import (
@@ -35,6 +33,7 @@ from ysnake_kernels.ssd.fused_tiles import (
     device,
     segments,
 )
+from ysnake_kernels.ssd.inputs import ScanInputs, SequenceGradients
 from ysnake_kernels.triton_launch import Launcher, launcher
 
 CONTIGUOUS = torch.contiguous_format
@@ -296,29 +295,20 @@ def splits_of_group(programs: int, per_group: int, multiprocessors: int) -> int:
     return next((d for d in divisors if programs * d >= 2 * multiprocessors), per_group)
 
 
-class Into(NamedTuple):
-    """Where `backward` writes the gradients of x, dt, B and C.
+def backward(
+    dy: Tensor, dfinal: Tensor | None, inputs: ScanInputs, into: SequenceGradients | None = None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the differentiable fields of ScanInputs, None for what is absent.
 
-    The numbers of a token lie side by side. The tensors may be slices of a larger one.
+    Those of x, dt, B and C are written `into` the given memory, if any.
     """
-
-    dx: Tensor
-    ddt: Tensor
-    dB: Tensor
-    dC: Tensor
-
-
-def backward(dy, dfinal, *arguments, into: Into | None = None) -> tuple[Tensor | None, ...]:
-    """Gradients of the first nine fields of a Scan, None for what is absent; the arguments are
-    those of `forward`."""
-    given, options = ft.Scan(*arguments[:11]), arguments[11:]
-    z, exact = given.z, accumulator(*given[:9])
+    z, exact = inputs.z, inputs.accumulator
     if z is None:
-        return _ungated(dy, dfinal, None, given, options, exact, into)
+        return _ungated(dy, dfinal, None, inputs, into)
     # The gate comes off before the kernels. From y before the gate, its own gradient follows.
     G = (dy.to(exact) * F.silu(z.to(exact))).to(dy.dtype)
-    y = torch.empty(given.x.shape, dtype=given.x.dtype, device=given.x.device)
-    *others, _, dinitial, ddt_bias = _ungated(G, dfinal, y, given, options, exact, into)
+    y = torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device)
+    *others, _, dinitial, ddt_bias = _ungated(G, dfinal, y, inputs, into)
     dz = torch.ops.aten.silu_backward(dy.to(exact) * y.to(exact), z.to(exact)).to(z.dtype)
     return *others, dz, dinitial, ddt_bias
 
@@ -327,23 +317,24 @@ def _ungated(
     G: Tensor,
     dfinal: Tensor | None,
     y: Tensor | None,
-    given: ft.Scan,
-    options: tuple[bool, float, float],
-    exact: torch.dtype,
-    into: Into | None,
+    given: ScanInputs,
+    into: SequenceGradients | None,
 ) -> tuple[Tensor | None, ...]:
     """`backward` from the gradient G of y before the gate, with None for dz. Writes y, if given."""
+    exact = given.accumulator
     batch, length, heads, P = given.x.shape
     groups, N = given.B.shape[2:]
     packed = given.cu_seqlens is not None
-    sequences = len(given.cu_seqlens) - 1 if packed else batch
+    sequences = given.sequences
     x, B, C, G = (ft.side_by_side(t) for t in (given.x, given.B, given.C, G))
     dt, D, bias = ft.side_by_side(given.dt), given.D, given.dt_bias
     family, multiprocessors = device(x.device)
     if into is None:
-        into = Into(*(torch.empty_like(t, memory_format=CONTIGUOUS) for t in (x, dt, B, C)))
+        into = SequenceGradients(
+            *(torch.empty_like(t, memory_format=CONTIGUOUS) for t in (x, dt, B, C))
+        )
     unit, tokens = ft.strides(x, B, C, G, into.dx, into.dB, into.dC)
-    K = ft.constants(given, unit, family, *options)
+    K = ft.constants(given, unit, family)
     chunk = ft.configured("states", family, K, 0)[1].chunk
     sweep, rows, columns = (
         ft.configured(kind, family, K, chunk) for kind in ("states", "rows", "columns")
@@ -379,7 +370,7 @@ def _ungated(
         tokens[5:] = [splits * groups * N // unit] * 2
 
     with torch.cuda.device_of(x):
-        numbers, padded = compute_decays(given, sequences, K, chunk, ft.BACKWARD_ROWS)
+        numbers, padded = compute_decays(given, K, chunk, ft.BACKWARD_ROWS)
         sizes = (length, padded, sequences)
         for stored in [True] if count == 1 else [False, True]:
             between = (states, dstates) if stored else (None, None)

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator, ceil_divide, next_power_of_2
+from ysnake_kernels.numerics import ceil_divide, next_power_of_2
 from ysnake_kernels.ssd import fused_tiles as ft
 from ysnake_kernels.ssd.fused_tiles import DECAY, SOURCE, STEP, device, segments
+from ysnake_kernels.ssd.inputs import ScanInputs
 from ysnake_kernels.triton_launch import launcher
 
 
@@ -223,45 +224,45 @@ def states_kernel(
 
 
 def compute_decays(
-    scan: ft.Scan, sequences: int, K: ft.Constants, chunk: int, count: int
+    inputs: ScanInputs, K: ft.Constants, chunk: int, count: int
 ) -> tuple[Tensor, int]:
     """`count` numbers a token and head, of which DECAY and SOURCE (and STEP if there is
     room) are filled in, for chunks of `chunk` tokens; and how many tokens it has room for."""
-    dt = ft.side_by_side(scan.dt)
+    dt = ft.side_by_side(inputs.dt)
     batch, length, heads = dt.shape
     exact = torch.float64 if tl.float64 == K.ACC else torch.float32
     padded = 16 * ceil_divide(length, 16)  # rows begin at aligned addresses
     rows = torch.empty(batch, heads, count, padded, dtype=exact, device=dt.device)
     at_once = heads_at_once(heads)
-    chunks = ft.slots(sequences, batch, length, scan.cu_seqlens is not None, chunk)
+    sequences = inputs.sequences
+    chunks = ft.slots(sequences, batch, length, inputs.cu_seqlens is not None, chunk)
     launcher(decays_kernel, (ft.in_tiles(K, 0, chunk, 0), at_once, count))(
         (chunks * ceil_divide(heads, at_once),),
-        (dt, scan.A, scan.dt_bias, scan.cu_seqlens, rows),
+        (dt, inputs.A, inputs.dt_bias, inputs.cu_seqlens, rows),
         (dt.stride(1), length, padded, sequences),
     )
     return rows, padded
 
 
-def forward(*arguments) -> tuple[Tensor, Tensor]:
-    """y and the final states, of the fields of a Scan, softplus and the limits of dt."""
-    given, options = ft.Scan(*arguments[:11]), arguments[11:]
-    batch, length, heads, P = given.x.shape
-    sequences = batch if given.cu_seqlens is None else len(given.cu_seqlens) - 1
-    x, B, C, z = (ft.side_by_side(t) for t in (given.x, given.B, given.C, given.z))
+def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """y and the final states."""
+    batch, length, heads, P = inputs.x.shape
+    sequences = inputs.sequences
+    x, B, C, z = (ft.side_by_side(t) for t in (inputs.x, inputs.B, inputs.C, inputs.z))
     unit, tokens = ft.strides(x, B, C, z)
     family, multiprocessors = device(x.device)
-    K = ft.constants(given, unit, family, *options)
+    K = ft.constants(inputs, unit, family)
     K, config = ft.configured("forward", family, K, 0)
     slices = K.P2 // K.PS
     count = segments(sequences, heads, slices, batch * length, multiprocessors)
     programs = (sequences * count * heads * slices,)
-    exact = {"dtype": accumulator(*given[:9]), "device": x.device}
+    exact = {"dtype": inputs.accumulator, "device": x.device}
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final_states = torch.empty(sequences, heads, P, K.N, **exact)
+    final_states = inputs.empty_states()
     ends = whole = None
-    where = given.seq_idx, given.cu_seqlens
+    where = inputs.seq_idx, inputs.cu_seqlens
     with torch.cuda.device_of(x):
-        rows, padded = compute_decays(given, sequences, K, K.Q, ft.FORWARD_ROWS)
+        rows, padded = compute_decays(inputs, K, K.Q, ft.FORWARD_ROWS)
         sizes = length, padded, sequences
         if count > 1:
             ends = torch.empty(sequences, count, heads, P, K.N, **exact)
@@ -276,7 +277,20 @@ def forward(*arguments) -> tuple[Tensor, Tensor]:
             )
         launcher(forward_kernel, (K, count), config.warps, config.stages)(
             programs,
-            (x, B, C, z, given.D, rows, given.initial_states, *where, y, final_states, ends, whole),
+            (
+                x,
+                B,
+                C,
+                z,
+                inputs.D,
+                rows,
+                inputs.initial_states,
+                *where,
+                y,
+                final_states,
+                ends,
+                whole,
+            ),
             (*tokens, *sizes),
         )
     return y, final_states

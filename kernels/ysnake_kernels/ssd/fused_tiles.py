@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import SMALLEST_LOG_DECAY, ceil_divide, common_unit, next_power_of_2
+from ysnake_kernels.ssd.inputs import DIFFERENTIABLE, ScanInputs
 from ysnake_kernels.triton_math import clamp, finite, softplus
 
 LARGEST = 256  # head size and state size
@@ -38,22 +39,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 # What a kernel is given
-
-
-class Scan(NamedTuple):
-    """The arguments of a scan."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    initial_states: Tensor | None
-    dt_bias: Tensor | None
-    seq_idx: Tensor | None
-    cu_seqlens: Tensor | None
 
 
 class View(NamedTuple):
@@ -146,18 +131,17 @@ def tf32_is_allowed() -> bool:
     return (torch.backends.fp32_precision if asked == "none" else asked) == "tf32"
 
 
-def constants(
-    scan: Scan, unit: int, family: str, softplus: bool, low: float, high: float
-) -> Constants:
+def constants(inputs: ScanInputs, unit: int, family: str) -> Constants:
     """What is known of the arguments before a kernel is compiled."""
-    x, dt, A, B, C, D, z, initial_states, dt_bias = scan[:9]
+    x, dt, A, B, C, D, z, initial_states, dt_bias = inputs[:DIFFERENTIABLE]
     tensors = x, B, C, dt, A, D, z, initial_states, dt_bias
     dtypes = [None if t is None else t.dtype for t in tensors]
     exact = torch.float32 in dtypes[:3] or torch.float16 in dtypes[:3]
     numbers = arithmetic(family, exact and tf32_is_allowed(), *dtypes)
     sizes = *x.shape[2:], *B.shape[2:]
     per_channel = D is not None and D.ndim == 2
-    return _constants(*sizes, unit, per_channel, softplus, low, high, *numbers)
+    steps = bool(inputs.dt_softplus), *map(float, inputs.dt_limit)
+    return _constants(*sizes, unit, per_channel, *steps, *numbers)
 
 
 @cache

@@ -5,29 +5,20 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor
 
-from ysnake_kernels.numerics import accumulator, finite_rates, step_sizes
+from ysnake_kernels.numerics import finite_rates, step_sizes
+from ysnake_kernels.ssd.inputs import ScanInputs
+from ysnake_kernels.ssd.sequences import scan_each
 
 
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    chunk_size: int | None,
-    D: Tensor | None,
-    z: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-) -> tuple[Tensor, Tensor]:
-    """Arguments as `ssd_scan` has checked them; chunk_size has no meaning here."""
+def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """y and the final states, of inputs that `ssd_scan` has checked; chunk_size has no effect."""
+    if inputs.cu_seqlens is not None:
+        return scan_each(scan, inputs)
+    x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx = inputs[:10]
     batch, length, heads, head_dim = x.shape
-    acc = accumulator(x, dt, A, B, C, D, z, dt_bias, initial_states)
+    acc = inputs.accumulator
     xs = x.to(acc)
-    dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)
+    dt = step_sizes(dt, dt_bias, inputs.dt_softplus, inputs.dt_limit, acc)
     decay = torch.exp(dt * finite_rates(A.to(acc)))
     per_group = heads // B.shape[2]
     B, C = (repeat(t.to(acc), "b l g n -> b l (g r) n", r=per_group) for t in (B, C))

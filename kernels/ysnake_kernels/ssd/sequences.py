@@ -1,28 +1,29 @@
 """Packed sequences in one row, scanned one after another."""
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ysnake_kernels.ssd.inputs import ScanInputs
+
 
 def scan_each(
-    scan: Callable, cu_seqlens: Tensor, x, dt, A, B, C, chunk_size, D, z, initial_states, *options
+    scan: Callable[[ScanInputs], tuple[Tensor, Tensor]], inputs: ScanInputs
 ) -> tuple[Tensor, Tensor]:
-    """`scan` of every sequence: all outputs in a row, and a state for each sequence.
+    """Scan each packed sequence alone. Return all outputs in a row, and the states of each.
 
-    An empty sequence ends in the state that it starts from.
+    An empty sequence ends in the state from which it starts.
     """
-    outputs, ends = [], []
-    for k, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        state = None if initial_states is None else initial_states[k : k + 1]
+    outputs, states = [], []
+    for number, (start, end) in enumerate(inputs.spans()):
+        sequence = inputs.packed_sequence(number, start, end)
         if start < end:
-            piece = [None if t is None else t[:, start:end] for t in (x, dt, B, C, z)]
-            arguments = (*piece[:2], A, *piece[2:4], chunk_size, D, piece[4], state)
-            y, state = scan(*arguments, *options)
+            y, state = scan(sequence)
             outputs.append(y)
-            last = state
-        ends.append(state)
-    states = [torch.zeros_like(last) if end is None else end.to(last.dtype) for end in ends]
+        elif sequence.initial_states is None:
+            state = sequence.empty_states().zero_()
+        else:
+            state = sequence.initial_states.to(inputs.accumulator)
+        states.append(state)
     return torch.cat(outputs, 1), torch.cat(states)
