@@ -220,9 +220,7 @@ def test_same_bits_twice():
 def operator_arguments(**extra):
     small = SMALL | {"length": 5}
     t = {k: v.to(DEVICE) for k, v in inputs(**extra, **small, dtype=torch.float32).items()}
-    names = ("x", "dt", "A", "B", "C", "D", "z", "initial_states", "dt_bias", "seq_idx")
-    given = [t[name].requires_grad_() if name in t else None for name in names]
-    return (*given, None, True, 0.0, float("inf"))
+    return tuple(ScanInputs(**{k: v.requires_grad_() for k, v in t.items()}, dt_softplus=True))
 
 
 def test_custom_operator():
