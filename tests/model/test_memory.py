@@ -89,7 +89,7 @@ assert "THP_MEM_ALLOC_ENABLE" not in os.environ
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted as on Linux")
 @pytest.mark.parametrize(
-    "case", [(48, 128, False, False), (48, 128, True, False), (48, 128, False, True)]
+    "case", [(24, 128, False, False), (24, 128, True, False), (24, 128, False, True)]
 )
 def test_what_a_step_adds_is_foreseen(case):
     command = [sys.executable, "-c", PEAK, *map(str, case)]
