@@ -6,6 +6,7 @@ from ysnake.shared import cli
 from ysnake.training import parallel
 from ysnake.training.loop import fit
 from ysnake.training.open_run import open_run
+from ysnake.training.precision import rounded_products
 from ysnake.training.run import Progress
 from ysnake.training.settings import Settings
 from ysnake.training.signals import Stop
@@ -31,6 +32,7 @@ def train(settings: Settings, console: "Console", program: str = cli.MODULES) ->
         with open_run(settings, ranks, console) as run, stop.listening():
             if settings.resume:
                 run.progress.ended = run.progress.ended and reason_to_end(run)
-            fit(run, stop, console)
+            with rounded_products(settings.precision, run.device, console):
+                fit(run, stop, console)
         console.print(summary(run, program))
         return run.progress

@@ -118,7 +118,9 @@ class Settings:
     device: str = "auto"
     """auto (CUDA if available, else CPU), cpu, cuda or mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto is bfloat16 autocast on CUDA, float32 elsewhere. State and decay are always float32."""
+    """bfloat16 computes matrix products in 16 bits: on a GPU by autocast, on a CPU by rounding the
+    factors. On a CPU that is faster with AMX or AVX512-BF16 only. auto is bfloat16 on CUDA and
+    float32 elsewhere. State and decay are always float32."""
     no_graphs: bool = False
     """On one GPU: launch the kernels of a step one by one. By default a CUDA graph launches all of
     them at once. Small models then train several times as fast."""

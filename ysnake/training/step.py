@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from ysnake.training import parallel
+from ysnake.training.precision import autocast
 from ysnake.training.run import MEAN_OVER, Progress, Run, forget_carried
 from ysnake.training.settings import Settings
 from ysnake.training.signals import Stop
@@ -36,12 +36,7 @@ def batch_loss(
     run: Run, ids: "Tensor", targets: "Tensor", seq_idx: "Tensor | None", state: "State | None"
 ) -> "Tensor":
     """The summed loss of windows on the run's device, in nats."""
-    import torch
-
-    precision = run.settings.precision
-    lower = precision == "bfloat16" or (precision == "auto" and run.device.type == "cuda")
-    autocast = torch.autocast(run.device.type, torch.bfloat16) if lower else nullcontext()
-    with autocast:
+    with autocast(run.settings.precision, run.device):
         return run.loss(ids, targets, seq_idx, state)
 
 

@@ -1,0 +1,60 @@
+"""Matrix products in 16 bits, as `--precision` asks.
+
+State, decays, sums, norms, the residual stream and the optimizer stay in float32 everywhere.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+
+def autocast(precision: str, device: "torch.device") -> "AbstractContextManager[object]":
+    """Where the products of a forward pass run in bfloat16. On a CPU `rounded_products` does it."""
+    import torch
+
+    chosen = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    if not chosen or device.type == "cpu":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def cpu_has_16_bit_products() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones, and torch uses it."""
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        return False
+    found = torch.cpu.get_capabilities()
+    if found.get("architecture") == "x86_64":
+        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def rounded_products(precision: str, device: "torch.device", console: "Console") -> Iterator[None]:
+    """While the block runs, a CPU rounds the factors of its products to bfloat16, if asked to.
+
+    Tensors stay float32, and so do the sums of the products. So this costs no conversion of whole
+    tensors, which makes it faster than autocast on a CPU. It is a setting of torch for the whole
+    process. The block restores it at its end.
+    """
+    import torch
+
+    if precision != "bfloat16" or device.type != "cpu":
+        yield
+        return
+    if not cpu_has_16_bit_products():
+        console.print(
+            "warning: --precision bfloat16: this CPU has no products in 16 bits, so training uses "
+            "float32"
+        )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
