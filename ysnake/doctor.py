@@ -17,6 +17,7 @@ from typing import Any
 
 from ysnake import __version__
 from ysnake.shared import cli
+from ysnake.shared.processor import bfloat16_products
 
 PACKAGES = ("torch", "triton", "einops", "tokenizers", "safetensors", "numpy", "transformers")
 EXTRAS = {
@@ -121,7 +122,9 @@ def torch_facts() -> dict[str, str]:
         "CPU kernels": answer(torch.backends.cpu.get_cpu_capability),
         "oneDNN": answer(torch.backends.mkldnn.is_available),
         "MKL": answer(torch.backends.mkl.is_available),
-        "16-bit products on the CPU": answer(sixteen_bits),
+        "16-bit products on the CPU": answer(
+            lambda: ", ".join(bfloat16_products()) or "none known"
+        ),
         "CUDA": answer(lambda: torch.version.cuda or "none, built without"),
         "HIP": answer(lambda: torch.version.hip or "none, built without"),
     }
@@ -131,14 +134,6 @@ def torch_facts() -> dict[str, str]:
     else:
         facts["GPU"] = "none that torch can use"
     return facts
-
-
-def sixteen_bits() -> str:
-    import torch
-
-    known = torch.cpu.get_capabilities()
-    names = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
-    return ", ".join(name for name in names if known.get(name)) or "none known"
 
 
 def gpu(index: int) -> str:

@@ -6,8 +6,8 @@ from small import TINY, corpus
 from test_train import metrics
 
 from ysnake import train
+from ysnake.shared.processor import bfloat16_products
 from ysnake.training import step
-from ysnake.training.precision import cpu_has_16_bit_products
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def test_products_are_rounded_while_training_only(tmp_path, options, monkeypatch
         assert torch.get_float32_matmul_precision() == "highest"
         during.clear()
     warned = "this CPU has no products in 16 bits" in " ".join(capsys.readouterr().out.split())
-    assert warned is not cpu_has_16_bit_products()
+    assert warned is not bool(bfloat16_products())
     exact, rounded = ([line["train_loss"] for line in metrics(run)] for run in runs.values())
-    assert rounded == pytest.approx(exact, rel=0.01 if cpu_has_16_bit_products() else 0)
+    assert rounded == pytest.approx(exact, rel=0.01 if bfloat16_products() else 0)
 
 
 def test_an_error_restores_the_setting(tmp_path, options, monkeypatch):

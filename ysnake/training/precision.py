@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
+from ysnake.shared.processor import bfloat16_products
+
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
@@ -22,18 +24,6 @@ def autocast(precision: str, device: "torch.device") -> "AbstractContextManager[
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def cpu_has_16_bit_products() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones, and torch uses it."""
-    import torch
-
-    if not torch.backends.mkldnn.is_available():
-        return False
-    found = torch.cpu.get_capabilities()
-    if found.get("architecture") == "x86_64":
-        return bool(found.get("amx_bf16") or found.get("avx512_bf16"))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 @contextmanager
 def rounded_products(precision: str, device: "torch.device", console: "Console") -> Iterator[None]:
     """While the block runs, a CPU rounds the factors of its products to bfloat16, if asked to.
@@ -47,7 +37,7 @@ def rounded_products(precision: str, device: "torch.device", console: "Console")
     if precision != "bfloat16" or device.type != "cpu":
         yield
         return
-    if not cpu_has_16_bit_products():
+    if not bfloat16_products():
         console.print(
             "warning: --precision bfloat16: this CPU has no products in 16 bits, so training uses "
             "float32"
