@@ -136,6 +136,10 @@ def torch_facts() -> dict[str, str]:
     return facts
 
 
+def sixteen_bits() -> str:
+    return ", ".join(bfloat16_products()) or "none known"
+
+
 def gpu(index: int) -> str:
     import torch
 
