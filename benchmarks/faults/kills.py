@@ -107,6 +107,7 @@ def result(run: Path) -> dict[str, Any]:
     shards = {path.name: load_file(path) for path in (run / "last/optimizer").glob("*")}
     return {
         "metrics": [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines],
+        "samples": (run / "samples.txt").read_bytes(),
         "last": (run / "last/model.safetensors").read_bytes(),
         "best": (run / "best/model.safetensors").read_bytes(),
         "state": state,

@@ -49,7 +49,8 @@ def same_training(first, second):
         [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in metrics(r)]
         for r in (first, second)
     )
-    return weights(first) == weights(second) and a == b
+    samples = [(run / "samples.txt").read_bytes() for run in (first, second)]
+    return weights(first) == weights(second) and a == b and samples[0] == samples[1]
 
 
 @pytest.fixture(autouse=True)

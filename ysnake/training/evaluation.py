@@ -75,6 +75,7 @@ def evaluate(run: Run, console: "Console") -> float | None:
         samples = run.folder / "samples.txt"
         with cli.writing(samples), samples.open("a", encoding="utf-8") as file:
             file.write(escape_controls(f"{head}\n{prompt} >>> {written}\n\n", keep="\n\t"))
+        progress.samples_size = samples.stat().st_size
         # On the screen line breaks are escaped too, so a sample cannot scroll everything away.
         console.print(f"[bold]{head}[/]\n[dim]{cli.markup(prompt)}[/]{cli.markup(written)}\n")
 

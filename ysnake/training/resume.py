@@ -46,6 +46,7 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
             shutil.rmtree(settings.folder / SHARDS, ignore_errors=True)
             settings_of.write(settings)  # including what this command line has changed
             _forget_metrics_after(run.folder / "metrics.jsonl", run.progress.step)
+            _forget_samples_after(run.folder / "samples.txt", run.progress.samples_size)
 
     if settings.resume:
         ranks.on_all(lambda: None)  # every rank has read its files
@@ -92,6 +93,8 @@ def _resumed(
         model = checkpoint.with_factors(model, saved["head"], settings.output_size)
     model.use_config(replace(model.config, chunk_size=settings.chunk_size))
     progress = Progress(**saved["progress"])
+    if progress.samples_size is not None:
+        progress.samples_size = int(progress.samples_size)
     memory.check(settings, model.config, cli.pick_device(settings.device))
     before, now = _workers(progress.processes, progress.threads), _workers(ranks.size)
     if before != now and settings.resume:
@@ -120,6 +123,12 @@ def _workers(processes: int, threads: int | None = None) -> str:
 
     of_each = f"{threads or torch.get_num_threads()} threads"
     return of_each if processes == 1 else f"{processes} processes of {of_each}"
+
+
+def _forget_samples_after(path: Path, size: int | None) -> None:
+    """Cut off the samples after the last checkpoint. They will be written again."""
+    if size is not None and path.exists() and path.stat().st_size > size:
+        os.truncate(path, size)
 
 
 def _forget_metrics_after(path: Path, step: int) -> None:
