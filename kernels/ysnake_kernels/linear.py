@@ -18,6 +18,7 @@ from ysnake_kernels.backend import as_chosen_here, choose
 from ysnake_kernels.memory import as_base
 from ysnake_kernels.norm import add_and_norm, rms_norm_gated
 from ysnake_kernels.norm import eager as norm
+from ysnake_kernels.norm.inputs import plain_norm
 
 PLAIN = (Tensor, nn.Parameter)  # not the tensors of a mesh of devices, say
 
@@ -153,18 +154,14 @@ class _AddedNormedLinear(torch.autograd.Function):
         if dy is None:
             dadded = None if ctx.added is None or dtotal is None else dtotal.to(ctx.added)
             return dtotal, dadded, None, None, None, None
-        needs, options = ctx.needs_input_grad, (ctx.eps, total.shape[-1], True)
+        needs, inputs = ctx.needs_input_grad, plain_norm(total, norm_weight, ctx.eps)
         rows = dy.reshape(-1, len(weight))
         dweight = None
         if needs[3]:
-            normed = fused.add_and_norm(
-                total, None, norm_weight, None, None, *options, weight.dtype
-            )[1]
+            normed = fused.add_and_norm(inputs, None, weight.dtype)[1]
             dweight = rows.t() @ normed.view(-1, weight.shape[1])
         dnormed = (rows @ weight).view(total.shape)
-        dx, dadded, dnorm_weight, *_ = fused.gradients(
-            dnormed, dtotal, total, ctx.added, norm_weight, None, None, *options
-        )
+        dx, dadded, dnorm_weight, *_ = fused.gradients(inputs, dnormed, dtotal, ctx.added)
         return dx, dadded, dnorm_weight, dweight, rows.sum(0) if needs[4] else None, None
 
 

@@ -8,21 +8,18 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ysnake_kernels import (
-    causal_conv1d_step,
-    mamba_split_conv1d_scan_combined,
-    rms_norm_gated,
-    ssd_step,
-)
+from ysnake_kernels import rms_norm_gated
 from ysnake_kernels.backend import as_chosen_here
 from ysnake_kernels.conv import last_tokens
 from ysnake_kernels.linear import Linear, normed_linear, products_dtype
+from ysnake_kernels.mixer import MixerInputs, MixerSizes, check_and_run
 from ysnake_kernels.mixer.part import Neighbours, mixer_part
+from ysnake_kernels.mixer_step import MixerWeights, mixer_step
 from ysnake_kernels.norm import add_and_norm
 
 from ysnake.model.config import ModelConfig
@@ -63,14 +60,15 @@ class Mixer(nn.Module):
         super().__init__()
         self.config = config
         c = config
-        self.in_proj = Linear(c.d_model, c.d_inner + c.d_conv + c.n_heads, bias=c.bias)
+        self.sizes = MixerSizes(c.d_inner, c.n_heads, c.n_groups, c.d_state)
+        self.in_proj = Linear(c.d_model, sum(self.sizes.projection), bias=c.bias)
         self.conv1d = nn.Conv1d(c.d_conv, c.d_conv, c.conv_width, groups=c.d_conv, bias=c.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(c.n_heads))
         self.A_log = nn.Parameter(torch.empty(c.n_heads))
         self.D = nn.Parameter(torch.empty(c.n_heads))
         self.norm = RMSNorm(c.d_inner, c.norm_eps, c.n_groups)
         self.out_proj = Linear(c.d_inner, c.d_model, bias=c.bias)
-        # set where each sequence is split over several processes: those with the other parts
+        # The processes with the other parts, where each sequence is split over several.
         self.neighbours: Neighbours | None = None
 
     def forward(
@@ -88,83 +86,72 @@ class Mixer(nn.Module):
             state: where to continue from; it is updated in place. None starts with zeros.
             last_only: return the output of the last token only.
         """
-        if self.neighbours is not None and state is None:
-            return self._part(projected, seq_idx, self.neighbours)
-        c, inference = self.config, not torch.is_grad_enabled()
-        A = self.rates()
+        inference = not torch.is_grad_enabled()
         if state is not None and projected.shape[1] == 1 and inference:
-            return self.one_token(projected, A, state)
-        taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        out: Any = mamba_split_conv1d_scan_combined(
-            *(projected, taps, bias, self.dt_bias, A, self.D, c.chunk_size),
-            initial_states=None if state is None else state.ssm,
-            conv_initial_states=None if state is None else state.conv,
-            return_final_states=state is not None,
-            seq_idx=seq_idx,
-            dt_limit=c.dt_limit,
-            rmsnorm_weight=self.norm.weight,
-            rmsnorm_eps=c.norm_eps,
-            outproj_weight=None if inference else self.out_proj.weight,
-            outproj_bias=None if inference else self.out_proj.bias,
-            ngroups=c.n_groups,
-            norm_before_gate=False,
-        )
-        if state is not None:
-            out, ssm = out
-            xBC = projected.detach()[..., c.d_inner : -c.n_heads].transpose(1, 2)
-            state.conv = last_tokens(xBC, state.conv, seq_idx, c.conv_width)
+            return self.one_token(projected, self.rates(), state)
+        if self.neighbours is not None and state is None:
+            return mixer_part(self.inputs(projected, seq_idx, None, True), self.neighbours)
+        out, ssm = check_and_run(self.inputs(projected, seq_idx, state, not inference))
+        if state is not None and ssm is not None:
+            xBC = self.sizes.split(projected.detach())[1].transpose(1, 2)
+            state.conv = last_tokens(xBC, state.conv, seq_idx, self.config.conv_width)
             state.ssm = ssm.detach()
         if last_only:
             out = out[:, -1:]
         return self.out_proj(out) if inference else out
 
-    def _part(self, projected: Tensor, seq_idx: Tensor | None, neighbours: Neighbours) -> Tensor:
-        """`forward` for this process's part of each sequence, together with its neighbours."""
-        c = self.config
-        return mixer_part(
-            projected,
-            self.conv1d.weight[:, 0],
-            self.conv1d.bias,
-            self.dt_bias,
-            self.rates(),
-            self.D,
-            c.chunk_size,
-            neighbours=neighbours,
+    def inputs(
+        self,
+        projected: Tensor,
+        seq_idx: Tensor | None,
+        state: LayerState | None,
+        project: bool,
+    ) -> MixerInputs:
+        """What the operators take; `project` says whether they apply out_proj too."""
+        c, out_proj = self.config, self.out_proj
+        return MixerInputs(
+            zxbcdt=projected,
+            conv_initial_states=None if state is None else state.conv,
+            initial_states=None if state is None else state.ssm,
             seq_idx=seq_idx,
+            conv_weight=self.conv1d.weight[:, 0],
+            conv_bias=self.conv1d.bias,
+            dt_bias=self.dt_bias,
+            A=self.rates(),
+            D=self.D,
+            norm_weight=self.norm.weight,
+            out_weight=out_proj.weight if project else None,
+            out_bias=out_proj.bias if project else None,
+            sizes=self.sizes,
+            silu=True,
+            chunk_size=c.chunk_size,
             dt_limit=c.dt_limit,
-            rmsnorm_weight=self.norm.weight,
-            rmsnorm_eps=c.norm_eps,
-            outproj_weight=self.out_proj.weight,
-            outproj_bias=self.out_proj.bias,
-            ngroups=c.n_groups,
+            eps=c.norm_eps,
+            norm_before_gate=False,
+            want_states=state is not None,
+            dtype=projected.dtype,
         )
 
     def rates(self) -> Tensor:
         """A, (heads,): the log of a head's decay in a step of size 1."""
         return -torch.exp(self.A_log.float())
 
+    def step_weights(self, A: Tensor) -> MixerWeights:
+        """The weights between the projections, for one token; A as `rates` gives it."""
+        c, taps = self.config, self.conv1d.weight[:, 0]
+        parameters = (taps, self.conv1d.bias, self.dt_bias, A, self.D, self.norm.weight)
+        return MixerWeights(*parameters, self.sizes, c.dt_limit, c.norm_eps)
+
     def one_token(self, projected: Tensor, A: Tensor, state: LayerState) -> Tensor:
-        """`forward` of one token, (batch, 1, features); A as the scan takes it, (heads,)."""
-        c, taps, bias = self.config, self.conv1d.weight[:, 0], self.conv1d.bias
-        projected = projected[:, 0]
-        z, xBC, dt = projected.split([c.d_inner, c.d_conv, c.n_heads], dim=-1)
-        xBC = causal_conv1d_step(xBC, state.conv, taps, bias, "silu")
-        x, B, C = xBC.split([c.d_inner, c.n_groups * c.d_state, c.n_groups * c.d_state], dim=-1)
-        x = x.unflatten(-1, (c.n_heads, c.head_dim))
-        B, C = (t.unflatten(-1, (c.n_groups, c.d_state)) for t in (B, C))
-        y = ssd_step(
-            *(state.ssm, x, dt, A, B, C, self.D),
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            dt_limit=c.dt_limit,
-        )
-        return self.out_proj(self.norm(y.flatten(1), z)[:, None])
+        """`forward` of one token, (batch, 1, features); A as `rates` gives it."""
+        y = mixer_step(projected[:, 0], state.conv, state.ssm, self.step_weights(A))
+        return self.out_proj(y[:, None])
 
 
 class Block(nn.Module):
-    """mixer(norm(h)), whose sum with h is left to the next block: one kernel adds and norms.
+    """mixer(norm(h)). The next block adds this to h, since one kernel adds and norms there.
 
-    For its gradient it keeps little besides h and in_proj's output.
+    For backward it stores little besides h and in_proj's output.
     """
 
     def __init__(self, config: ModelConfig):
@@ -180,12 +167,12 @@ class Block(nn.Module):
         state: LayerState | None,
         last_only: bool,
     ) -> tuple[Tensor, Tensor]:
-        """h + mixed, where `mixed` is what the block before returned, and what this mixer adds."""
+        """h + mixed, and this mixer's output. `mixed` is the output of the mixer before, if any."""
         h, projected = self.project(h, mixed)
         return h, self.mixer(projected, seq_idx, state, last_only)
 
     def project(self, h: Tensor, mixed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """h + mixed, and what the mixer takes: in_proj of its norm."""
+        """h + mixed, and in_proj of its norm, which the mixer takes."""
         norm, layer = self.norm, self.mixer.in_proj
         if torch.is_grad_enabled():
             return normed_linear(h, mixed, norm.weight, norm.eps, layer.weight, layer.bias)

@@ -6,6 +6,7 @@ from torch import Tensor
 from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import INTEGERS, check, check_indices, check_rank, check_seq_idx
 from ysnake_kernels.conv import eager, reference
+from ysnake_kernels.conv.inputs import ConvInputs
 from ysnake_kernels.padding import skip_padding
 
 
@@ -45,48 +46,57 @@ def causal_conv1d(
 
     Source: the convolution of the Mamba-2 block, arXiv 2405.21060, section 7.
     """
-    width = check_conv(x, weight, bias, seq_idx, initial_states, activation)
-    name = choose(x)
-    tensors = (x, weight, bias, seq_idx, initial_states)
-    with torch.autocast(x.device.type, enabled=False):
+    inputs = ConvInputs(x, weight, bias, seq_idx, initial_states, uses_silu(activation))
+    check_conv(inputs)
+    y, final_states = run(choose(x), inputs, return_final_states)
+    return y if final_states is None or not return_final_states else (y, final_states)
+
+
+def run(name: str, inputs: ConvInputs, want_states: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The output and the final states of checked inputs, by the implementation `name`.
+
+    The final states may be None unless `want_states` is true.
+    """
+    with torch.autocast(inputs.x.device.type, enabled=False):
         if name == "fused":
             from ysnake_kernels.conv import fused  # here, since it needs triton
 
-            y, final_states = fused.conv(*tensors, activation)
-            return (y, final_states) if return_final_states else y
-        y = (reference if name == "reference" else eager).conv(*tensors, activation)
-        if not return_final_states:
-            return y
-        return y, last_tokens(x, initial_states, seq_idx, width)
+            return fused.conv(inputs)
+        y = (reference if name == "reference" else eager).conv(inputs)
+        if not want_states:
+            return y, None
+        return y, last_tokens(inputs.x, inputs.initial_states, inputs.seq_idx, inputs.width)
 
 
-def check_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_states: Tensor | None,
-    activation: str | None,
-) -> int:
-    """The width of the convolution, after the checks of `causal_conv1d`'s arguments."""
+def uses_silu(activation: str | None) -> bool:
+    """Whether the argument `activation` asks for SiLU. Raises ValueError for other names."""
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"activation: expected None, 'silu' or 'swish', got {activation!r}")
+    return activation is not None
+
+
+def check_conv(inputs: ConvInputs) -> None:
+    """Raise ValueError or TypeError where an argument of `causal_conv1d` is wrong."""
+    x, seq_idx, initial_states = inputs.x, inputs.seq_idx, inputs.initial_states
     check_rank("x", x, "batch, channels, length")
     batch, channels, length = x.shape
     if length < 1:
         raise ValueError("x: expected a length of at least 1, got 0")
-    width = _check_weight(x, weight, bias, activation)
+    width = _check_weight(x, inputs.weight, inputs.bias)
     if seq_idx is not None:
         check("seq_idx", seq_idx, (batch, length), x, dtypes=INTEGERS)
         check_seq_idx(seq_idx)
     if initial_states is not None:
         check("initial_states", initial_states, (batch, channels, width - 1), x)
-    return width
 
 
 def last_tokens(
     x: Tensor, initial_states: Tensor | None, seq_idx: Tensor | None, width: int
 ) -> Tensor:
-    """The final states of `causal_conv1d`, whose arguments these are: the last width - 1 tokens of
-    the last document, before them the initial states or zeros.
+    """The final states of `causal_conv1d`: the last width - 1 tokens of the last document.
+
+    The arguments are those of `causal_conv1d`. Where the document has fewer tokens, the initial
+    states or zeros come before them.
     """
     batch, channels, length = x.shape
     last = x[:, :, max(length - width + 1, 0) :]
@@ -100,7 +110,7 @@ def last_tokens(
         initial_states = x.new_zeros(batch, channels, width - 1)
     history = initial_states[:, :, width - 1 - missing :].to(x.dtype)
     if seq_idx is not None:
-        history = history * same[:, :, :1]  # the initial states are the first document's
+        history = history * same[:, :, :1]  # the initial states belong to the first document
     return torch.cat([history, last], dim=2)
 
 
@@ -121,8 +131,8 @@ def causal_conv1d_step(
             first. With `conv_state_indices` (rows, channels, size), any number of rows.
         weight, bias, activation: as in `causal_conv1d`.
         conv_state_indices: (batch,) int32 or int64, the row of `conv_state` that belongs to each
-            x, no row twice; the other rows stay as they are. An x whose row is -1 is padding: its y
-            is zero.
+            x. No row may come twice, and the other rows stay as they are. An x whose row is -1 is
+            padding, and its y is zero.
 
     Returns:
         y with the shape and dtype of x.
@@ -131,7 +141,8 @@ def causal_conv1d_step(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or values.
     """
     check_rank("x", x, "batch, channels")
-    width = _check_weight(x, weight, bias, activation)
+    width = _check_weight(x, weight, bias)
+    silu = uses_silu(activation)
     rows = x.shape[0]
     check_rank("conv_state", conv_state, "rows, channels, size")
     if conv_state_indices is not None:
@@ -141,22 +152,34 @@ def causal_conv1d_step(
     if size < width - 1:
         raise ValueError(f"conv_state: expected at least {width - 1} tokens, got {size}")
     check("conv_state", conv_state, (rows, x.shape[1], size), x)
-    name = choose(x)
+    return run_step(choose(x), x, conv_state, weight, bias, silu, conv_state_indices)
+
+
+def run_step(
+    name: str,
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    indices: Tensor | None,
+) -> Tensor:
+    """`causal_conv1d_step` of checked arguments, by the implementation `name`."""
     with torch.autocast(x.device.type, enabled=False):
         if name == "fused":
             from ysnake_kernels.conv import fused  # here, since it needs triton
 
-            return fused.conv_step(x, conv_state, weight, bias, activation, conv_state_indices)
+            return fused.conv_step(x, conv_state, weight, bias, silu, indices)
         step = (reference if name == "reference" else eager).conv_step
 
-        def run(indices: Tensor | None, x: Tensor) -> Tensor:
-            return step(x, conv_state, weight, bias, activation, indices)
+        def of_rows(indices: Tensor | None, x: Tensor) -> Tensor:
+            return step(x, conv_state, weight, bias, silu, indices)
 
-        return skip_padding(run, conv_state_indices, x)
+        return skip_padding(of_rows, indices, x)
 
 
-def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> int:
-    """The width of the convolution, after the checks of what a sequence and a step share."""
+def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """The width of the convolution, after the checks that a sequence and a step share."""
     check_rank("weight", weight, "channels, width")
     channels, width = x.shape[1], weight.shape[1]
     if width < 2:
@@ -164,6 +187,4 @@ def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
     check("weight", weight, (channels, width), x)
     if bias is not None:
         check("bias", bias, (channels,), x)
-    if activation not in (None, "silu", "swish"):
-        raise ValueError(f"activation: expected None, 'silu' or 'swish', got {activation!r}")
     return width

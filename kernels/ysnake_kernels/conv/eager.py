@@ -1,15 +1,18 @@
-"""The causal depthwise convolution in pure torch, channel-last, a block of tokens at a time.
+"""The causal depthwise convolution in pure torch.
 
-The tokens that a tap sees are a slice of the input, so nothing is copied or padded, and what a
-block needs stays in the cache. `forward` and `backward` are plain functions, for the mixer too.
+It works on channel-last views, one block of tokens at a time. What a tap reads is a slice of the
+input, so nothing is copied or padded, and the temporaries of a block stay in the cache. The mixer
+calls `forward` and `backward`, which are plain functions without autograd.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ysnake_kernels.conv.inputs import ConvInputs
 from ysnake_kernels.custom_op import Differentiable, empty_gradients, with_none, without_none
 from ysnake_kernels.memory import empty_like
 from ysnake_kernels.numerics import accumulator
@@ -17,16 +20,9 @@ from ysnake_kernels.numerics import accumulator
 BLOCK_ELEMENTS = 256 * 1024  # of a block: a megabyte in float32
 
 
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_states: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    """Arguments as `causal_conv1d` has checked them."""
-    return _differentiable(x, weight, bias, seq_idx, initial_states, activation is not None)
+def conv(inputs: ConvInputs) -> Tensor:
+    """y of `causal_conv1d`, for inputs that it has checked."""
+    return _differentiable(*inputs)
 
 
 def conv_step(
@@ -34,29 +30,29 @@ def conv_step(
     conv_state: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str | None,
-    conv_state_indices: Tensor | None,
+    silu: bool,
+    indices: Tensor | None,
 ) -> Tensor:
-    """Arguments as `causal_conv1d_step` has checked them; `conv_state` is updated in place."""
+    """y of `causal_conv1d_step`, for checked arguments; `conv_state` is updated in place."""
     acc = accumulator(x, weight, bias, conv_state)
     size, width = conv_state.shape[2], weight.shape[1]
-    in_place = conv_state_indices is None and conv_state.is_contiguous()
+    in_place = indices is None and conv_state.is_contiguous()
     if in_place and size >= width and x.dtype == conv_state.dtype:
-        flat = conv_state.view(-1)  # all rows move on by a token at once
+        flat = conv_state.view(-1)  # one copy moves the tokens of all rows by one place
         flat[:-1] = flat[1:].clone()
         conv_state[:, :, -1] = x
         tokens = conv_state.to(acc)
     else:
-        rows = slice(None) if conv_state_indices is None else conv_state_indices
+        rows = slice(None) if indices is None else indices
         kept = conv_state[rows][:, :, 1 if size >= width else 0 :]
         tokens = torch.cat([kept.to(acc), x[:, :, None].to(acc)], dim=2)
         conv_state[rows] = tokens[:, :, -size:].to(conv_state.dtype)
     products = tokens[:, :, -width:] * weight.to(acc)
-    # a product of matrices takes half of the time of sum(2)
+    # a product with a vector of ones takes half the time of sum(2)
     y = (products.flatten(0, 1) @ products.new_ones(width)).view(x.shape)
     if bias is not None:
         y += bias.to(acc)
-    if activation is not None:
+    if silu:
         y = F.silu(y, inplace=True)
     return y.to(x.dtype)
 
@@ -67,10 +63,10 @@ def _forward(
     bias: Tensor | None,
     seq_idx: Tensor | None,
     initial_states: Tensor | None,
-    activation: bool,
+    silu: bool,
 ) -> Tensor:
     y = empty_like(x)
-    forward(*_channel_last(x, weight, bias, seq_idx, initial_states, y), activation)
+    forward(ConvInputs(x, weight, bias, seq_idx, initial_states, silu), y.transpose(1, 2))
     return y
 
 
@@ -81,13 +77,13 @@ def _backward(
     bias: Tensor | None,
     seq_idx: Tensor | None,
     initial_states: Tensor | None,
-    activation: bool,
+    silu: bool,
 ) -> list[Tensor]:
+    inputs = ConvInputs(x, weight, bias, seq_idx, initial_states, silu)
     dx = empty_like(x)
-    *arguments, dx_last = _channel_last(x, weight, bias, seq_idx, initial_states, dx)
-    dweight, dbias, dinitial = backward(*arguments, dy.transpose(1, 2), dx_last, activation)
+    dweight, dbias, dinitial = backward(inputs, dy.transpose(1, 2), dx.transpose(1, 2))
     if dinitial is not None:
-        dinitial = dinitial.transpose(1, 2).contiguous()
+        dinitial = dinitial.contiguous()
     return without_none((dx, dweight, dbias, dinitial))
 
 
@@ -96,23 +92,23 @@ _conv_backward = torch.library.custom_op("ysnake::conv_eager_backward", _backwar
 
 
 @_conv.register_fake
-def _(x, weight, bias, seq_idx, initial_states, activation):
+def _(x, weight, bias, seq_idx, initial_states, silu):
     return empty_like(x)
 
 
 @_conv_backward.register_fake
-def _(dy, x, weight, bias, seq_idx, initial_states, activation):
+def _(dy, x, weight, bias, seq_idx, initial_states, silu):
     return [empty_like(x), *empty_gradients(weight, bias, initial_states)]
 
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.activation = inputs
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.silu = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, backward, dy):
+def _differentiate(ctx: Any, backward: Callable, dy: Tensor) -> tuple:
     x, weight, bias, seq_idx, initial_states = ctx.saved_tensors
-    grads = backward(dy, x, weight, bias, seq_idx, initial_states, ctx.activation)
+    grads = backward(dy, x, weight, bias, seq_idx, initial_states, ctx.silu)
     dx, *given = with_none(grads, (x, weight, bias, initial_states))
     return dx, *given[:2], None, given[2], None
 
@@ -120,91 +116,81 @@ def _differentiate(ctx, backward, dy):
 _differentiable = Differentiable(_conv, _forward, _save, _differentiate, _conv_backward, _backward)
 
 
-def _channel_last(x, weight, bias, seq_idx, initial_states, y):
-    if initial_states is not None:
-        initial_states = initial_states.transpose(1, 2)
-    return x.transpose(1, 2), weight, bias, seq_idx, initial_states, y.transpose(1, 2)
-
-
 class _Blocks:
-    """What the taps see of x [batch length channels], one block of tokens after another.
+    """The input cut into blocks of tokens, with views of what each tap reads in a block.
 
-    The first tokens, which see what was before x, are a block of their own.
+    The first width - 1 tokens are a block of their own, since their taps also read the history.
+    `edge` holds the history and these tokens. All tensors here are [batch tokens channels].
     """
 
-    def __init__(self, x, weight, bias, seq_idx, initial_states):
-        self.acc = accumulator(x, weight, bias, initial_states)
-        self.x, self.width = x, weight.shape[1]
+    def __init__(self, inputs: ConvInputs):
+        weight, bias, seq_idx = inputs.weight, inputs.bias, inputs.seq_idx
+        history = inputs.initial_states
+        self.acc = accumulator(inputs.x, weight, bias, history)
+        self.x, self.width = inputs.x.transpose(1, 2), inputs.width
         self.taps = weight.to(self.acc).t().flip(0).contiguous()  # [k channels]: k tokens ago
         self.bias = None if bias is None else bias.to(self.acc)
-        batch, length, channels = x.shape
+        batch, length, channels = self.x.shape
         back = self.back = self.width - 1
-        if initial_states is None:
-            initial_states = x.new_zeros(batch, back, channels)
-        self.edge = torch.cat([initial_states.to(self.acc), x[:, :back].to(self.acc)], 1)
+        if history is None:
+            history = self.x.new_zeros(batch, channels, back)
+        before = history.transpose(1, 2).to(self.acc)
+        self.edge = torch.cat([before, self.x[:, :back].to(self.acc)], 1)
         first, size = min(back, length), max(back, BLOCK_ELEMENTS // (batch * channels))
         starts = range(first, length, size)
         self.spans = [(0, first), *((s, min(s + size, length)) for s in starts)]
         self.largest = max(end - start for start, end in self.spans)
-        self.same = None
-        if seq_idx is not None:  # same[b, t, k]: the token k places before is of the same document
+        # same[b, t, k]: whether the token k places before token t is of the same document
+        self.same: Tensor | None = None
+        if seq_idx is not None:
             padded = torch.cat([seq_idx[:, :1].expand(-1, back), seq_idx], 1)
             self.same = padded.unfold(1, self.width, 1).flip(2) == seq_idx[..., None]
             self.masked = self.buffer()
 
     def buffer(self) -> Tensor:
-        """Flat memory for a block's values."""
+        """Flat memory for the values of the largest block."""
         size = len(self.x) * self.largest * self.x.shape[2]
         return torch.empty(size, dtype=self.acc, device=self.x.device)
 
-    def seen(self, start: int, end: int) -> Sequence[Tensor]:
-        """The tokens 0, 1, ... places before those of a block, each [batch tokens channels]."""
+    def read(self, start: int, end: int) -> Sequence[Tensor]:
+        """What the taps of a block read: view k has the tokens k places before the block's."""
         return self.views(self.edge, self.x, start, end)
 
     def views(self, edge: Tensor, t: Tensor, start: int, end: int) -> Sequence[Tensor]:
-        """`seen` of another tensor, and of another edge."""
+        """As `read`, but views of `t` and `edge`, which have the shapes of x and its edge."""
         t = edge if start == 0 else t[:, start - self.back : end].to(self.acc)
         return t.unfold(1, self.width, 1).unbind(3)[::-1]
 
-    def of_same(self, t: Tensor, k: int, start: int, end: int) -> Tensor:
-        """t [batch tokens channels]; zero where the k-th token before is of another document."""
+    def within_document(self, t: Tensor, k: int, start: int, end: int) -> Tensor:
+        """t, with zeros for tokens of a block whose k-th token before is of another document."""
         if self.same is None:
             return t
         return torch.mul(t, self.same[:, start:end, k, None], out=_part(self.masked, t))
 
     def sums(self, start: int, end: int, out: Tensor) -> Tensor:
-        """The convolution of a block before the activation, written to out."""
-        x, *before = self.seen(start, end)
+        """Write the convolution of a block before the activation to `out`."""
+        x, *before = self.read(start, end)
         if self.bias is None:
             torch.mul(x, self.taps[0], out=out)
         else:
             torch.addcmul(self.bias, x, self.taps[0], out=out)
         for k, values in enumerate(before, 1):
-            out.addcmul_(self.of_same(values, k, start, end), self.taps[k])
+            out.addcmul_(self.within_document(values, k, start, end), self.taps[k])
         return out
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_states: Tensor | None,
-    y: Tensor,
-    activation: bool,
-    sums: Tensor | None = None,
-) -> None:
-    """Writes y; x and y are [batch length channels], initial_states [batch width-1 channels].
+def forward(inputs: ConvInputs, y: Tensor, sums: Tensor | None = None) -> None:
+    """Write the output to y [batch length channels].
 
-    `sums`, if given, gets what the activation is applied to, in float32 or float64.
+    `sums`, if given, receives the values before the activation, in float32 or float64.
     """
-    blocks = _Blocks(x, weight, bias, seq_idx, initial_states)
-    buffer = blocks.buffer() if sums is None else None
+    blocks = _Blocks(inputs)
+    buffer = blocks.buffer() if sums is None else sums
     for start, end in blocks.spans:
         block = y[:, start:end]
         out = _part(buffer, block) if sums is None else sums[:, start:end]
         blocks.sums(start, end, out)
-        if not activation:
+        if not inputs.silu:
             block.copy_(out)
         elif y.dtype == out.dtype:
             torch.ops.aten.silu.out(out, out=block)
@@ -213,52 +199,45 @@ def forward(
 
 
 def backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    initial_states: Tensor | None,
-    dy: Tensor,
-    dx: Tensor,
-    activation: bool,
-    sums: Tensor | None = None,
+    inputs: ConvInputs, dy: Tensor, dx: Tensor, sums: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Writes dx; returns the gradients of weight, bias and initial_states. Layouts as `forward`.
+    """Write the gradient of x to dx; return those of weight, bias and initial_states.
 
-    `sums` are as `forward` gave them; None computes them again.
+    dy and dx are [batch length channels]. `sums` are those that `forward` wrote; without them they
+    are computed again.
     """
-    blocks = _Blocks(x, weight, bias, seq_idx, initial_states)
+    blocks = _Blocks(inputs)
     exact = dx if dx.dtype == blocks.acc else torch.empty_like(dx, dtype=blocks.acc)
-    totals = blocks.taps.new_zeros(blocks.width, len(x), blocks.largest, x.shape[2])
+    totals = blocks.taps.new_zeros(blocks.width, len(dx), blocks.largest, dx.shape[2])
     dbias = torch.zeros_like(blocks.taps[0])
     dedge = torch.zeros_like(blocks.edge)
     grads = blocks.buffer()
     for start, end in blocks.spans:
         grad = dy[:, start:end].to(blocks.acc)
-        if activation:
+        if inputs.silu:
             out = _part(grads, grad)
             before = blocks.sums(start, end, out) if sums is None else sums[:, start:end]
             grad = torch.ops.aten.silu_backward.grad_input(grad, before, grad_input=out)
         dbias += grad.sum((0, 1))
-        seen, dseen = blocks.seen(start, end), blocks.views(dedge, exact, start, end)
-        torch.mul(grad, blocks.taps[0], out=dseen[0])
+        read, dread = blocks.read(start, end), blocks.views(dedge, exact, start, end)
+        torch.mul(grad, blocks.taps[0], out=dread[0])
         for k, total in enumerate(totals[:, :, : end - start]):
-            part = blocks.of_same(grad, k, start, end) if k else grad
-            total.addcmul_(seen[k], part)
+            part = blocks.within_document(grad, k, start, end) if k else grad
+            total.addcmul_(read[k], part)
             if k:
-                dseen[k].addcmul_(part, blocks.taps[k])
+                dread[k].addcmul_(part, blocks.taps[k])
         if start == 0:
             exact[:, :end] = dedge[:, blocks.back :]
     if exact is not dx:
         dx.copy_(exact)
+    weight, bias, history = inputs.weight, inputs.bias, inputs.initial_states
     dweight = totals.sum((1, 2)).flip(0).t().to(weight.dtype).contiguous()
-    dbias = None if bias is None else dbias.to(bias.dtype)
-    dinitial = None
-    if initial_states is not None:
-        dinitial = dedge[:, : blocks.back].to(initial_states.dtype)
-    return dweight, dbias, dinitial
+    dhistory = None
+    if history is not None:
+        dhistory = dedge[:, : blocks.back].to(history.dtype).transpose(1, 2)
+    return dweight, None if bias is None else dbias.to(bias.dtype), dhistory
 
 
 def _part(buffer: Tensor, like: Tensor) -> Tensor:
-    """Memory of a flat buffer in the shape of another tensor; contiguous, so that sums are fast."""
+    """The start of a flat buffer in the shape of `like`; contiguous, so that sums are fast."""
     return buffer[: like.numel()].view(like.shape)

@@ -19,6 +19,7 @@ from ysnake_kernels.dropin.functions import (
 )
 from ysnake_kernels.dropin.norms import GatedRMSNorm as RMSNorm
 from ysnake_kernels.linear import Linear
+from ysnake_kernels.mixer import MixerSizes
 
 
 class Mamba2(nn.Module):
@@ -76,10 +77,11 @@ class Mamba2(nn.Module):
         self.nheads = self.d_ssm // headdim
         if self.nheads % ngroups:
             raise ValueError(f"ngroups: expected a divisor of {self.nheads} heads, got {ngroups}")
-        self.d_xbc = self.d_ssm + 2 * ngroups * d_state
+        self._sizes = MixerSizes(self.d_ssm, self.nheads, ngroups, d_state)
+        self.d_xbc = self._sizes.channels
         made = {"device": device, "dtype": dtype}
 
-        features = 2 * self.d_mlp + self.d_ssm + self.d_xbc + self.nheads
+        features = 2 * self.d_mlp + sum(self._sizes.projection)
         self.in_proj = Linear(d_model, features, bias=bias, **made)
         self.conv1d = nn.Conv1d(
             self.d_xbc,
@@ -165,7 +167,7 @@ class Mamba2(nn.Module):
         z0, x0, z, xBC, dt = self._split(self.in_proj(hidden_states[:, 0]))
         taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         xBC = causal_conv1d_update(xBC, conv_state, taps, bias, self.activation)
-        x, B, C = self._heads(xBC)
+        x, B, C = self._sizes.split_channels(xBC)
         P, D = self.headdim, self._D()
         y = selective_state_update(
             ssm_state,
@@ -220,7 +222,7 @@ class Mamba2(nn.Module):
                 states[0][row] = F.pad(last, (self.d_conv - last.shape[-1], 0))
         taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
         xBC = causal_conv1d_fn(xBC, taps, bias, seq_idx, activation=self.activation)
-        x, B, C = self._heads(xBC.transpose(1, 2))
+        x, B, C = self._sizes.split_channels(xBC.transpose(1, 2))
         y = mamba_chunk_scan_combined(
             x,
             dt,
@@ -244,14 +246,7 @@ class Mamba2(nn.Module):
         return self._out(y.flatten(-2), z, z0, x0)
 
     def _split(self, zxbcdt: Tensor) -> tuple[Tensor, ...]:
-        sizes = [self.d_mlp, self.d_mlp, self.d_ssm, self.d_xbc, self.nheads]
-        return zxbcdt.split(sizes, dim=-1)
-
-    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        n = self.ngroups * self.d_state
-        x, B, C = xBC.split([self.d_ssm, n, n], dim=-1)
-        B, C = (t.unflatten(-1, (self.ngroups, self.d_state)) for t in (B, C))
-        return x.unflatten(-1, (self.nheads, self.headdim)), B, C
+        return zxbcdt.split([self.d_mlp, self.d_mlp, *self._sizes.projection], dim=-1)
 
     def _out(self, y: Tensor, z: Tensor, z0: Tensor, x0: Tensor) -> Tensor:
         if self.rmsnorm:

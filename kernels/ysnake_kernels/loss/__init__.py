@@ -1,4 +1,4 @@
-"""Cross-entropy that turns logits into their gradient: checks, and the choice of implementation."""
+"""Cross-entropy that replaces logits by its gradient: checks, and the choice of implementation."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from ysnake_kernels.checks import FLOATS
 from ysnake_kernels.loss import eager, reference
 
 IGNORED = -100
-"""The target that does not count, as in torch."""
+"""The target of tokens that do not count, as in torch."""
 
 
 def _implementation(name: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -25,11 +25,12 @@ def _implementation(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     """The summed cross-entropy of softmax(logits), in nats. Replaces the logits by its gradient.
 
-    Computed in float32 (float64 if the logits are). Not differentiable: the gradient is there.
+    Computed in float32 (float64 if the logits are). Not differentiable, since it has computed the
+    gradient itself.
 
     Args:
         logits: (tokens, vocab), contiguous; updated in place.
-        targets: (tokens,) int64, below vocab; -100 does not count.
+        targets: (tokens,) int64, at least 0 and below vocab. Tokens with target -100 do not count.
 
     Returns:
         a scalar in float32 (float64 if the logits are).

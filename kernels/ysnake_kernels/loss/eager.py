@@ -5,11 +5,11 @@ from torch import Tensor
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Arguments as `ysnake_kernels.loss.cross_entropy_` has checked them."""
+    """`ysnake_kernels.loss.cross_entropy_` of checked arguments."""
     exact = torch.promote_types(logits.dtype, torch.float32)
     counts = (targets != -100)[:, None]
     target = targets.clamp(min=0)[:, None]
-    p = logits.to(exact)  # the logits themselves in float32 and float64; probabilities later
+    p = logits.to(exact)  # the same memory where the dtype is exact; turns into probabilities
     greatest = p.amax(1, keepdim=True)
     log_p = p.gather(1, target) - greatest
     scale = p.sub_(greatest).exp_().sum(1, keepdim=True)

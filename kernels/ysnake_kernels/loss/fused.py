@@ -1,7 +1,7 @@
-"""The loss and its gradient in Triton, in one kernel: a program reads a token's logits twice.
+"""The loss and its gradient in Triton, in one kernel that reads each token's logits twice.
 
-The first time it finds the softmax's scale, the second time it writes the gradient over the logits.
-A token's logits are still in the cache then.
+A program takes one token. First it computes the scale of the softmax, then it writes the gradient
+over the logits. By the second time the logits are still in the cache.
 """
 
 import torch
@@ -14,8 +14,8 @@ from ysnake_kernels.numerics import common_unit, next_power_of_2
 from ysnake_kernels.triton_launch import launcher
 
 IGNORED = tl.constexpr(IGNORED_TARGET)
-BLOCK = 4096  # logits that a program has in its registers
-PER_THREAD = 16
+BLOCK = 4096  # logits that a program holds in registers
+PER_THREAD = 16  # of these
 
 
 @triton.jit(do_not_specialize=["vocab"])
@@ -46,7 +46,7 @@ def _loss_kernel(
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Arguments as `ysnake_kernels.loss.cross_entropy_` has checked them."""
+    """`ysnake_kernels.loss.cross_entropy_` of checked arguments."""
     exact = torch.promote_types(logits.dtype, torch.float32)
     tokens, vocab = logits.shape
     losses = torch.empty(tokens, dtype=exact, device=logits.device)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """Arguments as `ysnake_kernels.loss.cross_entropy_` has checked them."""
+    """`ysnake_kernels.loss.cross_entropy_` of checked arguments."""
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_()
     with torch.enable_grad():
         loss = F.cross_entropy(exact, targets, reduction="sum")

@@ -1,22 +1,20 @@
-"""The whole mixer from its input projection on: convolution, scan, gated norm, output projection.
+"""The mixer after its input projection: convolution, scan, gated norm, output projection.
 
-Of what is computed on the way it keeps at most a number for each token; backward computes the rest
-again. On a GPU it is `composed` of the other operators; on a CPU `eager` is one function, with
-fewer passes.
+For backward it stores its arguments and at most one number for each token. Backward computes the
+rest again. On a GPU the mixer is `composed` of the other operators. On a CPU `eager` computes it in
+one function, with fewer passes over memory.
 """
-
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import FLOATS, check, check_rank, check_skip, check_whole
-from ysnake_kernels.conv import check_conv
+from ysnake_kernels.conv import check_conv, uses_silu
 from ysnake_kernels.mixer import composed, eager_operator
-from ysnake_kernels.mixer.composed import scan_inputs
+from ysnake_kernels.mixer.inputs import MixerInputs
+from ysnake_kernels.mixer.sizes import MixerSizes
 from ysnake_kernels.ssd import check_scan
-from ysnake_kernels.ssd.inputs import ScanInputs
 
 
 def mamba_split_conv1d_scan_combined(
@@ -43,12 +41,12 @@ def mamba_split_conv1d_scan_combined(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A Mamba-2 mixer after its input projection, at the memory of that projection.
 
-    Splits zxbcdt along its features into the gate z, the convolution's input, and dt; then
+    Splits zxbcdt along its features into the gate z, the convolution's input and dt. Then come
     `causal_conv1d`, `ssd_scan` with softplus on dt, `rms_norm_gated` if it has a weight (else z
-    gates the scan), and a linear layer if it has a weight. Saves its arguments for backward, and at
-    most a number for each token besides. Name and arguments are mamba_ssm's, but for the last one.
-    Differentiable once in every floating-point argument; under autocast the linear layer runs in
-    autocast's dtype.
+    gates the scan), and a linear layer if it has a weight. For backward it stores its arguments and
+    at most one number for each token. Name and arguments are those of mamba_ssm; the last one is
+    ours. Differentiable once in every floating-point argument. Under autocast the linear layer runs
+    in autocast's dtype.
 
     Args:
         zxbcdt: (batch, length, 2 * d_inner + 2 * ngroups * N + heads).
@@ -63,9 +61,9 @@ def mamba_split_conv1d_scan_combined(
         rmsnorm_eps, norm_before_gate: as in `rms_norm_gated`.
         outproj_weight: (d_model, d_inner), in zxbcdt's dtype unless under autocast.
         outproj_bias: (d_model,).
-        headdim: d_inner / heads, which follows from the shapes; checked if given.
-        conv_initial_states: (batch, d_inner + 2 * ngroups * N, width - 1), what the convolution
-            starts from, as in `causal_conv1d`; None means zeros.
+        headdim: d_inner / heads; checked if given, since it follows from the shapes.
+        conv_initial_states: (batch, d_inner + 2 * ngroups * N, width - 1), the tokens before the
+            first one, as in `causal_conv1d`. None means zeros.
 
     Returns:
         (batch, length, d_inner) or, with `outproj_weight`, (batch, length, d_model); with
@@ -77,65 +75,76 @@ def mamba_split_conv1d_scan_combined(
     Source: arXiv 2405.21060, section 7.1 and figure 6 (the parallel Mamba block).
     """
     sizes = check_sizes(zxbcdt, conv1d_weight, A, headdim, ngroups)
-    d_inner, channels, heads = sizes
-    if conv1d_bias is not None:
-        check("conv1d_bias", conv1d_bias, (channels,), zxbcdt, match="conv1d_weight")
-    check_skip(D, heads, d_inner // heads, zxbcdt)
-    if rmsnorm_weight is not None:
-        check("rmsnorm_weight", rmsnorm_weight, (d_inner,), zxbcdt, match="zxbcdt")
-    if outproj_weight is not None:
-        check_rank("outproj_weight", outproj_weight, "d_model, d_inner")
+    inputs = MixerInputs(
+        *(zxbcdt, conv_initial_states, initial_states, seq_idx),
+        *(conv1d_weight, conv1d_bias, dt_bias, A, D),
+        *(rmsnorm_weight, outproj_weight, outproj_bias),
+        *(sizes, uses_silu(activation), chunk_size, dt_limit, rmsnorm_eps, norm_before_gate),
+        *(return_final_states, zxbcdt.dtype),
+    )
+    y, states = check_and_run(inputs)
+    return y if states is None else (y, states)
+
+
+def check_and_run(inputs: MixerInputs) -> tuple[Tensor, Tensor | None]:
+    """The output, and the final states if they are wanted, after the checks of all arguments.
+
+    Under autocast the output projection runs in autocast's dtype instead of `inputs.dtype`.
+    """
+    check_mixer(inputs)
+    zxbcdt, (low, high) = inputs.zxbcdt, inputs.dt_limit
+    device, dtype = zxbcdt.device.type, inputs.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    limits, eps = (float(low), float(high)), float(inputs.eps)
+    inputs = inputs._replace(dt_limit=limits, eps=eps, dtype=dtype)
+    name = choose(zxbcdt)
+    with torch.autocast(device, enabled=False):
+        y, states = (
+            eager_operator.mixer(inputs) if name == "eager" else composed.mixer(name, inputs)
+        )
+    return y, states if inputs.want_states else None
+
+
+def check_mixer(inputs: MixerInputs) -> None:
+    """Raise ValueError or TypeError where an argument does not match the sizes."""
+    zxbcdt, sizes = inputs.zxbcdt, inputs.sizes
+    channels, d_inner = sizes.channels, sizes.d_inner
+    if inputs.conv_bias is not None:
+        check("conv1d_bias", inputs.conv_bias, (channels,), zxbcdt, match="conv1d_weight")
+    check_skip(inputs.D, sizes.heads, sizes.head_dim, zxbcdt)
+    if inputs.norm_weight is not None:
+        check("rmsnorm_weight", inputs.norm_weight, (d_inner,), zxbcdt, match="zxbcdt")
+    _check_projection(inputs)
+    features = sum(sizes.projection)
+    check("zxbcdt", zxbcdt, (*zxbcdt.shape[:2], features), zxbcdt, match="the sizes")
+    _, xBC, dt = sizes.split(zxbcdt)  # the convolution's output has the shape of xBC
+    convolution = inputs.convolution(xBC)
+    check_conv(convolution._replace(initial_states=None))
+    if inputs.conv_initial_states is not None:
+        shape = (len(zxbcdt), channels, convolution.width - 1)
+        check("conv_initial_states", inputs.conv_initial_states, shape, zxbcdt, match="zxbcdt")
+    check_scan(inputs.scan(xBC, dt))
+
+
+def _check_projection(inputs: MixerInputs) -> None:
+    zxbcdt, weight, bias = inputs.zxbcdt, inputs.out_weight, inputs.out_bias
+    if weight is not None:
+        check_rank("outproj_weight", weight, "d_model, d_inner")
         autocast = torch.is_autocast_enabled(zxbcdt.device.type)
         dtypes = FLOATS if autocast else (zxbcdt.dtype,)
-        shape = (outproj_weight.shape[0], d_inner)
-        check("outproj_weight", outproj_weight, shape, zxbcdt, "zxbcdt", dtypes)
-        if outproj_bias is not None:
-            check("outproj_bias", outproj_bias, shape[:1], zxbcdt, "outproj_weight", dtypes)
-    elif outproj_bias is not None:
+        shape = (weight.shape[0], inputs.sizes.d_inner)
+        check("outproj_weight", weight, shape, zxbcdt, "zxbcdt", dtypes)
+        if bias is not None:
+            check("outproj_bias", bias, shape[:1], zxbcdt, "outproj_weight", dtypes)
+    elif bias is not None:
         raise ValueError("outproj_bias: expected an outproj_weight with it, got None")
-    xBC = zxbcdt[..., d_inner : -sizes[2]]  # of the shape that the convolution gives it back
-    width = check_conv(xBC.transpose(1, 2), conv1d_weight, conv1d_bias, seq_idx, None, activation)
-    if conv_initial_states is not None:
-        shape = (len(zxbcdt), channels, width - 1)
-        check("conv_initial_states", conv_initial_states, shape, zxbcdt, match="zxbcdt")
-    x, B, C = scan_inputs(xBC, sizes, ngroups)
-    dt = zxbcdt[..., -sizes[2] :]
-    check_scan(
-        ScanInputs(
-            *(x, dt, A, B, C, D),
-            dt_bias=dt_bias,
-            initial_states=initial_states,
-            seq_idx=seq_idx,
-            chunk_size=chunk_size,
-            dt_limit=dt_limit,
-        )
-    )
-    device = zxbcdt.device.type
-    autocast = torch.is_autocast_enabled(device)
-    name = choose(zxbcdt)
-    mixer = partial(composed.mixer, name)
-    if name == "eager":
-        mixer, activation = eager_operator.mixer, activation is not None
-    with torch.autocast(device, enabled=False):
-        y, states = mixer(
-            *(zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D),
-            *(conv_initial_states, initial_states, seq_idx),
-            *(rmsnorm_weight, outproj_weight, outproj_bias),
-            sizes,
-            ngroups,
-            activation,
-            (chunk_size, True, dt_limit),
-            (rmsnorm_eps, d_inner // ngroups, norm_before_gate),
-            return_final_states,
-            torch.get_autocast_dtype(device) if autocast else zxbcdt.dtype,
-        )
-    return (y, states) if return_final_states else y
 
 
 def check_sizes(
     zxbcdt: Tensor, conv1d_weight: Tensor, A: Tensor, headdim: int | None, ngroups: int
-) -> list[int]:
-    """The sizes of z, of the convolution's input and of dt, after the checks of what gives them."""
+) -> MixerSizes:
+    """The sizes of a mixer with these arguments. Raises ValueError where they do not fit."""
     check_rank("zxbcdt", zxbcdt, "batch, length, features")
     check_rank("conv1d_weight", conv1d_weight, "channels, width")
     check_rank("A", A, "heads,")
@@ -158,4 +167,4 @@ def check_sizes(
             f"conv1d_weight: expected d_inner + 2 * ngroups * N = {d_inner} + {2 * ngroups} * N "
             f"channels to match zxbcdt, got {channels}"
         )
-    return [d_inner, channels, heads]
+    return MixerSizes(d_inner, heads, ngroups, (channels - d_inner) // (2 * ngroups))

@@ -1,226 +1,173 @@
 """The mixer in pure torch, as one function: what a CPU trains with.
 
-Saves its arguments. Backward goes over the convolution once more and over the chunks of the scan
-once forward, for the states, and once back; what follows the scan, `output`, is taken with it chunk
-by chunk, so that neither the scan's output nor its gradient ever exists as a whole. The gradients
-of z, of the convolution's input and of dt are written where they belong in the gradient of zxbcdt.
-All this is done for a few rows of the batch at a time, so that a chunk stays in the cache.
+It stores its arguments. Backward computes the convolution again, then goes over the chunks of the
+scan once forward, for the states, and once back. What follows the scan (output.py) is computed
+chunk by chunk with it, so neither the scan's output nor its gradient ever exists as a whole. The
+gradients of z, xBC and dt are written straight into the gradient of zxbcdt. A few rows of the batch
+are taken at a time, so that a chunk stays in the cache.
 """
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.conv import eager as conv
-from ysnake_kernels.mixer.composed import scan_inputs
+from ysnake_kernels.mixer.inputs import BY_ROW, SEQ_IDX, TENSORS, MixerInputs
 from ysnake_kernels.mixer.output import MergedOutput, output_of
 from ysnake_kernels.numerics import accumulator
 from ysnake_kernels.ssd import eager as ssd
-from ysnake_kernels.ssd.inputs import ScanInputs, SequenceGradients
+from ysnake_kernels.ssd.inputs import SequenceGradients
 
 CHUNK_ELEMENTS = 512 * 1024  # of a chunk of z: two megabytes in float32
 
 
-def mixer(
-    zxbcdt: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor | None,
-    dt_bias: Tensor | None,
-    A: Tensor,
-    D: Tensor | None,
-    conv_states: Tensor | None,
-    initial_states: Tensor | None,
-    seq_idx: Tensor | None,
-    norm_weight: Tensor | None,
-    out_weight: Tensor | None,
-    out_bias: Tensor | None,
-    *options,
-) -> tuple[Tensor, Tensor | None]:
-    """Arguments as `composed.mixer`'s without its first, but for activation, which is a bool."""
-    # First all is saved, then it is computed: a checkpoint around this, which in backward computes
-    # again what was saved, stops at the last that was. This one's work is not done once more.
-    parameters = (conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, out_bias)
-    tensors = (zxbcdt, conv_states, initial_states, seq_idx, *parameters)
-    out, states, rstd = empty_outputs(tensors, options)
-    out, states = _Mixer.apply(out, states, rstd, *tensors, *options)
+class Outputs(NamedTuple):
+    """What `compute` writes."""
+
+    out: Tensor  # (batch, length, d_inner or d_model)
+    states: Tensor | None  # the final states, if wanted
+    rstd: Tensor | None  # (batch, length, 1), 1 / rms for backward, if it can use that
+
+
+def mixer(inputs: MixerInputs) -> tuple[Tensor, Tensor | None]:
+    """The output, and the final states if wanted, of checked inputs."""
+    # First all is saved for backward, then the output is computed. torch's checkpoint, where a
+    # caller uses it, runs this again in backward only until all is saved. So it does not compute
+    # the output a second time.
+    outputs = empty_outputs(inputs)
+    out, states = _Mixer.apply(*outputs, *inputs)
     with torch.no_grad():
-        compute(out, states, rstd, tensors, options)
+        compute(outputs._replace(out=out, states=states), inputs)
     return out, states
 
 
-def empty_outputs(
-    tensors: tuple[Tensor | None, ...], options: tuple
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Memory for the output, for the states if wanted, and for 1 / rms if backward can use it."""
-    zxbcdt, _, initial_states, _, _, _, dt_bias, A, D, norm_weight, out_weight, _ = tensors
-    sizes, ngroups, _, _, norm_options, return_states, dtype = options
-    d_inner, channels, heads = sizes
-    features = d_inner if out_weight is None else out_weight.shape[0]
+def empty_outputs(inputs: MixerInputs) -> Outputs:
+    """Memory for the outputs."""
+    zxbcdt, sizes, weight = inputs.zxbcdt, inputs.sizes, inputs.out_weight
     new = partial(torch.empty, device=zxbcdt.device)
-    out = new(*zxbcdt.shape[:2], features, dtype=zxbcdt.dtype if out_weight is None else dtype)
+    batch, length = zxbcdt.shape[:2]
+    if weight is None:
+        out = new(batch, length, sizes.d_inner, dtype=zxbcdt.dtype)
+    else:
+        out = new(batch, length, len(weight), dtype=inputs.dtype)
     states = rstd = None
-    if return_states:
-        shape = (len(zxbcdt), heads, d_inner // heads, (channels - d_inner) // (2 * ngroups))
-        states = new(shape, dtype=accumulator(zxbcdt, A, D, initial_states, dt_bias))
-    if MergedOutput.suits(zxbcdt[..., :d_inner], norm_weight, out_weight, norm_options, dtype):
-        rstd = new(*zxbcdt.shape[:2], 1, dtype=dtype)
-    return out, states, rstd
+    if inputs.want_states:
+        exact = accumulator(zxbcdt, inputs.A, inputs.D, inputs.initial_states, inputs.dt_bias)
+        states = new(batch, sizes.heads, sizes.head_dim, sizes.state, dtype=exact)
+    if MergedOutput.suits(inputs):
+        rstd = new(batch, length, 1, dtype=inputs.dtype)
+    return Outputs(out, states, rstd)
 
 
-def compute(
-    out: Tensor,
-    states: Tensor | None,
-    rstd: Tensor | None,
-    tensors: tuple[Tensor | None, ...],
-    options: tuple,
-) -> None:
-    """Write what `empty_outputs` made, a few rows of the batch at a time."""
-    for rows in _row_groups(tensors[0], options):
-        inputs = [None if t is None else t[rows] for t in tensors[:4]]
-        scale = None if rstd is None else rstd[rows]
-        end = _forward(*inputs, *tensors[4:], *options, scale, out[rows])
-        if states is not None:
+def compute(outputs: Outputs, inputs: MixerInputs) -> None:
+    """Write the outputs, a few rows of the batch at a time."""
+    out, states, rstd = outputs
+    for rows in _row_groups(inputs):
+        end = _forward(inputs.rows(rows), None if rstd is None else rstd[rows], out[rows])
+        if states is not None and end is not None:
             states[rows] = end
 
 
 def gradients(
-    dout: Tensor | None,
-    dstates: Tensor | None,
-    rstd: Tensor | None,
-    tensors: tuple[Tensor | None, ...],
-    options: tuple,
+    dout: Tensor | None, dstates: Tensor | None, rstd: Tensor | None, inputs: MixerInputs
 ) -> list[Tensor | None]:
-    """Those of the tensors but for seq_idx, a few rows of the batch at a time."""
-    zxbcdt, parameters = tensors[0], tensors[4:]
+    """The gradients of all tensors of the inputs but seq_idx, a few rows of the batch at a time."""
+    zxbcdt = inputs.zxbcdt
     dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
-    dstarts = [], []
-    totals = [None] * len(parameters)
-    for rows in _row_groups(zxbcdt, options):
-        inputs = [None if t is None else t[rows] for t in tensors[:4]]
-        outer = [None if t is None else t[rows] for t in (rstd, dout, dstates)]
-        *starts, grads = _backward(*inputs, *parameters, *options, *outer, dzxbcdt[rows])
-        for parts, part in zip(dstarts, starts, strict=True):
-            parts.append(part)
-        totals = [g if t is None else t.add_(g) for t, g in zip(totals, grads, strict=True)]
-    dstarts = [None if parts[0] is None else torch.cat(parts) for parts in dstarts]
-    given = [
+    conv_starts: list[Tensor | None] = []
+    scan_starts: list[Tensor | None] = []
+    totals: list[Tensor | None] = [None] * (TENSORS - BY_ROW)
+    for rows in _row_groups(inputs):
+        given = Given(*(None if t is None else t[rows] for t in (rstd, dout, dstates)))
+        conv_start, scan_start, grads = _backward(inputs.rows(rows), given, dzxbcdt[rows])
+        conv_starts.append(conv_start)
+        scan_starts.append(scan_start)
+        totals = [
+            grad if total is None or grad is None else total.add_(grad)
+            for total, grad in zip(totals, grads, strict=True)
+        ]
+    parameters = [
         None if p is None or g is None else g.to(p.dtype)
-        for p, g in zip(parameters, totals, strict=True)
+        for p, g in zip(inputs[BY_ROW:TENSORS], totals, strict=True)
     ]
-    return [dzxbcdt, *dstarts, *given]
+    return [dzxbcdt, _joined(conv_starts), _joined(scan_starts), *parameters]
+
+
+def _joined(parts: list[Tensor | None]) -> Tensor | None:
+    """The parts of the batch in one tensor; None if there are none."""
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if given else None
 
 
 class _Mixer(torch.autograd.Function):
-    """The gradient of what is written to out and states; rstd, written with them, is kept too."""
+    """The gradient of what `compute` writes to out and states. It also stores rstd."""
 
     @staticmethod
-    def forward(ctx, out, states, rstd, *arguments):
-        tensors, ctx.options, ctx.rstd = arguments[:12], arguments[12:], rstd
-        ctx.save_for_backward(*tensors)
+    def forward(ctx: Any, out, states, rstd, *arguments):
+        ctx.options, ctx.rstd = arguments[TENSORS:], rstd
+        ctx.save_for_backward(*arguments[:TENSORS])
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(*(t for t in (out, states) if t is not None))
         return out, states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dstates):
-        grads = gradients(dout, dstates, ctx.rstd, ctx.saved_tensors, ctx.options)
-        nones = [None] * len(ctx.options)
-        return None, None, None, *grads[:3], None, *grads[3:], *nones
+    def backward(ctx: Any, dout, dstates):
+        inputs = MixerInputs(*ctx.saved_tensors, *ctx.options)
+        grads = gradients(dout, dstates, ctx.rstd, inputs)
+        grads.insert(SEQ_IDX, None)
+        return None, None, None, *grads, *[None] * len(ctx.options)
 
 
-def _row_groups(zxbcdt: Tensor, options: tuple) -> list[slice]:
+def _row_groups(inputs: MixerInputs) -> list[slice]:
     """The rows of the batch in groups whose chunks stay in the cache."""
-    batch, length, _ = zxbcdt.shape
-    sizes, scan_options = options[0], options[3]
-    chunk_size = min(scan_options[0] or ssd.CPU_CHUNK, length)
-    size = max(1, CHUNK_ELEMENTS // (sizes[0] * chunk_size))
+    batch, length, _ = inputs.zxbcdt.shape
+    chunk_size = min(inputs.chunk_size or ssd.CPU_CHUNK, length)
+    size = max(1, CHUNK_ELEMENTS // (inputs.sizes.d_inner * chunk_size))
     return [slice(start, start + size) for start in range(0, batch, size)]
 
 
-def _forward(
-    zxbcdt,
-    conv_states,
-    initial_states,
-    seq_idx,
-    conv_weight,
-    conv_bias,
-    dt_bias,
-    A,
-    D,
-    norm_weight,
-    out_weight,
-    out_bias,
-    sizes,
-    ngroups,
-    activation,
-    scan_options,
-    norm_options,
-    return_states,
-    dtype,
-    rstd,
-    out,
-) -> Tensor | None:
-    """Writes out and rstd; returns the final states."""
-    z, xBC, dt = zxbcdt.split(sizes, dim=-1)
+def _forward(inputs: MixerInputs, rstd: Tensor | None, out: Tensor) -> Tensor | None:
+    """Write out and rstd; return the final states, if wanted."""
+    z, xBC, dt = inputs.sizes.split(inputs.zxbcdt)
     mixed = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
-    edge = None if conv_states is None else conv_states.transpose(1, 2)
-    conv.forward(xBC, conv_weight, conv_bias, seq_idx, edge, mixed, activation)
-    x, B, C = scan_inputs(mixed, sizes, ngroups)
-    weights = (norm_weight, out_weight, out_bias)
-    output = output_of(z, weights, norm_options, dtype, rstd)
+    conv.forward(inputs.convolution(xBC), mixed)
+    output = output_of(inputs, z, rstd)
     output.forward(out)
-    tensors = (x, dt, A, B, C, D, None, initial_states, dt_bias, seq_idx, None)
-    states, _ = ssd.forward(ScanInputs(*tensors, *scan_options), output.finish, return_states)
+    states, _ = ssd.forward(inputs.scan(mixed, dt), output.finish, inputs.want_states)
     output.project()
     return states
 
 
+class Given(NamedTuple):
+    """What backward gets from outside."""
+
+    rstd: Tensor | None
+    dout: Tensor | None
+    dstates: Tensor | None
+
+
 def _backward(
-    zxbcdt,
-    conv_states,
-    initial_states,
-    seq_idx,
-    conv_weight,
-    conv_bias,
-    dt_bias,
-    A,
-    D,
-    norm_weight,
-    out_weight,
-    out_bias,
-    sizes,
-    ngroups,
-    activation,
-    scan_options,
-    norm_options,
-    return_states,
-    dtype,
-    rstd,
-    dout,
-    dstates,
-    dzxbcdt,
+    inputs: MixerInputs, given: Given, dzxbcdt: Tensor
 ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
-    """Writes dzxbcdt; returns the gradients of conv_states, initial_states and the parameters."""
-    z, xBC, dt = zxbcdt.split(sizes, dim=-1)
-    dz, dxBC, ddt = dzxbcdt.split(sizes, dim=-1)
-    weights = (norm_weight, out_weight, out_bias)
-    output = output_of(z, weights, norm_options, dtype, rstd)
-    output.backward(dout, dz)
-    edge = None if conv_states is None else conv_states.transpose(1, 2)
-    acc = accumulator(xBC, conv_weight, conv_bias, edge)
+    """Write dzxbcdt; return the gradients of both initial states and of the parameters."""
+    sizes = inputs.sizes
+    z, xBC, dt = sizes.split(inputs.zxbcdt)
+    dz, dxBC, ddt = sizes.split(dzxbcdt)
+    output = output_of(inputs, z, given.rstd)
+    output.backward(given.dout, dz)
+    convolution = inputs.convolution(xBC)
+    acc = accumulator(xBC, inputs.conv_weight, inputs.conv_bias, inputs.conv_initial_states)
     sums = torch.empty(xBC.shape, dtype=acc, device=xBC.device)
-    mixed, dmixed = (torch.empty_like(sums, dtype=xBC.dtype) for _ in "xy")
-    conv_arguments = (xBC, conv_weight, conv_bias, seq_idx, edge)
-    conv.forward(*conv_arguments, mixed, activation, sums)
-    x, B, C = scan_inputs(mixed, sizes, ngroups)
-    dx, dB, dC = scan_inputs(dmixed, sizes, ngroups)
-    tensors = (x, dt, A, B, C, D, None, initial_states, dt_bias, seq_idx, None)
-    scan = ScanInputs(*tensors, *scan_options)
+    mixed, dmixed = (torch.empty_like(sums, dtype=xBC.dtype) for _ in range(2))
+    conv.forward(convolution, mixed, sums)
+    dx, dB, dC = sizes.split_channels(dmixed)
     into = SequenceGradients(dx, ddt, dB, dC)
-    dA, dD, dinitial, ddt_bias = ssd.backward(scan, output.gradient, dstates, into)
-    dconv_weight, dconv_bias, dedge = conv.backward(*conv_arguments, dmixed, dxBC, activation, sums)
+    scan = inputs.scan(mixed, dt)
+    dA, dD, dinitial, ddt_bias = ssd.backward(scan, output.gradient, given.dstates, into)
+    dconv_weight, dconv_bias, dconv_initial = conv.backward(convolution, dmixed, dxBC, sums)
     grads = (dconv_weight, dconv_bias, ddt_bias, dA, dD, *output.parameter_gradients())
-    return None if dedge is None else dedge.transpose(1, 2), dinitial, grads
+    return dconv_initial, dinitial, grads

@@ -1,8 +1,10 @@
-"""The mixer on a GPU: the fused operators one after another, and their gradients in one tensor.
+"""The mixer on a GPU: the fused operators one after another, with all gradients in one tensor.
 
-Backward computes again what lies between the operators, as `composed` does. Each operator writes
-its gradient into its own part of the projection's gradient, so that none is copied.
+Backward computes the tensors between the operators again, as `composed` does. Each operator writes
+its gradient into its own part of the projection's gradient, so no gradient is copied.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,117 +12,110 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.conv import fused as conv
-from ysnake_kernels.mixer.composed import scan_inputs
+from ysnake_kernels.mixer.inputs import TENSORS, MixerInputs
 from ysnake_kernels.norm import fused as norm
 from ysnake_kernels.ssd import fused as scan
 from ysnake_kernels.ssd import fused_backward, fused_forward
 from ysnake_kernels.ssd.inputs import ScanInputs, SequenceGradients
 
 
-def check_sizes(sizes: list[int], ngroups: int, conv_weight: Tensor, group_size: int) -> None:
-    """Raise ValueError where one of the kernels cannot take these sizes."""
-    d_inner, channels, heads = sizes
-    conv.check_width(conv_weight)
-    scan.check_sizes(d_inner // heads, (channels - d_inner) // (2 * ngroups))
-    norm.check_group(group_size)
+def mixer(inputs: MixerInputs) -> tuple[Tensor, Tensor]:
+    """The output and the final states of checked inputs, which have a norm.
 
-
-TENSORS = 12  # of the arguments of `Mixer`, the first ones
-
-
-class Mixer(torch.autograd.Function):
-    """Arguments and results as those of `composed.mixer`, tensors first.
-
-    The norm's weight is not None. The output projection's weight and bias have the dtype in which
-    it multiplies.
+    Raises:
+        ValueError: one of the kernels cannot take these sizes.
     """
+    sizes, weight, bias = inputs.sizes, inputs.out_weight, inputs.out_bias
+    conv.check_width(inputs.conv_weight)
+    scan.check_sizes(sizes.head_dim, sizes.state)
+    norm.check_group(sizes.d_inner // sizes.groups)
+    if weight is not None:
+        weight = weight.to(inputs.dtype)
+        bias = None if bias is None else bias.to(inputs.dtype)
+    return _Mixer.apply(*inputs._replace(out_weight=weight, out_bias=bias))
+
+
+class _Mixer(torch.autograd.Function):
+    """Saves its arguments. The output projection's have the dtype in which it multiplies."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        ctx.save_for_backward(*arguments[:TENSORS])
-        ctx.options = arguments[TENSORS:]
+    def forward(ctx: Any, *arguments):
+        inputs = MixerInputs(*arguments)
+        ctx.save_for_backward(*inputs[:TENSORS])
+        ctx.options = inputs[TENSORS:]
         ctx.set_materialize_grads(False)
-        found = Intermediates(*arguments)
-        states = found.read()
-        normed = found.norm()
-        weight, bias = arguments[10:12]
-        return (normed if weight is None else F.linear(normed, weight, bias)), states
+        _, y, states = _scanned(inputs)
+        normed, weight = _normed(inputs, y), inputs.out_weight
+        return (normed if weight is None else F.linear(normed, weight, inputs.out_bias)), states
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout, dstates):
-        found = Intermediates(*ctx.saved_tensors, *ctx.options)
-        return *found.gradients(dout, dstates), *[None] * len(ctx.options)
+    def backward(ctx: Any, dout, dstates):
+        inputs = MixerInputs(*ctx.saved_tensors, *ctx.options)
+        return *_gradients(inputs, dout, dstates), *[None] * len(ctx.options)
 
 
-class Intermediates:
-    """The tensors that one operator gives to the next."""
+def _scanned(inputs: MixerInputs) -> tuple[ScanInputs, Tensor, Tensor]:
+    """The inputs of the scan, its output [batch length d_inner], and the final states."""
+    _, xBC, dt = inputs.sizes.split(inputs.zxbcdt)
+    mixed, _ = conv.forward(inputs.convolution(xBC))
+    given = inputs.scan(mixed.transpose(1, 2), dt)
+    D, initial_states, dt_bias, seq_idx = (
+        None if t is None else t.contiguous()
+        for t in (given.D, given.initial_states, given.dt_bias, given.seq_idx)
+    )
+    given = given._replace(
+        A=given.A.contiguous(),
+        D=D,
+        initial_states=initial_states,
+        dt_bias=dt_bias,
+        seq_idx=seq_idx,
+    )
+    y, states = fused_forward.forward(given)
+    return given, y.flatten(2), states
 
-    def __init__(
-        self, zxbcdt, conv_weight, conv_bias, dt_bias, A, D, conv_states, initial_states, seq_idx,
-        norm_weight, out_weight, out_bias, sizes, ngroups, activation, scan_options, norm_options,
-    ):  # fmt: skip
-        self.zxbcdt, self.sizes, self.ngroups = zxbcdt, sizes, ngroups
-        self.z, xBC, self.dt = zxbcdt.split(sizes, -1)
-        self.convolution = (
-            xBC.transpose(1, 2), conv_weight, conv_bias, seq_idx, conv_states,
-            activation is not None,
-        )  # fmt: skip
-        small = (A, D, initial_states, dt_bias, seq_idx)
-        self.small = [None if t is None else t.contiguous() for t in small]
-        self.scan_options = scan_options
-        self.norm_weight, self.norm_options = norm_weight, norm_options
-        self.out_weight, self.out_bias = out_weight, out_bias
 
-    def read(self) -> Tensor:
-        """Convolution and scan; returns the final states."""
-        mixed, _ = conv._forward(*self.convolution)
-        x, B, C = scan_inputs(mixed.transpose(1, 2), self.sizes, self.ngroups)
-        A, D, initial_states, dt_bias, seq_idx = self.small
-        softplus, *limit = self.scan_options
-        tensors = (x, self.dt, A, B, C, D, None, initial_states, dt_bias, seq_idx)
-        self.scan = ScanInputs(*tensors, dt_softplus=softplus, dt_limit=tuple(limit))
-        y, states = fused_forward.forward(self.scan)
-        self.y = y.flatten(2)
-        return states
+def _normed(inputs: MixerInputs, y: Tensor) -> Tensor:
+    """The gated norm of the scan's output, in the dtype of what follows."""
+    z = inputs.sizes.split(inputs.zxbcdt)[0]
+    dtype = y.dtype if inputs.out_weight is None else inputs.out_weight.dtype
+    return norm.add_and_norm(inputs.norm(y, z), None, dtype)[1]
 
-    def norm(self) -> Tensor:
-        weight = self.out_weight
-        dtype = self.y.dtype if weight is None else weight.dtype
-        given = (self.y, None, self.norm_weight, None, self.z, *self.norm_options, dtype)
-        return norm.add_and_norm(*given)[1]
 
-    def gradients(self, dout: Tensor | None, dstates: Tensor | None) -> list[Tensor | None]:
-        """Of all tensors, from those of the output and of the final states."""
-        self.read()
-        if dout is None:
-            features = len(self.out_weight) if self.out_weight is not None else self.y.shape[-1]
-            dout = self.y.new_zeros(*self.y.shape[:-1], features)
-        dout_weight = dout_bias = None
-        if self.out_weight is not None:
-            rows = dout.reshape(-1, len(self.out_weight))
-            dout_weight = rows.t() @ self.norm().view(-1, self.out_weight.shape[1])
-            dout_bias = None if self.out_bias is None else rows.sum(0)
-            dout = (rows @ self.out_weight).view(self.y.shape)
-        dzxbcdt = torch.empty_like(self.zxbcdt, memory_format=torch.contiguous_format)
-        dz, dxBC, ddt = dzxbcdt.split(self.sizes, -1)
-        dy, _, dnorm_weight, *_ = norm.gradients(
-            dout, None, self.y, None, self.norm_weight, None, self.z, *self.norm_options, dz
-        )
-        del self.y, dout
-        dmixed = torch.empty(dxBC.shape, dtype=dxBC.dtype, device=dxBC.device)
-        dx, dB, dC = scan_inputs(dmixed, self.sizes, self.ngroups)
-        dy = dy.view(dx.shape)
-        if dstates is not None:
-            dstates = dstates.contiguous()
-        into = SequenceGradients(dx, ddt, dB, dC)
-        found = fused_backward.backward(dy, dstates, self.scan, into)
-        _, _, dA, _, _, dD, _, dinitial, ddt_bias = found
-        del self.scan, dy
-        given = (dmixed.transpose(1, 2), None, *self.convolution)
-        _, dweight, dbias, dconv_states = conv._backward(*given, dxBC.transpose(1, 2))
-        return [
-            *(dzxbcdt, dweight, None if self.convolution[2] is None else dbias, ddt_bias, dA, dD),
-            *(None if self.convolution[4] is None else dconv_states, dinitial, None),
-            *(dnorm_weight, dout_weight, dout_bias),
-        ]
+def _gradients(
+    inputs: MixerInputs, dout: Tensor | None, dstates: Tensor | None
+) -> list[Tensor | None]:
+    """The gradients of all tensors of the inputs, from those of the output and final states."""
+    sizes, weight = inputs.sizes, inputs.out_weight
+    given, y, _ = _scanned(inputs)
+    if dout is None:
+        features = sizes.d_inner if weight is None else len(weight)
+        dout = y.new_zeros(*y.shape[:-1], features)
+    dout_weight = dout_bias = None
+    if weight is not None:
+        rows = dout.reshape(-1, len(weight))
+        dout_weight = rows.t() @ _normed(inputs, y).view(-1, weight.shape[1])
+        dout_bias = None if inputs.out_bias is None else rows.sum(0)
+        dout = (rows @ weight).view(y.shape)
+    dzxbcdt = torch.empty_like(inputs.zxbcdt, memory_format=torch.contiguous_format)
+    z, xBC, _ = sizes.split(inputs.zxbcdt)
+    dz, dxBC, ddt = sizes.split(dzxbcdt)
+    dy, _, dnorm_weight, *_ = norm.gradients(inputs.norm(y, z), dout, dz=dz)
+    del y, dout  # each as large as x: later launches use their memory again
+    dmixed = torch.empty(dxBC.shape, dtype=dxBC.dtype, device=dxBC.device)
+    dx, dB, dC = sizes.split_channels(dmixed)
+    if dstates is not None:
+        dstates = dstates.contiguous()
+    into = SequenceGradients(dx, ddt, dB, dC)
+    found = fused_backward.backward(dy.view(dx.shape), dstates, given, into)
+    _, _, dA, _, _, dD, _, dinitial, ddt_bias = found
+    del given, dy
+    convolution, dx_conv = inputs.convolution(xBC), dxBC.transpose(1, 2)
+    _, dweight, dbias, dconv_initial = conv.backward(
+        convolution, dmixed.transpose(1, 2), None, dx_conv
+    )
+    return [
+        *(dzxbcdt, None if inputs.conv_initial_states is None else dconv_initial, dinitial, None),
+        *(dweight, None if inputs.conv_bias is None else dbias, ddt_bias, dA, dD),
+        *(dnorm_weight, dout_weight, dout_bias),
+    ]

@@ -1,138 +1,101 @@
-"""The mixer over a part of sequences whose other parts are elsewhere, on other devices say.
+"""The mixer over one part of each sequence, where other processes or devices have the other parts.
 
-Forward it hands on the last tokens before the convolution and the state after its last token, and
-takes in those of the part before; backward it does so with their gradients, the other way. That is
-all that passes between parts, and no part waits for another's scan: each computes what it does to
-the state (ssd/segment.py) first, and scans when it knows the state that enters.
+Parts exchange little. Forward, each part sends the part after it the last tokens before the
+convolution and its last state. Backward sends the gradients of both to the part before. No part
+waits for the scan of another: it first computes what it does to the state (ssd/segment.py), and
+scans when it knows the state that enters.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ysnake_kernels.backend import backend, choose
+from ysnake_kernels import conv, norm, ssd
+from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import INTEGERS, check
-from ysnake_kernels.conv import causal_conv1d
 from ysnake_kernels.linear import linear
-from ysnake_kernels.mixer import check_sizes
-from ysnake_kernels.mixer.composed import scan_inputs
-from ysnake_kernels.norm import rms_norm_gated
-from ysnake_kernels.numerics import accumulator, log_decays, step_sizes
-from ysnake_kernels.ssd import ssd_scan
+from ysnake_kernels.mixer import check_mixer
+from ysnake_kernels.mixer.inputs import SEQ_IDX, TENSORS, MixerInputs
+from ysnake_kernels.numerics import log_decays, step_sizes
+from ysnake_kernels.ssd.inputs import ScanInputs
 from ysnake_kernels.ssd.segment import end_from_zero, start_gradient, whole_decay
 
 
 class Neighbours(Protocol):
-    """The parts before and after this one. A step of 1 leads to the part after, -1 to that before;
-    what there is nobody to send to is dropped, what nobody sends is None.
+    """The parts before and after this one.
+
+    A step of 1 leads to the part after, a step of -1 to the part before. The first and the last
+    part have one neighbour only: what they send in the other direction is dropped, and what they
+    receive from there is None.
     """
 
     def exchange(self, tensor: Tensor, step: int) -> Tensor | None:
-        """Send a tensor a step on, and receive the one of the same shape from a step back."""
+        """Send a tensor one step on, and receive one of the same shape from one step back."""
 
     def receive(self, like: Tensor, step: int) -> Tensor | None:
-        """Receive a tensor of that shape and dtype from a step back."""
+        """Receive a tensor of the shape and dtype of `like` from one step back."""
 
     def send(self, tensor: Tensor, step: int) -> None:
-        """Send a tensor a step on, without waiting until it is there."""
+        """Send a tensor one step on, without waiting for its arrival."""
 
 
-def mixer_part(
-    zxbcdt: Tensor,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    dt_bias: Tensor,
-    A: Tensor,
-    D: Tensor,
-    chunk_size: int | None,
-    neighbours: Neighbours,
-    seq_idx: Tensor | None,
-    dt_limit: tuple[float, float],
-    rmsnorm_weight: Tensor,
-    rmsnorm_eps: float,
-    outproj_weight: Tensor,
-    outproj_bias: Tensor | None,
-    ngroups: int,
-) -> Tensor:
-    """`mamba_split_conv1d_scan_combined` of this part, with SiLU and the gate before the norm.
+def mixer_part(inputs: MixerInputs, neighbours: Neighbours) -> Tensor:
+    """`mamba_split_conv1d_scan_combined` of this part of each sequence.
 
-    All parts call it together, forward and backward. Saves its arguments and what it received.
+    The convolution is followed by SiLU, and the gate comes before the norm. All parts call it
+    together, forward and backward. For backward it stores its arguments and what it received.
 
     Args:
-        zxbcdt: (batch, length, features), this part; at least as long as the convolution reaches.
-        neighbours: those that have the parts before and after.
-        seq_idx: (batch, 1 + length), the documents of the token before this part and of its own.
+        inputs: those of this part, with a norm and an output projection, without initial states.
+            zxbcdt (batch, length, features) has at least width - 1 tokens, seq_idx (batch,
+            1 + length) the documents of the token before this part and of its own tokens.
+        neighbours: the parts before and after.
+
+    Returns:
+        (batch, length, d_model).
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or values.
 
     Source: arXiv 2405.21060, section 8.2.
     """
-    sizes = check_sizes(zxbcdt, conv1d_weight, A, None, ngroups)
+    zxbcdt, seq_idx = inputs.zxbcdt, inputs.seq_idx
+    check_mixer(inputs._replace(seq_idx=None))
     batch, length = zxbcdt.shape[:2]
-    reach = conv1d_weight.shape[1] - 1
-    if length < reach:
-        raise ValueError(f"zxbcdt: expected a length of at least {reach}, got {length}")
+    before = inputs.conv_weight.shape[1] - 1  # how many tokens before it the convolution reads
+    if length < before:
+        raise ValueError(f"zxbcdt: expected a length of at least {before}, got {length}")
     if seq_idx is not None:
         check("seq_idx", seq_idx, (batch, 1 + length), zxbcdt, "zxbcdt", INTEGERS)
-    part = _Part(sizes, ngroups, chunk_size, dt_limit, rmsnorm_eps, choose(zxbcdt), neighbours)
-    parameters = (conv1d_weight, conv1d_bias, dt_bias, A, D)
-    tail = (rmsnorm_weight, outproj_weight, outproj_bias)
-    return _MixerPart.apply(part, seq_idx, zxbcdt, *parameters, *tail)
-
-
-class _Part:
-    """The pieces of the mixer, each on its own graph in backward."""
-
-    def __init__(self, sizes, ngroups, chunk_size, dt_limit, eps, name, neighbours):
-        self.sizes, self.ngroups, self.eps = sizes, ngroups, eps
-        self.chunk_size, self.dt_limit = chunk_size, dt_limit
-        self.name, self.neighbours = name, neighbours
-
-    def split(self, zxbcdt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z (batch, length, d_inner); xBC (batch, channels, length); dt."""
-        z, xBC, dt = zxbcdt.split(self.sizes, dim=-1)
-        return z, xBC.transpose(1, 2), dt
-
-    def convolve(self, xBC, weight, bias, edge, docs) -> tuple[Tensor, Tensor, Tensor]:
-        mixed = causal_conv1d(xBC, weight, bias, docs, edge, activation="silu")
-        return scan_inputs(mixed.transpose(1, 2), self.sizes, self.ngroups)
-
-    def scan(self, x, dt, A, B, C, D, dt_bias, state, docs) -> tuple[Tensor, Tensor]:
-        return ssd_scan(
-            *(x, dt, A, B, C, self.chunk_size, D),
-            dt_bias=dt_bias,
-            initial_states=state,
-            seq_idx=docs,
-            dt_softplus=True,
-            dt_limit=self.dt_limit,
-            return_final_states=True,
-        )
-
-    def finish(self, y, z, norm, projection, shift) -> Tensor:
-        group_size = self.sizes[0] // self.ngroups
-        y = rms_norm_gated(y.flatten(2), norm, None, z, self.eps, group_size, False)
-        return linear(y, projection, shift)
-
-    def log_decays(self, dt, dt_bias, A, acc) -> tuple[Tensor, Tensor]:
-        """dt as the recurrence uses it, and dt A as the scan uses it."""
-        dt = step_sizes(dt, dt_bias, True, self.dt_limit, acc)
-        return dt, log_decays(dt, A)
+    return _MixerPart.apply(neighbours, choose(zxbcdt), *inputs)
 
 
 class _Borders:
-    """Which tokens the documents of this part's borders have. Without documents: all."""
+    """Which tokens belong to the documents at this part's borders. Without documents: all."""
 
     def __init__(self, seq_idx: Tensor | None):
-        self.docs = self.of_first = self.of_last = self.enters = self.passes = None
+        self.documents = self.of_entering = self.of_last = self.enters = self.passes = None
         if seq_idx is not None:
-            self.docs = seq_idx[:, 1:].contiguous()
-            self.of_first = self.docs == seq_idx[:, :1]  # tokens of the document that comes in
-            self.of_last = self.docs == self.docs[:, -1:]
-            self.enters = self.of_first[:, 0]  # (batch,), whether that document has any
-            self.passes = self.of_first[:, -1]
+            self.documents = seq_idx[:, 1:].contiguous()  # of this part's tokens
+            # (batch, length): tokens of the document that the part before ends in, and tokens of
+            # the document that this part ends in
+            self.of_entering = self.documents == seq_idx[:, :1]
+            self.of_last = self.documents == self.documents[:, -1:]
+            # (batch,): whether that first document goes on here, and whether it fills this part
+            self.enters = self.of_entering[:, 0]
+            self.passes = self.of_entering[:, -1]
+
+    def last_tokens(self, xBC: Tensor, width: int) -> Tensor:
+        """What the convolution of the part after reads of xBC (batch, channels, length)."""
+        return self.of_last_document(xBC.detach()[:, :, 1 - width :]).contiguous()
+
+    def of_last_document(self, tokens: Tensor) -> Tensor:
+        """The last tokens (batch, channels, count), with zeros for those of other documents."""
+        if self.of_last is None:
+            return tokens
+        return tokens * self.of_last[:, None, -tokens.shape[2] :]
 
 
 def _where(t: Tensor | None, mask: Tensor | None) -> Tensor | None:
@@ -142,81 +105,121 @@ def _where(t: Tensor | None, mask: Tensor | None) -> Tensor | None:
     return t * mask.view(-1, *[1] * (t.ndim - 1)).to(t.dtype)
 
 
+def _add_passed_on(to: Tensor, state: Tensor | None, decay: Tensor, borders: _Borders) -> None:
+    """Add to a state (batch, heads, P, N) what passes through this part; or to its gradient."""
+    if state is not None:
+        passes = _where(whole_decay(decay), borders.passes)
+        assert passes is not None
+        to += passes[..., None, None] * state
+
+
+def _steps(scan: ScanInputs) -> tuple[Tensor, Tensor]:
+    """The step sizes and the log decays of the scan's tokens, without gradients."""
+    bias = None if scan.dt_bias is None else scan.dt_bias.detach()
+    sizes = step_sizes(scan.dt.detach(), bias, True, scan.dt_limit, scan.accumulator)
+    return sizes, log_decays(sizes, scan.A.detach())
+
+
+def _before_scan(name: str, inputs: MixerInputs) -> tuple[Tensor, ScanInputs]:
+    """z, and the inputs of the scan."""
+    z, xBC, dt = inputs.sizes.split(inputs.zxbcdt)
+    mixed, _ = conv.run(name, inputs.convolution(xBC))
+    return z, inputs.scan(mixed.transpose(1, 2), dt)
+
+
+def _after_scan(name: str, inputs: MixerInputs, y: Tensor, z: Tensor) -> Tensor:
+    """Norm and output projection of the scan's output (batch, length, heads, P)."""
+    normed = norm.run(name, inputs.norm(y.flatten(2), z), y.dtype)
+    assert inputs.out_weight is not None
+    return linear(normed, inputs.out_weight, inputs.out_bias)
+
+
 class _MixerPart(torch.autograd.Function):
-    """Saves its arguments and what came over the border; computes the rest again in backward."""
+    """Saves its arguments and what it received; computes the rest again in backward."""
 
     @staticmethod
-    def forward(ctx, part, seq_idx, zxbcdt, weight, bias, dt_bias, A, D, norm, projection, shift):
-        borders, near = _Borders(seq_idx), part.neighbours
-        acc = accumulator(zxbcdt, dt_bias, A, D)
-        z, xBC, dt = part.split(zxbcdt)
-        edge = near.exchange(_edge(xBC, weight, borders), 1)
+    def forward(ctx: Any, neighbours: Neighbours, name: str, *arguments):
+        inputs = MixerInputs(*arguments)
+        borders, width = _Borders(inputs.seq_idx), inputs.conv_weight.shape[1]
+        xBC = inputs.sizes.split(inputs.zxbcdt)[1].transpose(1, 2)
+        edge = neighbours.exchange(borders.last_tokens(xBC, width), 1)
         edge = _where(edge, borders.enters)
-        x, B, C = part.convolve(xBC, weight, bias, edge, borders.docs)
+        own = inputs._replace(conv_initial_states=edge, seq_idx=borders.documents)
+        z, scan = _before_scan(name, own)
 
-        dts, decay = part.log_decays(dt, dt_bias, A, acc)
-        end = end_from_zero(x, dts, decay, B, borders.of_last)
-        state = near.receive(end, 1)
-        if state is not None:
-            end += _where(whole_decay(decay), borders.passes)[..., None, None] * state
-            state = _where(state, borders.enters)
-        near.send(end, 1)
+        steps, decay = _steps(scan)
+        end = end_from_zero(scan.x, steps, decay, scan.B, borders.of_last)
+        state = neighbours.receive(end, 1)
+        _add_passed_on(end, state, decay, borders)
+        neighbours.send(end, 1)
 
-        y, _ = part.scan(x, dt, A, B, C, D, dt_bias, state, borders.docs)
-        ctx.part, ctx.seq_idx, ctx.acc = part, seq_idx, acc
-        device = zxbcdt.device.type
+        state = _where(state, borders.enters)
+        y, _ = ssd.run(name, scan._replace(initial_states=state))
+        ctx.neighbours, ctx.name, ctx.options = neighbours, name, inputs[TENSORS:]
+        device = inputs.zxbcdt.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        ctx.save_for_backward(
-            *(zxbcdt, weight, bias, dt_bias, A, D, norm, projection, shift, edge, state)
-        )
-        return part.finish(y, z, norm, projection, shift)
+        saved = inputs._replace(conv_initial_states=edge, initial_states=state)
+        ctx.save_for_backward(*saved[:TENSORS])
+        return _after_scan(name, own, y, z)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
-        part, borders, near = ctx.part, _Borders(ctx.seq_idx), ctx.part.neighbours
-        leaves = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        zxbcdt, weight, bias, dt_bias, A, D, norm, projection, shift, edge, state = leaves
-        # backward may run in a thread that does not know of an override
-        with torch.enable_grad(), backend(part.name), torch.autocast(*ctx.autocast):
-            z, xBC, dt = part.split(zxbcdt)
-            x, B, C = part.convolve(xBC, weight, bias, edge, borders.docs)
-            y, end = part.scan(x, dt, A, B, C, D, dt_bias, state, borders.docs)
-            y_, z_ = y.detach().requires_grad_(), z.detach().requires_grad_()
-            out = part.finish(y_, z_, norm, projection, shift)
-        after_y = [y_, z_, norm, projection, *([] if shift is None else [shift])]
-        dy, dz, *dtail = torch.autograd.grad(out, after_y, dout)
-        del out, y_, z_
+    def backward(ctx: Any, dout):
+        neighbours, name = ctx.neighbours, ctx.name
+        saved = ctx.saved_tensors  # read once: torch's checkpoint allows no second time
+        borders = _Borders(saved[SEQ_IDX])
+        leaves = [
+            t if t is None or not t.is_floating_point() else t.detach().requires_grad_()
+            for t in saved
+        ]
+        inputs = MixerInputs(*leaves, *ctx.options)._replace(seq_idx=borders.documents)
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            z, scan = _before_scan(name, inputs)
+            y, end = ssd.run(name, scan)
+            # The output gets a graph of its own: its gradient dy is needed before the gradient of
+            # the final state is known.
+            y_leaf, z_leaf = y.detach().requires_grad_(), z.detach().requires_grad_()
+            out = _after_scan(name, inputs, y_leaf, z_leaf)
+        tail = [inputs.norm_weight, inputs.out_weight, inputs.out_bias]
+        given = [t for t in tail if t is not None]
+        dy, dz, *dtail = torch.autograd.grad(out, [y_leaf, z_leaf, *given], dout)
+        del out, y_leaf, z_leaf
 
         # What this part does to the gradient of the state, then what comes from the part after.
-        _, decay = part.log_decays(dt.detach(), dt_bias.detach(), A.detach(), ctx.acc)
-        dstate = start_gradient(dy, decay, C.detach(), borders.of_first)
-        dend = near.receive(dstate, -1)
-        if dend is not None:
-            dstate += _where(whole_decay(decay), borders.passes)[..., None, None] * dend
-        near.send(dstate, -1)
+        _, decay = _steps(scan)
+        dstate = start_gradient(dy, decay, scan.C.detach(), borders.of_entering)
+        dend = neighbours.receive(dstate, -1)
+        _add_passed_on(dstate, dend, decay, borders)
+        neighbours.send(dstate, -1)
 
-        heads = [t for t in (zxbcdt, weight, bias, dt_bias, A, D, edge) if t is not None]
         roots, droots = [z, y], [dz, dy]
         if dend is not None:
             roots, droots = [*roots, end], [*droots, dend]
-        grads = iter(torch.autograd.grad(roots, heads, droots))
-        dheads = [None if t is None else next(grads) for t in (zxbcdt, weight, bias, dt_bias, A, D)]
-        dedge = next(grads, None)
-        if dedge is None:  # nothing came in, so nothing goes back; but something comes
-            dedge = torch.empty_like(_edge(xBC, weight, borders))
-        dedge = near.exchange(_where(dedge, borders.enters), -1)
-        if dedge is not None:
-            d_inner, channels, _ = part.sizes
-            dxBC = dheads[0][:, -dedge.shape[2] :, d_inner : d_inner + channels].transpose(1, 2)
-            dxBC += _edge_mask(dedge, borders)
-        return None, None, *dheads, *dtail, *([None] * (3 - len(dtail)))
+        head = [t for t in _before_tail(inputs) if t is not None]
+        grads = iter([*torch.autograd.grad(roots, head, droots), *dtail])
+        found = [None if t is None else next(grads) for t in (*_before_tail(inputs), *tail)]
+        dzxbcdt, dedge, *dparameters = found
+        _exchange_edges(ctx, inputs, borders, dzxbcdt, dedge)
+        return None, None, dzxbcdt, None, None, None, *dparameters, *[None] * len(ctx.options)
 
 
-def _edge(xBC: Tensor, weight: Tensor, borders: _Borders) -> Tensor:
-    """The last tokens that the convolution of the part after reaches, of the last document."""
-    return _edge_mask(xBC.detach()[:, :, 1 - weight.shape[1] :], borders).contiguous()
+def _before_tail(inputs: MixerInputs) -> tuple[Tensor | None, ...]:
+    """The tensors with a gradient that are used before the norm."""
+    return (
+        *(inputs.zxbcdt, inputs.conv_initial_states, inputs.conv_weight, inputs.conv_bias),
+        *(inputs.dt_bias, inputs.A, inputs.D),
+    )
 
 
-def _edge_mask(edge: Tensor, borders: _Borders) -> Tensor:
-    return edge if borders.docs is None else edge * borders.of_last[:, None, -edge.shape[2] :]
+def _exchange_edges(
+    ctx: Any, inputs: MixerInputs, borders: _Borders, dzxbcdt: Tensor, dedge: Tensor | None
+) -> None:
+    """Send the gradient of the tokens received, and add that of the tokens sent to dzxbcdt."""
+    sizes, width = inputs.sizes, inputs.conv_weight.shape[1]
+    if dedge is None:  # the first part received no tokens, but gets the gradient of those it sent
+        xBC = sizes.split(inputs.zxbcdt)[1].transpose(1, 2)
+        dedge = torch.empty_like(borders.last_tokens(xBC, width))
+    dsent = ctx.neighbours.exchange(_where(dedge, borders.enters), -1)
+    if dsent is not None:
+        dxBC = sizes.split(dzxbcdt)[1][:, -dsent.shape[2] :].transpose(1, 2)
+        dxBC += borders.of_last_document(dsent)

@@ -1,21 +1,12 @@
 """Gated RMSNorm: arguments, checks, and the choice of implementation."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import FLOATS, check
 from ysnake_kernels.norm import eager, reference
-
-
-def _implementation(name: str) -> Callable[..., Tensor]:
-    if name == "fused":
-        from ysnake_kernels.norm import fused  # here, since it needs triton
-
-        return fused.norm
-    return {"reference": reference.norm, "eager": eager.norm}[name]
+from ysnake_kernels.norm.inputs import NormInputs, plain_norm
 
 
 def rms_norm_gated(
@@ -31,7 +22,7 @@ def rms_norm_gated(
     """RMSNorm over groups of the last dimension, gated by silu(z) before or after.
 
     With `norm_before_gate`: y = (unit(x) * weight + bias) * silu(z). Without, as in Mamba-2:
-    y = unit(x * silu(z)) * weight + bias. Here unit(v) = v / sqrt(mean(v^2) + eps), the mean taken
+    y = unit(x * silu(z)) * weight + bias. Here unit(v) = v / sqrt(mean(v^2) + eps), with the mean
     over each group. Names follow mamba_ssm's `rmsnorm_fn`. Computed in float32 (float64 if an input
     is). Differentiable once in x, weight, bias and z.
 
@@ -53,47 +44,66 @@ def rms_norm_gated(
 
     Source: Zhang and Sennrich, arXiv 1910.07467; the gate, arXiv 2405.21060, section 7.1.
     """
+    _check_x(x)
+    features = x.shape[-1]
+    group_size = features if group_size is None else group_size
+    inputs = NormInputs(x, weight, bias, z, eps, group_size, norm_before_gate)
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    check_norm(inputs, out_dtype)
+    return run(choose(x), inputs, out_dtype)
+
+
+def run(name: str, inputs: NormInputs, out_dtype: torch.dtype) -> Tensor:
+    """The norm of checked inputs, by the implementation `name`."""
+    with torch.autocast(inputs.x.device.type, enabled=False):
+        if name == "fused":
+            from ysnake_kernels.norm import fused  # here, since it needs triton
+
+            return fused.norm(inputs, out_dtype)
+        return (reference if name == "reference" else eager).norm(inputs, out_dtype)
+
+
+def _check_x(x: Tensor) -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOATS:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x: expected a floating-point tensor, got {got}")
     if x.ndim < 1:
         raise ValueError("x: expected shape (..., features), got ()")
+
+
+def check_norm(inputs: NormInputs, out_dtype: torch.dtype) -> None:
+    """Raise ValueError or TypeError where an argument of `rms_norm_gated` is wrong."""
+    x, weight, bias, z, eps, group_size, _ = inputs
     features = x.shape[-1]
     check("weight", weight, (features,), x)
     if bias is not None:
         check("bias", bias, (features,), x)
     if z is not None:
         check("z", z, tuple(x.shape), x)
-    group_size = features if group_size is None else group_size
     if not isinstance(group_size, int):
         raise TypeError(f"group_size: expected a whole number, got {group_size!r}")
     if not isinstance(eps, int | float):
         raise TypeError(f"eps: expected a number, got {eps!r}")
     if group_size < 1 or features % group_size:
         raise ValueError(f"group_size: expected a divisor of {features} features, got {group_size}")
-    out_dtype = x.dtype if out_dtype is None else out_dtype
     if out_dtype not in FLOATS:
         raise TypeError(f"out_dtype: expected a floating-point dtype, got {out_dtype}")
-    norm = _implementation(choose(x))
-    with torch.autocast(x.device.type, enabled=False):
-        return norm(x, weight, bias, z, eps, group_size, norm_before_gate, out_dtype)
 
 
 def add_and_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """x + added in x's dtype, and its norm in `out_dtype`. Not differentiable.
+    """The sum x + added in x's dtype, and its norm in `out_dtype`. Not differentiable.
 
     Args:
         x: (..., features).
-        added: shape of x, or None: then the sum is x itself.
+        added: shape of x. None means that the sum is x itself.
         weight: (features,).
         eps: added to the mean square.
     """
     if choose(x) == "fused" and not torch.compiler.is_compiling():
         from ysnake_kernels.norm import fused
 
-        options = eps, x.shape[-1], True
-        return fused.add_and_norm(x, added, weight, None, None, *options, out_dtype)
+        return fused.add_and_norm(plain_norm(x, weight, eps), added, out_dtype)
     total = x if added is None else x + added
     return total, rms_norm_gated(total, weight, eps=eps, out_dtype=out_dtype)

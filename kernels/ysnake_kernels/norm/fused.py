@@ -1,9 +1,11 @@
-"""Gated RMSNorm in Triton: one kernel forward and one backward, each reading its inputs once.
+"""Gated RMSNorm in Triton: one kernel forward and one backward. Each reads its inputs once.
 
-A program owns a block of rows of one group of features. Backward recomputes from the inputs and
-sums the gradients of weight and bias over a program's rows in registers; torch adds the programs.
+A program owns a block of rows of one group of features. Backward computes what it needs from the
+inputs again. It sums the gradients of weight and bias over a program's rows in registers, and torch
+adds the sums of all programs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,32 +14,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.custom_op import Differentiable
+from ysnake_kernels.norm.inputs import NormInputs
 from ysnake_kernels.numerics import accumulator, ceil_divide, common_unit, next_power_of_2
 from ysnake_kernels.triton_launch import Launcher, launcher
 
 MAX_GROUP = 16384  # features that a program holds in registers
 TILE = 2048  # elements that a program works on at once, if a group is not larger
-FORWARD_PER_THREAD, BACKWARD_PER_THREAD = 16, 8  # elements; more spill
-PROGRAMS = 512  # of the backward, at most: its partial sums, and a few for every multiprocessor
+FORWARD_PER_THREAD, BACKWARD_PER_THREAD = 16, 8  # elements; with more, registers spill
+PROGRAMS = 512  # of the backward at most; a few for every multiprocessor, each with partial sums
 
 
-def norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor | None,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Arguments as `rms_norm_gated` has checked them.
+def norm(inputs: NormInputs, out_dtype: torch.dtype) -> Tensor:
+    """`rms_norm_gated` of inputs that it has checked.
 
     Raises:
         ValueError: a group does not fit the registers of a multiprocessor.
     """
-    check_group(group_size)
-    return _differentiable(x, weight, bias, z, eps, group_size, norm_before_gate, out_dtype)
+    check_group(inputs.group_size)
+    return _differentiable(*inputs, out_dtype)
 
 
 def check_group(group_size: int) -> None:
@@ -140,7 +134,7 @@ def _backward_kernel(
     w = tl.load(weight + feature, col < GROUP, other=0.0).to(ACC)[None, :]  # [1 F]
     dw = tl.zeros([ROWS, COLS], ACC)
     db = tl.zeros([ROWS, COLS], ACC)
-    # What the next rows need is loaded while these are computed.
+    # The next rows are loaded while these are computed.
     start = tl.program_id(0) * ROWS
     next_x = _load(x, start, rows, x_row, col, GROUP, ROWS, UNIT)
     next_dy = _load(dy, start, rows, dy_row, col, GROUP, ROWS, UNIT)
@@ -201,32 +195,106 @@ def configuration(group_size: int, per_thread: int) -> dict[str, int]:
     return {"ROWS": rows, "COLS": cols, "num_warps": warps}
 
 
-def _rows(t: Tensor | None) -> Tensor | None:
+def _rows(t: Tensor) -> Tensor:
     """[rows features] with adjacent features: a view where the strides allow."""
-    if t is None:
-        return None
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-def _strides(*tensors: Tensor | None) -> tuple[list[int], int]:
-    """The row strides of [rows features] in a unit that divides them, and the unit.
+def _rows_if_given(t: Tensor | None) -> Tensor | None:
+    return None if t is None else _rows(t)
 
-    A kernel that knows the unit reads several features at once, though a projection's width is
-    often a multiple of 8 but not of the 16 that Triton looks for.
+
+def _strides(*tensors: Tensor | None) -> tuple[list[int], int]:
+    """The row strides of [rows features] in a unit that divides all of them, and the unit.
+
+    A kernel that knows the unit reads several features at once. Triton by itself does so only for
+    multiples of 16, and the width of a projection is often a multiple of 8 only.
     """
     strides = [0 if t is None else t.stride(0) for t in tensors]
     unit = common_unit(*strides)
     return [stride // unit for stride in strides], unit
 
 
-def _launcher(
-    kernel: Any, tile: dict[str, int], options: tuple[float, int, bool], unit: int, *tensors
-) -> Launcher:
-    """Of a kernel, for a tile as `configuration` gives it; the options are eps, the size of a group
-    and whether the norm comes before the gate."""
-    acc = tl.float64 if accumulator(*tensors) == torch.float64 else tl.float32
-    return launcher(kernel, (*options, tile["ROWS"], tile["COLS"], unit, acc), tile["num_warps"])
+def _launcher(kernel: Any, tile: dict[str, int], inputs: NormInputs, unit: int) -> Launcher:
+    """The launcher of a kernel for a tile that `configuration` gives."""
+    acc = tl.float64 if accumulator(*inputs.tensors) == torch.float64 else tl.float32
+    constants = (*inputs[4:], tile["ROWS"], tile["COLS"], unit, acc)
+    return launcher(kernel, constants, tile["num_warps"])
+
+
+def add_and_norm(
+    inputs: NormInputs, added: Tensor | None, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """x + added in x's dtype (x itself without `added`), and its norm in `out_dtype`."""
+    x, weight, bias = inputs.x, inputs.weight, inputs.bias
+    total = x if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    if y.numel() == 0:
+        return total, y
+    xs, zs, adds = _rows(x), _rows_if_given(inputs.z), _rows_if_given(added)
+    rows, features = xs.shape
+    group_size = inputs.group_size
+    tile = configuration(group_size, FORWARD_PER_THREAD)
+    shift = None if bias is None else bias.contiguous()
+    strides, unit = _strides(xs, zs, adds)
+    with torch.cuda.device_of(x):
+        _launcher(_forward_kernel, tile, inputs, unit)(
+            (ceil_divide(rows, tile["ROWS"]), features // group_size),
+            (xs, weight.contiguous(), shift, zs, adds, y, None if added is None else total),
+            (rows, features, *strides),
+        )
+    return total, y
+
+
+def gradients(
+    inputs: NormInputs,
+    dy: Tensor,
+    dtotal: Tensor | None = None,
+    added_dtype: torch.dtype | None = None,
+    dz: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, of what was added to it, of weight, bias and z.
+
+    Args:
+        inputs: those of the norm; x is the sum that `add_and_norm` returned.
+        dy: the gradient of the norm.
+        dtotal: the gradient of the sum from elsewhere, which is added to that of x.
+        added_dtype: of what was added to x; None if nothing was.
+        dz: where the gradient of z is written, with adjacent features; None means new memory.
+    """
+    x, weight, bias, z = inputs.x, inputs.weight, inputs.bias, inputs.z
+
+    def like(t: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(t.shape, dtype=dtype, device=t.device)
+
+    dx = like(x, x.dtype)
+    dz = like(z, z.dtype) if dz is None and z is not None else dz
+    dadded = None if added_dtype is None else like(x, added_dtype)
+    xs, dys, zs, dtotals = _rows(x), _rows(dy), _rows_if_given(z), _rows_if_given(dtotal)
+    rows, features = xs.shape
+    acc = accumulator(x, weight, bias, z)
+    group_size = inputs.group_size
+    tile = configuration(group_size, BACKWARD_PER_THREAD)
+    groups = features // group_size
+    programs = min(ceil_divide(rows, tile["ROWS"]), ceil_divide(PROGRAMS, groups))
+    dweights = torch.empty(programs, features, dtype=acc, device=x.device)
+    dbiases = None if bias is None else torch.empty_like(dweights)
+    dzs = None if dz is None else dz.view(-1, features)
+    strides, unit = _strides(xs, zs, dys, dtotals, dzs)
+    if rows > 0:
+        with torch.cuda.device_of(x):
+            taken = (xs, weight.contiguous(), None if bias is None else bias.contiguous())
+            written = (dx, dadded, dzs, dweights, dbiases)
+            _launcher(_backward_kernel, tile, inputs, unit)(
+                (programs, groups),
+                (*taken, zs, dys, dtotals, *written),
+                (rows, features, *strides),
+            )
+    dbias = None
+    if bias is not None and dbiases is not None:
+        dbias = dbiases.sum(0).to(bias.dtype)
+    return dx, dadded, dweights.sum(0).to(weight.dtype), dbias, dz
 
 
 def _forward(
@@ -239,38 +307,8 @@ def _forward(
     norm_before_gate: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    return add_and_norm(x, None, weight, bias, z, eps, group_size, norm_before_gate, out_dtype)[1]
-
-
-def add_and_norm(
-    x: Tensor,
-    added: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor | None,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """x + added in x's dtype (x itself without `added`), and its norm in `out_dtype`."""
-    total = x if added is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
-    if y.numel() == 0:
-        return total, y
-    xs, zs, adds = _rows(x), _rows(z), _rows(added)
-    rows, features = xs.shape
-    tile = configuration(group_size, FORWARD_PER_THREAD)
-    bias = None if bias is None else bias.contiguous()
-    strides, unit = _strides(xs, zs, adds)
-    options = eps, group_size, norm_before_gate
-    with torch.cuda.device_of(x):
-        _launcher(_forward_kernel, tile, options, unit, x, weight, bias, z)(
-            (ceil_divide(rows, tile["ROWS"]), features // group_size),
-            (xs, weight.contiguous(), bias, zs, adds, y, None if added is None else total),
-            (rows, features, *strides),
-        )
-    return total, y
+    inputs = NormInputs(x, weight, bias, z, eps, group_size, norm_before_gate)
+    return add_and_norm(inputs, None, out_dtype)[1]
 
 
 def _backward(
@@ -283,59 +321,10 @@ def _backward(
     group_size: int,
     norm_before_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = eps, group_size, norm_before_gate
-    dx, _, dweight, dbias, dz = gradients(dy, None, x, None, weight, bias, z, *options)
-    dbias = x.new_empty(0) if dbias is None else dbias  # torch's library knows no None here
+    inputs = NormInputs(x, weight, bias, z, eps, group_size, norm_before_gate)
+    dx, _, dweight, dbias, dz = gradients(inputs, dy)
+    dbias = x.new_empty(0) if dbias is None else dbias  # a custom operator cannot return None
     return dx, dweight, dbias, x.new_empty(0) if dz is None else dz
-
-
-def gradients(
-    dy: Tensor,
-    more: Tensor | None,
-    x: Tensor,
-    added_dtype: torch.dtype | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor | None,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    dz: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Those of x, of what was added to it, of weight, bias and z.
-
-    `x` is the sum, `more` its gradient from elsewhere, which is added to that of the norm. `dz` is
-    where the gradient of z goes, with adjacent features.
-    """
-
-    def like(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-        return t if t is None else torch.empty(t.shape, dtype=dtype, device=t.device)
-
-    dx = like(x, x.dtype)
-    dz = like(z, z.dtype) if dz is None and z is not None else dz
-    dadded = None if added_dtype is None else like(x, added_dtype)
-    xs, zs, dys, mores = _rows(x), _rows(z), _rows(dy), _rows(more)
-    rows, features = xs.shape
-    acc = accumulator(x, weight, bias, z)
-    tile = configuration(group_size, BACKWARD_PER_THREAD)
-    groups = features // group_size
-    programs = min(ceil_divide(rows, tile["ROWS"]), ceil_divide(PROGRAMS, groups))
-    dweight = torch.empty(programs, features, dtype=acc, device=x.device)
-    dbias = None if bias is None else torch.empty_like(dweight)
-    dzs = None if dz is None else dz.view(-1, features)
-    strides, unit = _strides(xs, zs, dys, mores, dzs)
-    if rows > 0:
-        options = eps, group_size, norm_before_gate
-        with torch.cuda.device_of(x):
-            shift = None if bias is None else bias.contiguous()
-            _launcher(_backward_kernel, tile, options, unit, x, weight, bias, z)(
-                (programs, groups),
-                (xs, weight.contiguous(), shift, zs, dys, mores, dx, dadded, dzs, dweight, dbias),
-                (rows, features, *strides),
-            )
-    if bias is not None:
-        dbias = dbias.sum(0).to(bias.dtype)
-    return dx, dadded, dweight.sum(0).to(weight.dtype), dbias, dz
 
 
 _norm = torch.library.custom_op("ysnake::norm", _forward, mutates_args=())
@@ -355,13 +344,13 @@ def _(dy, x, weight, bias, z, eps, group_size, norm_before_gate):
     return like(x), like(weight), like(bias), like(z)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, bias, z, *options, _ = inputs
     ctx.save_for_backward(x, weight, bias, z)
     ctx.options = options
 
 
-def _differentiate(ctx, backward, dy):
+def _differentiate(ctx: Any, backward: Callable, dy: Tensor) -> tuple:
     x, weight, bias, z = ctx.saved_tensors
     dx, dweight, dbias, dz = backward(dy, x, weight, bias, z, *ctx.options)
     dbias, dz = None if bias is None else dbias, None if z is None else dz

@@ -4,20 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ysnake_kernels.norm.inputs import NormInputs
 from ysnake_kernels.numerics import accumulator
 
 
-def norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    z: Tensor | None,
-    eps: float,
-    group_size: int,
-    norm_before_gate: bool,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Arguments as `rms_norm_gated` has checked them."""
+def norm(inputs: NormInputs, out_dtype: torch.dtype) -> Tensor:
+    """`rms_norm_gated` of inputs that it has checked."""
+    x, weight, bias, z, eps, group_size, norm_before_gate = inputs
     acc = accumulator(x, weight, bias, z)
     y = x.to(acc)
     if z is not None and not norm_before_gate:

@@ -84,17 +84,18 @@ def ssd_scan(
     check_scan(inputs)
     low, high = dt_limit
     inputs = inputs._replace(dt_softplus=bool(dt_softplus), dt_limit=(float(low), float(high)))
-    name = choose(x)
-    with torch.autocast(x.device.type, enabled=False):
+    y, states = run(choose(x), inputs)
+    return (y, states) if return_final_states else y
+
+
+def run(name: str, inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+    """y and the final states of checked inputs, by the implementation `name`."""
+    with torch.autocast(inputs.x.device.type, enabled=False):
         if name == "fused":
             from ysnake_kernels.ssd import fused  # only where it runs: it needs triton
 
-            y, states = fused.scan(inputs)
-        elif name == "eager":
-            y, states = eager_operator.scan(inputs)
-        else:
-            y, states = reference.scan(inputs)
-    return (y, states) if return_final_states else y
+            return fused.scan(inputs)
+        return (reference if name == "reference" else eager_operator).scan(inputs)
 
 
 def check_scan(inputs: ScanInputs) -> None:

@@ -1,7 +1,5 @@
 """One token of the SSD recurrence: arguments, checks, and the choice of implementation."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -16,14 +14,7 @@ from ysnake_kernels.checks import (
 )
 from ysnake_kernels.padding import skip_padding
 from ysnake_kernels.step import eager, reference
-
-
-def _implementation(name: str) -> Callable[..., Tensor]:
-    if name == "fused":
-        from ysnake_kernels.step import fused  # here, since it needs triton
-
-        return fused.step
-    return {"reference": reference.step, "eager": eager.step}[name]
+from ysnake_kernels.step.inputs import StepInputs
 
 
 @torch.no_grad()
@@ -43,7 +34,7 @@ def ssd_step(
 ) -> Tensor:
     """Advance the recurrence of `ssd_scan` by one token; `state` is updated in place.
 
-    Inference only: no gradient flows. Dtypes as in `ssd_scan`.
+    For inference: it has no gradient. Dtypes are those of `ssd_scan`.
 
     Args:
         state: (batch, heads, P, N), contiguous; best in float32, whatever x is. With
@@ -56,9 +47,9 @@ def ssd_step(
         z: shape of x.
         dt_bias: (heads,).
         dt_softplus, dt_limit: as in `ssd_scan`.
-        state_batch_indices: (batch,) int32 or int64, the row of `state` that belongs to each x, no
-            row twice; the other rows stay as they are. An x whose row is -1 is padding: its y is
-            zero. For batching in which sequences come and go.
+        state_batch_indices: (batch,) int32 or int64, the row of `state` that belongs to each x. No
+            row may come twice, and the other rows stay as they are. An x whose row is -1 is
+            padding, and its y is zero. For batches whose sequences come and go.
 
     Returns:
         y with the shape and dtype of x.
@@ -68,6 +59,36 @@ def ssd_step(
 
     Source: arXiv 2405.21060, equation 2 (the recurrent form).
     """
+    inputs = StepInputs(
+        *(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus, dt_limit)
+    )
+    check_step(inputs)
+    return run(choose(x), inputs)
+
+
+def run(name: str, inputs: StepInputs) -> Tensor:
+    """y of checked inputs, by the implementation `name`."""
+    with torch.autocast(inputs.x.device.type, enabled=False):
+        if name == "fused":  # its kernel skips padding by itself
+            from ysnake_kernels.step import fused  # here, since it needs triton
+
+            return fused.step(inputs)
+        step = reference.step if name == "reference" else eager.step
+        if inputs.indices is None:
+            return step(inputs)
+
+        def of_rows(
+            indices: Tensor | None, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None
+        ) -> Tensor:
+            return step(inputs._replace(x=x, dt=dt, B=B, C=C, z=z, indices=indices))
+
+        rows = inputs.x, inputs.dt, inputs.B, inputs.C, inputs.z
+        return skip_padding(of_rows, inputs.indices, *rows)
+
+
+def check_step(inputs: StepInputs) -> None:
+    """Raise ValueError or TypeError where an argument of `ssd_step` is wrong."""
+    state, x, B, z, indices = inputs.state, inputs.x, inputs.B, inputs.z, inputs.indices
     check_rank("x", x, "batch, heads, P")
     batch, heads, head_dim = x.shape
     check_rank("B", B, "batch, groups, N")
@@ -75,34 +96,21 @@ def ssd_step(
     if groups < 1 or heads % groups:
         raise ValueError(f"B: expected a number of groups dividing {heads} heads, got {groups}")
     of_state = batch
-    if state_batch_indices is not None:
+    if indices is not None:
         check_rank("state", state, "rows, heads, P, N")
         of_state = state.shape[0]
-        check_indices("state_batch_indices", state_batch_indices, x, of_state)
+        check_indices("state_batch_indices", indices, x, of_state)
     check("state", state, (of_state, heads, head_dim, n), x)
     if not state.is_contiguous():
         raise ValueError("state: expected a contiguous tensor, got a strided one")
-    check("dt", dt, (batch, heads), x)
-    check("A", A, (heads,), x)
-    check_decay(A)
+    check("dt", inputs.dt, (batch, heads), x)
+    check("A", inputs.A, (heads,), x)
+    check_decay(inputs.A)
     check("B", B, (batch, groups, n), x)
-    check("C", C, (batch, groups, n), x, match="B")
-    check_skip(D, heads, head_dim, x)
+    check("C", inputs.C, (batch, groups, n), x, match="B")
+    check_skip(inputs.D, heads, head_dim, x)
     if z is not None:
         check("z", z, tuple(x.shape), x)
-    if dt_bias is not None:
-        check("dt_bias", dt_bias, (heads,), x)
-    check_limit(dt_limit)
-    name = choose(x)
-    step = _implementation(name)
-
-    def run(
-        indices: Tensor | None, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None
-    ) -> Tensor:
-        return step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, indices)
-
-    rows = x, dt, B, C, z
-    with torch.autocast(x.device.type, enabled=False):
-        if name == "fused":  # its kernel skips padding by itself
-            return run(state_batch_indices, *rows)
-        return skip_padding(run, state_batch_indices, *rows)
+    if inputs.dt_bias is not None:
+        check("dt_bias", inputs.dt_bias, (heads,), x)
+    check_limit(inputs.dt_limit)

@@ -5,39 +5,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator, finite_rates, step_sizes
+from ysnake_kernels.step.inputs import StepInputs
 
 
-def step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    state_batch_indices: Tensor | None,
-) -> Tensor:
-    """Arguments as `ssd_step` has checked them; `state` is updated in place."""
+def step(inputs: StepInputs) -> Tensor:
+    """y of `ssd_step`, for inputs that it has checked; their state is updated in place."""
+    state, x, B, C, D = inputs.state, inputs.x, inputs.B, inputs.C, inputs.D
+    indices, z = inputs.indices, inputs.z
     acc = accumulator(state, x)
-    batch = x.shape[0]
-    groups, n = B.shape[1:]
+    batch, groups, n = B.shape
     xs = x.to(acc)
-    dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)  # [b h]
-    S = state if state_batch_indices is None else state[state_batch_indices]
+    limits = inputs.dt_softplus, inputs.dt_limit
+    dt = step_sizes(inputs.dt, inputs.dt_bias, *limits, acc)  # [b h]
+    S = state if indices is None else state[indices]
     S = S.to(acc)
-    S.mul_(torch.exp(dt * finite_rates(A.to(acc)))[..., None, None])
+    S.mul_(torch.exp(dt * finite_rates(inputs.A.to(acc)))[..., None, None])
     S.view(batch, groups, -1, n).addcmul_(
         (xs * dt[..., None]).reshape(batch, groups, -1, 1), B.to(acc)[:, :, None]
     )
-    # C S^T for each head: S C takes up to ten times as long
-    C = C.to(acc)[:, :, None].expand(-1, -1, x.shape[1] // groups, -1).reshape(-1, 1, n)
-    y = torch.bmm(C, S.view(-1, x.shape[2], n).transpose(1, 2)).view(x.shape)
-    if state_batch_indices is not None:
-        state[state_batch_indices] = S.to(state.dtype)
+    y = read_state(S, C.to(acc))
+    if indices is not None:
+        state[indices] = S.to(state.dtype)
     elif S is not state:
         state.copy_(S)
     if D is not None:
@@ -45,3 +33,11 @@ def step(
     if z is not None:
         y = y.mul_(F.silu(z.to(acc)))
     return y.to(x.dtype)
+
+
+def read_state(S: Tensor, C: Tensor) -> Tensor:
+    """S C for each head, (batch, heads, P), of S (batch, heads, P, N) and C (batch, groups, N)."""
+    _, heads, head_dim, n = S.shape
+    # the product C S^T for each head: in the order S C it takes up to ten times as long
+    C = C.unsqueeze(2).expand(-1, -1, heads // C.shape[1], -1).reshape(-1, 1, n)
+    return torch.bmm(C, S.view(-1, head_dim, n).transpose(1, 2)).view(S.shape[:3])

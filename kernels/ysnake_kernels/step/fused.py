@@ -1,7 +1,9 @@
 """One recurrent step of the SSD layer in Triton: one kernel that reads and writes the state once.
 
-A program owns some rows of one head's state. Everything else that a step needs is tiny beside it.
+A program owns some rows of one head's state. All its other inputs are small beside the state.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from ysnake_kernels.custom_op import InPlace
 from ysnake_kernels.numerics import accumulator, ceil_divide, next_power_of_2
+from ysnake_kernels.step.inputs import StepInputs
 from ysnake_kernels.triton_launch import launcher
 from ysnake_kernels.triton_math import clamp, finite, softplus
 
@@ -17,33 +20,19 @@ TILE = 2048  # elements of the state per program: 8 KB in float32, small enough 
 MAX_STATE = 4096  # N, a row of the tile
 
 
-def step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    state_batch_indices: Tensor | None,
-) -> Tensor:
-    """Arguments as `ssd_step` has checked them; `state` is updated in place.
+def step(inputs: StepInputs) -> Tensor:
+    """y of `ssd_step`, for inputs that it has checked; their state is updated in place.
 
     Raises:
         ValueError: the state size N is too large.
     """
-    if B.shape[-1] > MAX_STATE:
+    n = inputs.B.shape[-1]
+    if n > MAX_STATE:
         raise ValueError(
-            f"B: expected a state size of at most {MAX_STATE} with backend 'fused', "
-            f"got {B.shape[-1]}"
+            f"B: expected a state size of at most {MAX_STATE} with backend 'fused', got {n}"
         )
-    low, high = dt_limit
-    arguments = state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, dt_softplus
-    return _in_place(*arguments, low, high)
+    *arguments, dt_limit = inputs
+    return _in_place(*arguments, *map(float, dt_limit))
 
 
 @triton.jit
@@ -125,43 +114,33 @@ def configuration(head_dim: int, n: int) -> dict[str, int]:
     return {"ROWS": rows, "COLS": cols, "num_warps": 4}
 
 
-def _adjacent(t: Tensor | None) -> Tensor | None:
+def _adjacent(t: Tensor) -> Tensor:
     """t with the elements of its last dimension side by side."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    indices: Tensor | None,
-    dt_softplus: bool,
-    low: float,
-    high: float,
-) -> Tensor:
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _launch(inputs: StepInputs) -> Tensor:
+    state, x, dt, z, D = inputs.state, inputs.x, inputs.dt, inputs.z, inputs.D
     batch, heads, head_dim = x.shape
-    groups, n = B.shape[1:]
+    groups, n = inputs.B.shape[1:]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    x, B, C, z = (_adjacent(t) for t in (x, B, C, z))
-    A, D, dt_bias, indices = (
-        None if t is None else t.contiguous() for t in (A, D, dt_bias, indices)
-    )
+    x, B, C = _adjacent(x), _adjacent(inputs.B), _adjacent(inputs.C)
+    z = None if z is None else _adjacent(z)
+    A, D, dt_bias = inputs.A.contiguous(), _contiguous(D), _contiguous(inputs.dt_bias)
+    indices = _contiguous(inputs.indices)
     rows, cols, warps = configuration(head_dim, n).values()
     acc = tl.float64 if accumulator(state, x) == torch.float64 else tl.float32
     per_channel = D is not None and D.ndim == 2
     sizes = heads // groups, head_dim, n
+    dt_options = inputs.dt_softplus, *inputs.dt_limit
     with torch.cuda.device_of(x):
-        launcher(
-            _step_kernel, (*sizes, per_channel, dt_softplus, low, high, rows, cols, acc), warps
-        )(
+        launcher(_step_kernel, (*sizes, per_channel, *dt_options, rows, cols, acc), warps)(
             (batch, heads, ceil_divide(head_dim, rows)),
             (state, x, dt, A, B, C, D, z, dt_bias, indices, y),
             (heads, *x.stride()[:2], *dt.stride(), *B.stride()[:2], *C.stride()[:2])
@@ -170,11 +149,24 @@ def _step(
     return y
 
 
-_operator = torch.library.custom_op("ysnake::step", _step, mutates_args=("state",))
+def _step(*arguments: Any) -> Tensor:
+    """The fields of StepInputs, of which dt_limit is two numbers."""
+    *fields, low, high = arguments
+    return _launch(StepInputs(*fields, (low, high)))
+
+
+_operator = torch.library.custom_op(
+    "ysnake::step",
+    _step,
+    mutates_args=("state",),
+    schema="(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+    "Tensor? z, Tensor? dt_bias, Tensor? indices, bool dt_softplus, float low, float high)"
+    " -> Tensor",
+)
 
 
 @_operator.register_fake
-def _(state, x, dt, A, B, C, D, z, dt_bias, indices, dt_softplus, low, high):
+def _(state, x, *others):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 

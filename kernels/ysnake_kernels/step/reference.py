@@ -6,35 +6,24 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator, finite_rates, step_sizes
+from ysnake_kernels.step.inputs import StepInputs
 
 
-def step(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    state_batch_indices: Tensor | None,
-) -> Tensor:
-    """Arguments as `ssd_step` has checked them; `state` is updated in place."""
+def step(inputs: StepInputs) -> Tensor:
+    """y of `ssd_step`, for inputs that it has checked; their state is updated in place."""
+    i, x, state = inputs, inputs.x, inputs.state
     acc = accumulator(state, x)
     xs = x.to(acc)
-    dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)
-    per_group = x.shape[1] // B.shape[1]
-    B, C = (repeat(t.to(acc), "b g n -> b (g r) n", r=per_group) for t in (B, C))
-    decay = rearrange(torch.exp(dt * finite_rates(A.to(acc))), "b h -> b h 1 1")
-    rows = slice(None) if state_batch_indices is None else state_batch_indices
+    dt = step_sizes(i.dt, i.dt_bias, i.dt_softplus, i.dt_limit, acc)
+    per_group = x.shape[1] // i.B.shape[1]
+    B, C = (repeat(t.to(acc), "b g n -> b (g r) n", r=per_group) for t in (i.B, i.C))
+    decay = rearrange(torch.exp(dt * finite_rates(i.A.to(acc))), "b h -> b h 1 1")
+    rows = slice(None) if i.indices is None else i.indices
     S = decay * state[rows].to(acc) + einsum(dt, xs, B, "b h, b h p, b h n -> b h p n")
     state[rows] = S.to(state.dtype)
     y = einsum(S, C, "b h p n, b h n -> b h p")
-    if D is not None:
-        y = y + xs * (D.to(acc) if D.ndim == 2 else rearrange(D.to(acc), "h -> h 1"))
-    if z is not None:
-        y = y * F.silu(z.to(acc))
+    if i.D is not None:
+        y = y + xs * (i.D.to(acc) if i.D.ndim == 2 else rearrange(i.D.to(acc), "h -> h 1"))
+    if i.z is not None:
+        y = y * F.silu(i.z.to(acc))
     return y.to(x.dtype)
