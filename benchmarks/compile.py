@@ -27,7 +27,7 @@ from ysnake_kernels.conv import fused as conv
 from ysnake_kernels.loss import fused as loss
 from ysnake_kernels.norm import fused as norm
 from ysnake_kernels.ssd import fused_backward, fused_forward
-from ysnake_kernels.ssd.fused_tiles import Constants
+from ysnake_kernels.ssd.fused_plan import Constants
 from ysnake_kernels.ssd.inputs import ScanInputs
 from ysnake_kernels.step import fused as step
 from ysnake_kernels.triton_launch import Launcher

@@ -11,30 +11,30 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 INSIDE, STATE, LIGHT = "#f2a33c", "#3c78c8", "#cfdff5"
-TILES, TOKENS = 4, 4
+CHUNKS, TOKENS = 4, 4
 
 
 def matrix(ax) -> None:
-    """The map from inputs j to outputs i: products inside a tile, the state below the diagonal."""
-    n = TILES * TOKENS
+    """The map from inputs j to outputs i: products inside a chunk, the state below the diagonal."""
+    n = CHUNKS * TOKENS
     for i in range(n):
         for j in range(i + 1):
             color = INSIDE if i // TOKENS == j // TOKENS else LIGHT
             ax.add_patch(Rectangle((j, n - 1 - i), 1, 1, facecolor=color, edgecolor="white"))
-    for k in range(1, TILES):
+    for k in range(1, CHUNKS):
         size = k * TOKENS
         corner = (0, n - (k + 1) * TOKENS)
         ax.add_patch(Rectangle(corner, size, TOKENS, fill=False, edgecolor=STATE, linewidth=2))
         ax.text(size / 2, corner[1] + TOKENS / 2, "C  S", ha="center", va="center", color=STATE)
-    ax.text(n * 0.62, n * 0.86, "(C Bᵀ · L) x\ninside a tile", color="#a8660a", va="center")
+    ax.text(n * 0.62, n * 0.86, "(C Bᵀ · L) x\ninside a chunk", color="#a8660a", va="center")
     ax.text(n / 2, -1.2, "token j, read", ha="center")
     ax.text(-1.2, n / 2, "token i, written", va="center", rotation=90)
-    ax.set(xlim=(-2, n + 2), ylim=(-2, n + 0.5), aspect="equal", title="The map, cut into tiles")
+    ax.set(xlim=(-2, n + 2), ylim=(-2, n + 0.5), aspect="equal", title="The map, cut into chunks")
     ax.axis("off")
 
 
 def row(ax, y: float, first: int, count: int, label: str, outputs: bool) -> None:
-    """Tiles that a program walks from left to right with the state in registers."""
+    """Chunks that a program walks from left to right with the state in registers."""
     for k in range(count):
         x = first + k
         color = INSIDE if outputs else LIGHT

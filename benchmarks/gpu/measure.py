@@ -44,20 +44,20 @@ def run(job: str, options: Options) -> None:
 
 def moved(op: str, mode: str, s: Shape, processors: int) -> float:
     """Bytes that our kernels must read and write."""
-    from ysnake_kernels.ssd import fused_backward, fused_tiles
+    from ysnake_kernels.ssd import fused_backward, fused_plan
 
     small = {name: sum(k.bytes for k in ks) for name, ks in traffic.others(s).items()}
     conv, conv_back, norm, norm_back, step = small.values()
-    family, _ = fused_tiles.device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    family, _ = fused_plan.device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     states, *halves = (
-        fused_tiles.TABLE[fused_tiles.table_key(kind, 2, "usual", family)]
+        fused_plan.TABLE[fused_plan.table_key(kind, 2, "usual", family)]
         for kind in ("states", "rows", "columns")
     )
     chunk = states.chunk
     tiles = s.batch * -(-s.length // chunk) * sum(chunk // half.tile for half in halves)
     tokens = s.batch * s.length
     forward, back = (
-        fused_tiles.segments(s.batch, directions * s.heads, 1, tokens, processors)
+        fused_plan.segments(s.batch, directions * s.heads, 1, tokens, processors)
         for directions in (1, 2)
     )
     splits = fused_backward.splits_of_group(tiles * s.groups, s.heads // s.groups, processors)

@@ -1,6 +1,6 @@
 """Stage `sweep`: which launch configuration is the fastest, for each line of the launch table.
 
-Prints the winners as lines of `TABLE` in kernels/ysnake_kernels/ssd/fused_tiles.py.
+Prints the winners as lines of `TABLE` in kernels/ysnake_kernels/ssd/fused_plan.py.
 """
 
 import math
@@ -13,8 +13,8 @@ from unittest.mock import patch
 import torch
 import ysnake_kernels as ours
 from torch import Tensor
-from ysnake_kernels.ssd import fused_tiles
-from ysnake_kernels.ssd.fused_tiles import Config
+from ysnake_kernels.ssd import fused_plan
+from ysnake_kernels.ssd.fused_plan import Config
 
 from benchmarks.gpu import cases
 from benchmarks.gpu.cases import arguments
@@ -115,14 +115,14 @@ def lines(entry: Entry, candidate: Config | dict) -> dict[tuple, Config]:
     """The lines of the table that a candidate stands for, as this machine looks them up."""
     given = candidate if isinstance(candidate, dict) else {entry.key: candidate}
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family, _ = fused_tiles.device(place)
-    return {fused_tiles.table_key(*key, family): config for key, config in given.items()}
+    family, _ = fused_plan.device(place)
+    return {fused_plan.table_key(*key, family): config for key, config in given.items()}
 
 
 @contextmanager
 def using(table: dict[tuple, Config]) -> Iterator[None]:
     """Launch with these lines of the table; what is cached of other lines is forgotten."""
-    with patch.dict(fused_tiles.TABLE, table):
+    with patch.dict(fused_plan.TABLE, table):
         forget()
         yield
     forget()
@@ -172,7 +172,7 @@ class Work:
 def candidates(entry: Entry) -> list[dict[tuple, Config]]:
     """Today's line first."""
     keys = [key for candidate in entry.configs for key in lines(entry, candidate)]
-    today = {key: fused_tiles.TABLE[key] for key in keys if key in fused_tiles.TABLE}
+    today = {key: fused_plan.TABLE[key] for key in keys if key in fused_plan.TABLE}
     others = [lines(entry, candidate) for candidate in entry.configs]
     return [today, *(c for c in others if today | c != today)]
 

@@ -108,15 +108,15 @@ def test_the_case_of_one_end_has_exactly_one():
 
 def test_the_sweep_changes_the_table_and_puts_it_back():
     entry = sweep.ENTRIES[0]
-    today = dict(sweep.fused_tiles.TABLE)
+    today = dict(sweep.fused_plan.TABLE)
     other = next(c for c in sweep.candidates(entry) if c[entry.key] != today[entry.key])
     with sweep.using(other):
-        assert sweep.fused_tiles.TABLE[entry.key] == other[entry.key]
-    assert today == sweep.fused_tiles.TABLE
+        assert sweep.fused_plan.TABLE[entry.key] == other[entry.key]
+    assert today == sweep.fused_plan.TABLE
 
 
 def test_the_sweep_changes_the_line_that_the_card_looks_up(monkeypatch):
-    monkeypatch.setattr(sweep.fused_tiles, "device", lambda place: ("sm_90", 132))
+    monkeypatch.setattr(sweep.fused_plan, "device", lambda place: ("sm_90", 132))
     entry = next(e for e in sweep.ENTRIES if e.key == ("rows", 2, "usual"))
     assert list(sweep.lines(entry, entry.configs[0])) == [("rows", 2, "usual", "sm_90")]
 

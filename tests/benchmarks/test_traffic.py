@@ -52,10 +52,10 @@ def launches(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("what a launch touches is seen in Triton's interpreter only")
     from triton.runtime import interpreter
-    from ysnake_kernels.ssd import fused_tiles
+    from ysnake_kernels.ssd import fused_plan
 
-    small = fused_tiles.Config(tile=16, p_slice=16, warps=4, stages=1, chunk=32)
-    monkeypatch.setattr(fused_tiles, "TABLE", dict.fromkeys(fused_tiles.TABLE, small))
+    small = fused_plan.Config(tile=16, p_slice=16, warps=4, stages=1, chunk=32)
+    monkeypatch.setattr(fused_plan, "TABLE", dict.fromkeys(fused_plan.TABLE, small))
     log = []
     grid, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     launch, load, store = grid.__call__, builder.create_masked_load, builder.create_masked_store

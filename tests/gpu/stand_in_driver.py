@@ -95,9 +95,9 @@ def activate(launches: bool) -> None:
 def fused_on_cpu(multiprocessors: int = MULTIPROCESSORS) -> Iterator[None]:
     """Let the operators take the fused path for tensors in host memory, as for an H100's."""
     backend = import_module("ysnake_kernels.backend")
-    fused_tiles = import_module("ysnake_kernels.ssd.fused_tiles")
+    fused_plan = import_module("ysnake_kernels.ssd.fused_plan")
     import_module("ysnake_kernels.ssd.fused")  # it imports all that ask for the device
-    device = fused_tiles.device
+    device = fused_plan.device
     ours = [module for name, module in sys.modules.items() if name.startswith("ysnake_kernels")]
     with ExitStack() as patches:
         patches.enter_context(patch.object(backend, "_choose", lambda device: "fused"))

@@ -10,8 +10,8 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 from comparison import TOLERANCES, assert_equals_reference, distance
 from test_ssd import CASES, EVERYTHING, OPTIONS, inputs
 from ysnake_kernels import backend, ssd_scan
-from ysnake_kernels.ssd import fused, fused_backward, fused_forward, fused_tiles
-from ysnake_kernels.ssd.fused_tiles import Config, segments
+from ysnake_kernels.ssd import fused, fused_backward, fused_forward, fused_plan
+from ysnake_kernels.ssd.fused_plan import Config, segments
 from ysnake_kernels.ssd.inputs import ScanInputs
 from ysnake_kernels.triton_launch import Launcher
 
@@ -26,7 +26,7 @@ def small_tiles(monkeypatch, request):
     torch.manual_seed(0)  # the weights of the outputs in a comparison
     if "table" not in request.keywords:
         small = Config(tile=16, p_slice=16, warps=4, stages=1, chunk=32)
-        monkeypatch.setattr(fused_tiles, "TABLE", dict.fromkeys(fused_tiles.TABLE, small))
+        monkeypatch.setattr(fused_plan, "TABLE", dict.fromkeys(fused_plan.TABLE, small))
 
 
 def cut(monkeypatch, count):
@@ -116,7 +116,7 @@ def test_segments_only_where_they_fill_the_gpu():
     assert segments(8, 24, 1, 2048, 132) == 1
     assert segments(1, 24, 1, 512, 132) == 1
     assert segments(1, 24, 1, 16384, 132) == 11
-    assert segments(1, 1, 1, 10**6, 132) == fused_tiles.MOST_SEGMENTS
+    assert segments(1, 1, 1, 10**6, 132) == fused_plan.MOST_SEGMENTS
     assert segments(4, 8, 1, 4 * 2048, 132) == 4  # tokens of all sequences, 2048 each
 
 
@@ -283,7 +283,7 @@ def restore_precision():
 
 def precision():
     given = ScanInputs(**inputs(**SMALL, dtype=torch.float32))
-    return fused_tiles.constants(given, 1, "sm_90").PRECISION
+    return fused_plan.constants(given, 1, "sm_90").PRECISION
 
 
 @pytest.mark.usefixtures("restore_precision")
@@ -298,7 +298,7 @@ def test_float32_precision_follows_both_settings_of_torch():
 
 
 def test_tf32_only_where_the_gpu_has_it():
-    of = {f: fused_tiles.arithmetic(f, False, *[torch.float16] * 3) for f in ("gfx942", "gfx1100")}
+    of = {f: fused_plan.arithmetic(f, False, *[torch.float16] * 3) for f in ("gfx942", "gfx1100")}
     assert {family: numbers[2] for family, numbers in of.items()} == {
         "gfx942": "tf32",
         "gfx1100": "ieee",

@@ -17,6 +17,7 @@ from ysnake_kernels import (
     ssd_scan,
 )
 from ysnake_kernels.mixer import eager as mixer_eager
+from ysnake_kernels.ssd import eager_layout
 
 FUSED = pytest.param(
     "fused",
@@ -144,7 +145,7 @@ def test_rows_of_a_large_batch_go_in_groups(case, monkeypatch):
     extra = {"chunk_size": 8, "return_final_states": True, **options}
     whole = outputs_and_gradients(mamba_split_conv1d_scan_combined, inputs(**case), extra, None)
     monkeypatch.setattr(mixer_eager, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(mixer_eager.ssd, "PIECE_ELEMENTS", 1)  # and the chunks one by one
+    monkeypatch.setattr(eager_layout, "PIECE_ELEMENTS", 1)  # and the chunks one by one
     each = outputs_and_gradients(mamba_split_conv1d_scan_combined, inputs(**case), extra, whole[2])
     for a, b in zip(each[0], whole[0], strict=True):
         assert distance(a, b) < 1e-14

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comparison import DTYPES, assert_equals_reference, distance, on_device
 from ysnake_kernels import backend, ssd_scan, ssd_step
-from ysnake_kernels.ssd import eager
+from ysnake_kernels.ssd import eager_layout
 
 Q = 16  # chunk size of the grid
 SEQUENCES = ("x", "dt", "B", "C", "z")
@@ -94,7 +94,7 @@ def test_any_chunk_size(chunk):
 @pytest.mark.parametrize("start", [True, False], ids=["from a state", "from none"])
 @pytest.mark.parametrize("end", [True, False], ids=["states returned", "not returned"])
 def test_any_pieces(monkeypatch, elements, length, state, start, end):
-    monkeypatch.setattr(eager, "PIECE_ELEMENTS", elements)
+    monkeypatch.setattr(eager_layout, "PIECE_ELEMENTS", elements)
     tensors = inputs(length=length, state=state, D=True, initial_states=start)
     assert_equals_reference(ssd_scan, tensors, OPTIONS | {"return_final_states": end})
 

@@ -42,7 +42,7 @@ def predict(
 ) -> Plan:
     """Predict the memory for training on batch_size windows of seq_len tokens, in float32."""
     from ysnake_kernels.mixer.eager import CHUNK_ELEMENTS
-    from ysnake_kernels.ssd.eager import CPU_CHUNK
+    from ysnake_kernels.ssd.eager_layout import CPU_CHUNK
 
     from ysnake.model.loss import slice_rows
 

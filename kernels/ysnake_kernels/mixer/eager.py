@@ -19,6 +19,8 @@ from ysnake_kernels.mixer.inputs import BY_ROW, SEQ_IDX, TENSORS, MixerInputs
 from ysnake_kernels.mixer.output import MergedOutput, output_of
 from ysnake_kernels.numerics import accumulator
 from ysnake_kernels.ssd import eager as ssd
+from ysnake_kernels.ssd.eager_backward import backward as scan_backward
+from ysnake_kernels.ssd.eager_layout import CPU_CHUNK
 from ysnake_kernels.ssd.inputs import SequenceGradients
 
 CHUNK_ELEMENTS = 512 * 1024  # of a chunk of z: two megabytes in float32
@@ -125,7 +127,7 @@ class _Mixer(torch.autograd.Function):
 def _row_groups(inputs: MixerInputs) -> list[slice]:
     """The rows of the batch in groups whose chunks stay in the cache."""
     batch, length, _ = inputs.zxbcdt.shape
-    chunk_size = min(inputs.chunk_size or ssd.CPU_CHUNK, length)
+    chunk_size = min(inputs.chunk_size or CPU_CHUNK, length)
     size = max(1, CHUNK_ELEMENTS // (inputs.sizes.d_inner * chunk_size))
     return [slice(start, start + size) for start in range(0, batch, size)]
 
@@ -167,7 +169,7 @@ def _backward(
     dx, dB, dC = sizes.split_channels(dmixed)
     into = SequenceGradients(dx, ddt, dB, dC)
     scan = inputs.scan(mixed, dt)
-    dA, dD, dinitial, ddt_bias = ssd.backward(scan, output.gradient, given.dstates, into)
+    dA, dD, dinitial, ddt_bias = scan_backward(scan, output.gradient, given.dstates, into)
     dconv_weight, dconv_bias, dconv_initial = conv.backward(convolution, dmixed, dxBC, sums)
     grads = (dconv_weight, dconv_bias, ddt_bias, dA, dD, *output.parameter_gradients())
     return dconv_initial, dinitial, grads

@@ -14,7 +14,7 @@ from ysnake_kernels.linear import product
 from ysnake_kernels.mixer.inputs import MixerInputs
 from ysnake_kernels.norm import eager as norm
 from ysnake_kernels.numerics import accumulator
-from ysnake_kernels.ssd.eager import gate_backward
+from ysnake_kernels.ssd.eager_backward import gate_backward
 
 ParameterGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 """The gradients of norm_weight, out_weight and out_bias."""

@@ -1,11 +1,11 @@
 """The eager scan as PyTorch sees it: an autograd function, and a custom operator for torch.compile.
 
-The autograd function stores for backward the states between chunks and what the chunks read of
-them. The operator stores its inputs only, since an operator has a fixed number of outputs.
+The autograd function saves for backward its inputs and, where they are small enough, the states
+between chunks and what the chunks read of them. The operator saves only its inputs, since the
+number of an operator's outputs is fixed.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.custom_op import empty_gradients, with_none, without_none
-from ysnake_kernels.ssd.eager import backward, forward, gate_backward
+from ysnake_kernels.ssd.eager import forward
+from ysnake_kernels.ssd.eager_backward import backward, gate_backward
 from ysnake_kernels.ssd.inputs import (
     DIFFERENTIABLE,
     SCHEMA,
     TENSORS,
+    ScanGradients,
     ScanInputs,
     SequenceGradients,
 )
@@ -25,20 +27,6 @@ from ysnake_kernels.ssd.sequences import scan_each
 
 OPTIONS = len(ScanInputs._fields) - TENSORS
 ONE_FOR_EACH_TOKEN = ("x", "dt", "B", "C", "z")
-
-
-class Gradients(NamedTuple):
-    """The gradients of the differentiable fields of ScanInputs; None for what is absent."""
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    z: Tensor | None
-    initial_states: Tensor | None
-    dt_bias: Tensor | None
 
 
 def scan(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
@@ -64,7 +52,7 @@ def _run(inputs: ScanInputs, keep: bool = False) -> tuple[Tensor, Tensor, list[T
 
     final, kept = forward(inputs, finish, out=out if z is None else None, keep=keep)
     assert final is not None
-    return out, final.clone(), kept  # the clone does not keep the states of other chunks alive
+    return out, final.clone(), kept  # a clone, since `final` may be a view of the kept states
 
 
 def _gradients(
@@ -72,7 +60,7 @@ def _gradients(
     dstates: Tensor | None,
     inputs: ScanInputs,
     kept: Sequence[Tensor | None] = (),
-) -> Gradients:
+) -> ScanGradients:
     """The gradients of the inputs, from those of y and of the final states; None means zeros."""
     x, z = inputs.x, inputs.z
     dy = torch.zeros_like(x) if dout is None else dout
@@ -86,11 +74,11 @@ def _gradients(
 
     into = SequenceGradients(*(torch.empty_like(t) for t in (x, inputs.dt, inputs.B, inputs.C)))
     dA, dD, dinitial, dbias = backward(inputs, gradient, dstates, into, kept)
-    return Gradients(into.dx, into.ddt, dA, into.dB, into.dC, dD, dz, dinitial, dbias)
+    return ScanGradients(into.dx, into.ddt, dA, into.dB, into.dC, dD, dz, dinitial, dbias)
 
 
 class _Scan(torch.autograd.Function):
-    """Saves its inputs, the states between chunks and what is read of them; recomputes the rest."""
+    """Saves its inputs and what `forward` keeps for `backward`, and computes the rest again."""
 
     @staticmethod
     def forward(ctx, keep, *arguments):
@@ -113,10 +101,10 @@ class _Scan(torch.autograd.Function):
 )
 def _scan(*arguments):
     inputs = ScanInputs(*arguments)
-    return scan_each(_run_alone, inputs) if inputs.cu_seqlens is not None else _run_alone(inputs)
+    return _run_one(inputs) if inputs.cu_seqlens is None else scan_each(_run_one, inputs)
 
 
-def _run_alone(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
+def _run_one(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     out, final, _ = _run(inputs)
     return out, final
 
@@ -124,9 +112,8 @@ def _run_alone(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 @_scan.register_fake
 def _(*arguments):
     inputs = ScanInputs(*arguments)
-    return torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device), (
-        inputs.empty_states()
-    )
+    y = torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device)
+    return y, inputs.empty_states()
 
 
 @torch.library.custom_op(
@@ -143,11 +130,11 @@ def _scan_backward(dout, dstates, *arguments):
         dstate = None if dstates is None else dstates[number : number + 1]
         if start == end:
             if inputs.initial_states is not None and dstate is not None:
-                totals[Gradients._fields.index("initial_states")][number] = dstate[0]
+                totals[ScanGradients._fields.index("initial_states")][number] = dstate[0]
             continue
         dy = None if dout is None else dout[:, start:end]
         grads = _gradients(dy, dstate, inputs.packed_sequence(number, start, end))
-        for name, total, grad in zip(Gradients._fields, totals, grads, strict=True):
+        for name, total, grad in zip(ScanGradients._fields, totals, grads, strict=True):
             if grad is None:
                 continue
             if name in ONE_FOR_EACH_TOKEN:
@@ -165,7 +152,7 @@ def _(dout, dstates, *arguments):
 
 
 def _empty_gradients(inputs: ScanInputs) -> list[Tensor]:
-    """Memory for the gradients in the order of Gradients; of no elements for what is absent."""
+    """Memory for the gradients, in the order of ScanGradients; no elements for what is absent."""
     x, dt, A, B, C, D, z, initial_states, dt_bias = inputs[:DIFFERENTIABLE]
     dx, ddt, dB, dC = (torch.empty_like(t) for t in (x, dt, B, C))
     dz = x.new_empty(0) if z is None else torch.empty_like(z)

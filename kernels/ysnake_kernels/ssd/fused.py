@@ -8,7 +8,7 @@ from torch import Tensor
 from ysnake_kernels.custom_op import Differentiable, empty_gradients, with_none, without_none
 from ysnake_kernels.ssd.fused_backward import backward
 from ysnake_kernels.ssd.fused_forward import forward
-from ysnake_kernels.ssd.fused_tiles import LARGEST
+from ysnake_kernels.ssd.fused_plan import LARGEST
 from ysnake_kernels.ssd.inputs import DIFFERENTIABLE, SCHEMA, TENSORS, ScanInputs
 
 

@@ -1,407 +1,236 @@
 """The fused backward, in five launches (six where the sequences are cut into segments).
 
-Step sizes and cumulative decays are computed as in the forward. A light sweep in both directions
-stores, for every chunk of CHUNK tokens, the state that enters it and the gradient of the state that
-leaves it. Then all tiles are independent: a program owns one tile and some heads of a group, as
-rows i of the chunk's quadratic form (dC, and dB within the chunk) or as its columns j (dx, dB), and
-adds the heads' shares of dC or dB before it writes them. A last small kernel turns what passes
-through each token into the gradients of dt and A. No atomics: deterministic.
+1. Step sizes and cumulative decays, as in the forward.
+2. A light sweep in both directions. It stores the state S that enters each chunk and the gradient
+   dS' of the state that leaves it. From there on all tiles are independent. In segments there is a
+   launch before it, for the states at the ends of the segments.
+3. Rows: a program owns one tile and some heads of a group. It computes dC and the tile's part of dB
+   inside the chunk.
+4. Columns: a program owns one tile and some heads of a group. It computes dx, dB and dD.
+   Rows and columns add the heads' shares of dC and dB before they write them.
+5. Steps: what passes through each token becomes the gradients of dt and A.
 
-With G = dy silu(z), u = step x, S the entering state, dS the leaving state's gradient and
-
-    y_i = entry_i C_i S + sum_(j<=i) (C_i . B_j) L_ij u_j        S' = whole S + sum_j exit_j B_j u_j
-
-the flow from token j to token i, the gradient of cs_i - cs_j, is M_ij = (C_i . B_j) L_ij G_i . u_j.
+There are no atomics, so the results are deterministic.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.numerics import ceil_divide
 from ysnake_kernels.ssd import fused_tiles as ft
+from ysnake_kernels.ssd.fused_backward_kernels import columns_kernel, rows_kernel, steps_kernel
 from ysnake_kernels.ssd.fused_forward import compute_decays, heads_at_once, states_kernel
-from ysnake_kernels.ssd.fused_tiles import (
-    DECAY,
-    DSTEP,
-    INTO,
-    ONWARD,
-    SENT,
-    STEP,
+from ysnake_kernels.ssd.fused_plan import (
+    Config,
+    Constants,
+    configured,
+    constants,
     device,
+    in_tiles,
     segments,
+    side_by_side,
+    slots,
+    strides,
 )
-from ysnake_kernels.ssd.inputs import ScanInputs, SequenceGradients
+from ysnake_kernels.ssd.inputs import ScanGradients, ScanInputs, SequenceGradients
 from ysnake_kernels.triton_launch import Launcher, launcher
 
 CONTIGUOUS = torch.contiguous_format
 
 
-@triton.jit
-def inner(states, dstates, slot, head, K):
-    """<S, dS>, read in narrow strips: it shares its registers with sums that are wide."""
-    total = tl.zeros([], K.ACC)
-    for p0 in range(0, K.P2, K.PS):
-        p = p0 + tl.arange(0, K.PS)
-        for n0 in range(0, K.N2, 16):
-            n = n0 + tl.arange(0, 16)
-            S = ft.load_state(states, slot, head, p, n, K).to(K.ACC)
-            dS = ft.load_state(dstates, slot, head, p, n, K).to(K.ACC)
-            total += tl.sum(tl.sum(S * dS, 1), 0)
-    return total
+class Plan(NamedTuple):
+    """How the kernels share the work of a backward pass."""
+
+    states: tuple[Constants, Config]  # of states_kernel
+    rows: tuple[Constants, Config]
+    columns: tuple[Constants, Config]
+    chunks: int  # of all sequences
+    segments: int  # of a sequence
+    slices: int  # of a head's channels in states_kernel
+    splits: int  # programs among which the heads of a group are shared
+
+    @property
+    def row_tiles(self) -> int:
+        K, _ = self.rows
+        return self.chunks * (K.CHUNK // K.Q)
+
+    @property
+    def column_tiles(self) -> int:
+        K, _ = self.columns
+        return self.chunks * (K.CHUNK // K.Q)
 
 
-@triton.jit
-def work_of(place, splits, count, K):
-    """What a program of `rows_kernel` or `columns_kernel` owns: a chunk, its slot, a tile of it, a
-    share (`count` heads of a group, which has `splits` shares), their group, the first head."""
-    TILES: tl.constexpr = K.CHUNK // K.Q
-    GROUPS: tl.constexpr = K.HEADS // K.PER_GROUP
-    outer = tl.program_id(0) // TILES
-    share, slot = outer % (splits * GROUPS), outer // (splits * GROUPS)
-    split, group = share // GROUPS, share % GROUPS
-    first_head = group * K.PER_GROUP + split * count
-    chunk = ft.chunk_in(place, slot, K.CHUNK)
-    t0 = chunk.t0 + tl.program_id(0) % TILES * K.Q
-    return chunk, slot, ft.move(chunk, t0, tl.arange(0, K.Q)), share, group, first_head
-
-
-@triton.jit
-def within(dB_within, number, splits, tokens, K):
-    """What tile `number` of every chunk adds to dB: of dB_within [tiles, tokens, shares, N]."""
-    token = splits * (K.HEADS // K.PER_GROUP) * K.N
-    return ft.View(dB_within + tl.cast(number, tl.int64) * tokens * token, token)
-
-
-@triton.jit(
-    do_not_specialize=[
-        *("x_token", "B_token", "C_token", "G_token", "dC_token"),
-        *("length", "padded", "sequences", "splits", "count", "tokens"),
-    ]
-)
-def rows_kernel(
-    x, B, C, D, G, rows, seq_idx, cu_seqlens, states, dC, dB_within, y,
-    x_token, B_token, C_token, G_token, dC_token, length, padded, sequences, splits, count, tokens,
-    K,
-):  # fmt: skip
-    """dC and the flow into the tokens of a tile, from the chunk's entering state on, and what the
-    tile adds to its chunk's dB. Also y before the gate, if it is wanted."""
-    xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
-    Cs, Gs = ft.View(C, C_token * K.UNIT), ft.View(G, G_token * K.UNIT)
-    numbers = ft.Rows(rows, padded, ft.BACKWARD_ROWS)
-    place = ft.Place(seq_idx, cu_seqlens, sequences, length)
-    chunk, slot, tile, share, group, first_head = work_of(place, splits, count, K)
-    if tile.t0 >= tile.end:
-        return
-    n = tl.arange(0, K.N2)
-    ti, tj = tile.t0 + tile.q, chunk.t0 + chunk.q
-    later = ti[:, None] > tj[None, :]
-    seen = ti[:, None] >= tj[None, :]
-    if place.seq_idx is not None:
-        doc = ft.document(place, tile, ti)
-        seen &= doc[:, None] == ft.document(place, tile, tj)[None, :]
-        entered = doc == ft.document(place, tile, tl.maximum(chunk.t0 - 1, tile.start))
-    # B and C are loaded where they are used, and again for each head, from the cache: held through
-    # the loop they would push others out of the registers
-    C_i, B_j = ft.load_tile(Cs, tile, group, n, K.N), ft.load_tile(Bs, chunk, group, n, K.N)
-    CB = ft.dot(C_i, tl.trans(B_j), K)  # [i, j]
-    dCB = tl.zeros([K.Q, K.CHUNK], K.ACC)
-    dC_ = tl.zeros([K.Q, K.N2], K.ACC)
-    for r in range(count):
-        head = first_head + r
-        decay, _ = ft.load_decays(numbers, tile, head, K)
-        _, source = ft.load_decays(numbers, chunk, head, K)
-        L = tl.exp2(tl.where(seen, decay[:, None] - source[None, :], float("-inf")))
-        entry = tl.exp2(decay)
-        if place.seq_idx is not None:
-            entry = tl.where(entered, entry, 0.0)
-        into = tl.zeros([K.Q], K.ACC)
-        for p0 in range(0, K.P2, K.PS):
-            p = p0 + tl.arange(0, K.PS)
-            S = ft.load_state(states, slot, head, p, n, K)  # [PS, N2]
-            X = ft.load_tile(xs, chunk, head, p, K.P)  # [CHUNK, PS]
-            C_ = ft.load_tile(Cs, tile, group, n, K.N)  # [Q, N2]
-            read = ft.dot(C_, tl.trans(S), K) * entry[:, None]  # [Q, PS]
-            Gt = ft.load_tile(Gs, tile, head, p, K.P)  # [Q, PS]
-            into += tl.sum(read * Gt.to(K.ACC), 1)
-            dC_ = ft.dot(Gt.to(K.ACC) * entry[:, None], S, K, dC_)
-            T = ft.dot(Gt, tl.trans(X), K) * L  # gradient of C_i . B_j, [i, j]
-            dCB += T
-            into += tl.sum(tl.where(later, T * CB, 0.0), 1)
-            if y is not None:
-                read = ft.dot(CB * L, X, K, read)
-                if D is not None:
-                    skipped = ft.load_tile(xs, tile, head, p, K.P).to(K.ACC)
-                    read += skipped * ft.load_skip(D, head, p, K)
-                ft.store_tile(read, ft.View(y, K.HEADS * K.P), tile, head, p, K.P)
-        ft.store_row(into, numbers, tile, head, K, INTO)
-    B_all = ft.load_tile(Bs, chunk, group, n, K.N)  # [CHUNK, N2]
-    dCs = ft.View(dC, dC_token * K.UNIT)
-    ft.store_tile(ft.dot(dCB, B_all, K, dC_), dCs, tile, share, n, K.N)
-    C_ = ft.load_tile(Cs, tile, group, n, K.N)
-    part = within(dB_within, (tile.t0 - chunk.t0) // K.Q, splits, tokens, K)
-    ft.store_tile(ft.dot(tl.trans(dCB), C_, K), part, chunk, share, n, K.N)
-
-
-@triton.jit(
-    do_not_specialize=[
-        *("x_token", "B_token", "C_token", "G_token", "dx_token", "dB_token"),
-        *("length", "padded", "sequences", "splits", "count", "tokens"),
-    ]
-)
-def columns_kernel(
-    x, B, C, D, G, rows, seq_idx, cu_seqlens, states, dstates, dB_within, dx, dB, dD, through,
-    x_token, B_token, C_token, G_token, dx_token, dB_token, length, padded, sequences, splits,
-    count, tokens, K, ROW_TILE: tl.constexpr,
-):  # fmt: skip
-    """dx, dB, dD and the flow out of the tokens of a tile; the chunk's first tile also gets the
-    flow through the chunk, from its entering to its leaving state."""
-    xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
-    Cs, Gs = ft.View(C, C_token * K.UNIT), ft.View(G, G_token * K.UNIT)
-    numbers = ft.Rows(rows, padded, ft.BACKWARD_ROWS)
-    place = ft.Place(seq_idx, cu_seqlens, sequences, length)
-    chunk, slot, tile, share, group, first_head = work_of(place, splits, count, K)
-    at_tile = slot * (K.CHUNK // K.Q) + (tile.t0 - chunk.t0) // K.Q
-    at_tile = at_tile.to(tl.int64) * K.HEADS
-    if tile.t0 >= tile.end:
-        if D is not None:  # nothing to add
-            for r in range(count):
-                if K.D_PER_CHANNEL:
-                    p = tl.arange(0, K.P2)
-                    at_channel = dD + (at_tile + first_head + r) * K.P + p
-                    tl.store(at_channel, tl.zeros([K.P2], K.ACC), mask=p < K.P)
-                else:
-                    tl.store(dD + at_tile + first_head + r, 0.0)
-        return
-    n = tl.arange(0, K.N2)
-    tj, ti = tile.t0 + tile.q, chunk.t0 + chunk.q
-    last = ft.last_of(chunk, K.CHUNK)
-    later = tj[:, None] < ti[None, :]
-    seen = tj[:, None] <= ti[None, :]
-    if place.seq_idx is not None:
-        doc = ft.document(place, tile, tj)
-        seen &= doc[:, None] == ft.document(place, tile, ti)[None, :]
-        left = tl.sum(ft.document(place, last, last.t0 + last.q), 0)
-        entered = ft.document(place, tile, tl.maximum(chunk.t0 - 1, tile.start))
-    B_j, C_i = ft.load_tile(Bs, tile, group, n, K.N), ft.load_tile(Cs, chunk, group, n, K.N)
-    CB = ft.dot(B_j, tl.trans(C_i), K)  # [j, i]
-    itself = tl.sum(tl.where(tj[:, None] == ti[None, :], CB, 0.0), 1)  # B_j . C_j
-    dB_ = tl.zeros([K.Q, K.N2], K.ACC)
-    for r in range(count):
-        head = first_head + r
-        decay_j = ft.load_row(numbers, tile, head, K, DECAY)
-        decay_i, _ = ft.load_decays(numbers, chunk, head, K)
-        step = ft.load_row(numbers, tile, head, K, STEP)
-        exit = tl.exp2(ft.load_decay_of_last(numbers, last, head, K) - decay_j)
-        if place.seq_idx is not None:
-            exit = tl.where(doc == left, exit, 0.0)
-        sent, onward, own = (tl.zeros([K.Q], K.ACC),) * 3
-        for p0 in range(0, K.P2, K.PS):
-            # In an order that lets few large tiles live at once: registers are short here.
-            p = p0 + tl.arange(0, K.PS)
-            X = ft.load_tile(xs, tile, head, p, K.P)  # [Q, PS]
-            Gc = ft.load_tile(Gs, chunk, head, p, K.P)  # [CHUNK, PS]
-            XG = ft.dot(X, tl.trans(Gc), K)  # [j, i]
-            diagonal = tj[:, None] == ti[None, :]
-            own += tl.sum(tl.where(diagonal, XG, 0.0), 1)
-            L = tl.exp2(tl.where(seen, decay_i[None, :] - decay_j[:, None], float("-inf")))
-            sent += tl.sum(tl.where(later, XG * L * CB, 0.0), 1)
-            between = CB * L * step[:, None]  # [j, i], from x_j to y_i
-            if D is not None and not K.D_PER_CHANNEL:
-                between += tl.where(diagonal, tl.load(D + head).to(K.ACC), 0.0)
-            dX = ft.dot(between, Gc, K)
-            dS = ft.load_state(dstates, slot, head, p, n, K)  # [PS, N2]
-            B_ = ft.load_tile(Bs, tile, group, n, K.N)  # [Q, N2]
-            du = ft.dot(B_, tl.trans(dS), K) * exit[:, None]  # [Q, PS]
-            onward += tl.sum(X.to(K.ACC) * du, 1)
-            dX += du * step[:, None]
-            if D is not None and K.D_PER_CHANNEL:
-                Gt = ft.load_tile(Gs, tile, head, p, K.P).to(K.ACC)
-                dX += Gt * ft.load_skip(D, head, p, K)
-                at_channel = dD + (at_tile + head) * K.P + p
-                tl.store(at_channel, tl.sum(Gt * X.to(K.ACC), 0), mask=p < K.P)
-            ft.store_tile(dX, ft.View(dx, dx_token * K.UNIT), tile, head, p, K.P)
-            dB_ = ft.dot(X.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
-        ft.store_row(sent * step, numbers, tile, head, K, SENT)
-        ft.store_row(onward * step, numbers, tile, head, K, ONWARD)
-        ft.store_row(sent + own * itself + onward, numbers, tile, head, K, DSTEP)
-        if D is not None and not K.D_PER_CHANNEL:
-            tl.store(dD + at_tile + head, tl.sum(own, 0))
-    for t0 in range(0, tl.minimum(K.CHUNK, chunk.end - chunk.t0), ROW_TILE):
-        part = within(dB_within, t0 // ROW_TILE, splits, tokens, K)
-        dB_ += ft.load_tile(part, tile, share, n, K.N)
-    ft.store_tile(dB_, ft.View(dB, dB_token * K.UNIT), tile, share, n, K.N)
-
-    if tile.t0 == chunk.t0:
-        for r in range(count):
-            head = first_head + r
-            total = ft.load_decay_of_last(numbers, last, head, K)
-            flow = inner(states, dstates, slot, head, K) * tl.exp2(total)
-            if place.seq_idx is not None:
-                flow = tl.where(entered == left, flow, 0.0)
-            tl.store(through + slot.to(tl.int64) * K.HEADS + head, flow)
-
-
-@triton.jit(do_not_specialize=["dt_token", "ddt_token", "length", "padded", "sequences"])
-def steps_kernel(
-    dt, A, dt_bias, rows, cu_seqlens, ddt, through, dA, ddt_bias,
-    dt_token, ddt_token, length, padded, sequences, K, HEADS: tl.constexpr,
-):  # fmt: skip
-    """ddt, and a chunk's shares of dA and ddt_bias, of HEADS heads.
-
-    The log decay of a token scales all that flows from before it to itself or later. The flows are
-    summed so that none is counted and taken off again.
-    """
-    place, numbers = (
-        ft.Place(None, cu_seqlens, sequences, length),
-        ft.Rows(rows, padded, ft.BACKWARD_ROWS),
+def plan_backward(inputs: ScanInputs, unit: int) -> Plan:
+    """The plan for this device; `unit` is that of the strides."""
+    batch, length, heads, _ = inputs.x.shape
+    groups = inputs.B.shape[2]
+    family, multiprocessors = device(inputs.x.device)
+    K = constants(inputs, unit, family)
+    chunk = configured("states", family, K, 0)[1].chunk
+    states, rows, columns = (
+        configured(kind, family, K, chunk) for kind in ("states", "rows", "columns")
     )
-    blocks = tl.cdiv(K.HEADS, HEADS)
-    slot = tl.program_id(0) // blocks
-    head = tl.program_id(0) % blocks * HEADS + tl.arange(0, HEADS)
-    known = head < K.HEADS
-    at_sum = slot.to(tl.int64) * K.HEADS + head
-    chunk = ft.chunk_in(place, slot, K.CHUNK)
-    if chunk.t0 >= chunk.end:
-        tl.store(dA + at_sum, tl.zeros([HEADS], K.ACC), mask=known)
-        tl.store(ddt_bias + at_sum, tl.zeros([HEADS], K.ACC), mask=known)
-        return
-    raw, bias, used = ft.load_dt(dt, dt_bias, dt_token, chunk, head, K)  # [Q, H]
-    step, slope = ft.step_sizes(raw, bias, used, K)
-    at = ft.first_row_at(numbers, chunk, head, K.HEADS)  # [Q, H]
-    into = tl.load(at + INTO * padded, mask=used, other=0.0)
-    into -= tl.load(at + SENT * padded, mask=used, other=0.0)
-    earlier = used & (chunk.q > 0)[:, None]
-    onward = tl.load(at + ONWARD * padded - 1, mask=earlier, other=0.0)
-    flow = tl.cumsum(into, 0, reverse=True) + tl.cumsum(onward, 0)
-    flow += tl.load(through + at_sum, mask=known, other=0.0)[None, :]
-    dstep = tl.load(at + DSTEP * padded, mask=used, other=0.0)
-    decay, rates = ft.log_decays(step, A, head, K)
-    flow = tl.where(decay < tl.full([], ft.LOWEST, K.ACC), 0.0, flow)
-    dstep = (dstep + flow * rates) * slope
-    first = (chunk.earlier + chunk.t0).to(tl.int64) * ddt_token
-    at_dt = ddt + first + chunk.q[:, None] * ddt_token + head[None, :]
-    tl.store(at_dt, dstep.to(ddt.dtype.element_ty), mask=used)
-    tl.store(dA + at_sum, tl.sum(step * flow, 0), mask=known)
-    tl.store(ddt_bias + at_sum, tl.sum(dstep, 0), mask=known)
+    chunks = slots(inputs.sequences, batch, length, inputs.cu_seqlens is not None, chunk)
+    slices = K.P2 // states[0].PS
+    count = segments(inputs.sequences, 2 * heads, slices, batch * length, multiprocessors)
+    tiles = chunks * (chunk // rows[0].Q + chunk // columns[0].Q)
+    splits = splits_of_group(tiles * groups, heads // groups, multiprocessors)
+    return Plan(states, rows, columns, chunks, count, slices, splits)
 
 
 def splits_of_group(programs: int, per_group: int, multiprocessors: int) -> int:
-    """Among how many programs the heads of a group are shared: no more than fill the GPU, since
-    each writes its own dB and dC."""
+    """Among how many programs the heads of a group are shared.
+
+    No more than fill the GPU, since each program writes its own dB and dC.
+    """
     divisors = (d for d in range(1, per_group + 1) if per_group % d == 0)
     return next((d for d in divisors if programs * d >= 2 * multiprocessors), per_group)
 
 
+class Work(NamedTuple):
+    """What all launches of a backward pass are given."""
+
+    plan: Plan
+    inputs: ScanInputs  # the numbers of a token of x, dt, B and C lie side by side
+    G: Tensor  # the gradient of y before the gate
+    numbers: Tensor  # of each token and head, the rows that fused_tiles names
+    sizes: tuple[int, int, int]  # tokens of a row of the batch and of a row of numbers, sequences
+    tokens: list[int]  # strides of the tokens of x, B, C, G, dx, dB and dC, in units
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.inputs.accumulator, device=self.G.device)
+
+
 def backward(
     dy: Tensor, dfinal: Tensor | None, inputs: ScanInputs, into: SequenceGradients | None = None
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the differentiable fields of ScanInputs, None for what is absent.
+) -> ScanGradients:
+    """The gradients of the inputs.
 
-    Those of x, dt, B and C are written `into` the given memory, if any.
+    Args:
+        dy: the gradient of y, contiguous or not.
+        dfinal: the gradient of the final states, contiguous; None means zeros.
+        inputs: those of `forward`.
+        into: memory for the gradients of x, dt, B and C. If None, they are new tensors.
     """
     z, exact = inputs.z, inputs.accumulator
     if z is None:
         return _ungated(dy, dfinal, None, inputs, into)
-    # The gate comes off before the kernels. From y before the gate, its own gradient follows.
+    # The kernels start from G, the gradient before the gate. The gate's gradient needs y before it.
     G = (dy.to(exact) * F.silu(z.to(exact))).to(dy.dtype)
     y = torch.empty(inputs.x.shape, dtype=inputs.x.dtype, device=inputs.x.device)
-    *others, _, dinitial, ddt_bias = _ungated(G, dfinal, y, inputs, into)
+    gradients = _ungated(G, dfinal, y, inputs, into)
     dz = torch.ops.aten.silu_backward(dy.to(exact) * y.to(exact), z.to(exact)).to(z.dtype)
-    return *others, dz, dinitial, ddt_bias
+    return gradients._replace(z=dz)
 
 
 def _ungated(
     G: Tensor,
     dfinal: Tensor | None,
     y: Tensor | None,
-    given: ScanInputs,
+    inputs: ScanInputs,
     into: SequenceGradients | None,
-) -> tuple[Tensor | None, ...]:
-    """`backward` from the gradient G of y before the gate, with None for dz. Writes y, if given."""
-    exact = given.accumulator
-    batch, length, heads, P = given.x.shape
-    groups, N = given.B.shape[2:]
-    packed = given.cu_seqlens is not None
-    sequences = given.sequences
-    x, B, C, G = (ft.side_by_side(t) for t in (given.x, given.B, given.C, G))
-    dt, D, bias = ft.side_by_side(given.dt), given.D, given.dt_bias
-    family, multiprocessors = device(x.device)
+) -> ScanGradients:
+    """`backward` of a scan without a gate, from the gradient G of its y. Writes y, if given."""
+    x, dt, B, C, G = (side_by_side(t) for t in (inputs.x, inputs.dt, inputs.B, inputs.C, G))
+    inputs = inputs._replace(x=x, dt=dt, B=B, C=C)
     if into is None:
         into = SequenceGradients(
             *(torch.empty_like(t, memory_format=CONTIGUOUS) for t in (x, dt, B, C))
         )
-    unit, tokens = ft.strides(x, B, C, G, into.dx, into.dB, into.dC)
-    K = ft.constants(given, unit, family)
-    chunk = ft.configured("states", family, K, 0)[1].chunk
-    sweep, rows, columns = (
-        ft.configured(kind, family, K, chunk) for kind in ("states", "rows", "columns")
-    )
-    slots, slices = ft.slots(sequences, batch, length, packed, chunk), K.P2 // sweep[0].PS
-    count = segments(sequences, 2 * heads, slices, batch * length, multiprocessors)
-    row_tiles, column_tiles = slots * (chunk // rows[0].Q), slots * (chunk // columns[0].Q)
-    splits = splits_of_group((row_tiles + column_tiles) * groups, heads // groups, multiprocessors)
-    # shares of a group, heads of a share, and tokens
-    shares = splits, heads // groups // splits, batch * length
+    unit, tokens = strides(x, B, C, G, into.dx, into.dB, into.dC)
+    plan = plan_backward(inputs, unit)
+    K, _ = plan.rows
+    with torch.cuda.device_of(x):
+        numbers, padded = compute_decays(inputs, K, K.CHUNK, ft.BACKWARD_ROWS)
+        sizes = (x.shape[1], padded, inputs.sequences)
+        work = Work(plan, inputs, G, numbers, sizes, tokens)
+        states, dstates, dinitial = _launch_states(work, dfinal)
+        dD, through = _launch_tiles(work, states, dstates, into, y)
+        dA, ddt_bias = _launch_steps(work, through, into.ddt)
+    return ScanGradients(into.dx, into.ddt, dA, into.dB, into.dC, dD, None, dinitial, ddt_bias)
 
-    def empty(*shape: int, dtype: torch.dtype = exact) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
 
-    def launch(kernel, plan: tuple[ft.Constants, ft.Config], *more: int) -> Launcher:
-        K, config = plan
-        return launcher(kernel, (K, *more), config.warps, config.stages)
+def _launch(kernel: Any, planned: tuple[Constants, Config], *more: int) -> Launcher:
+    K, config = planned
+    return launcher(kernel, (K, *more), config.warps, config.stages)
 
+
+def _launch_states(work: Work, dfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """S and dS' of all chunks, and the gradient of the initial states."""
+    plan, inputs = work.plan, work.inputs
+    (K, _), count, sequences = plan.states, plan.segments, inputs.sequences
+    state = (K.HEADS, K.P, K.N)
+    factors = torch.bfloat16 if tl.bfloat16 == K.DOT else inputs.accumulator
+    states, dstates = (work.empty(plan.chunks, *state, dtype=factors) for _ in range(2))
+    initial = inputs.initial_states
+    dinitial = None if initial is None else torch.empty_like(initial)
     ends = dends = whole = None
     if count > 1:
-        ends, dends = (empty(sequences, count, heads, P, N) for _ in range(2))
-        whole = empty(sequences, count, heads)
-    factors = torch.bfloat16 if tl.bfloat16 == K.DOT else exact
-    states, dstates = (empty(slots, heads, P, N, dtype=factors) for _ in range(2))
-    through, sums = empty(slots, heads), empty(2, slots, heads)
-    dB_within = empty(chunk // rows[0].Q, batch * length, splits * groups, N)
-    dD = None if D is None else empty(column_tiles, *D.shape)
-    initial, where = given.initial_states, (given.seq_idx, given.cu_seqlens)
-    dinitial = None if initial is None else torch.empty_like(initial)
-    dx, ddt, dB, dC = into
+        ends, dends = (work.empty(sequences, count, *state) for _ in range(2))
+        whole = work.empty(sequences, count, K.HEADS)
+    launch = _launch(states_kernel, plan.states, count, ft.BACKWARD_ROWS)
+    tensors = (inputs.x, inputs.B, inputs.C, work.G, work.numbers, initial, dfinal)
+    where = (inputs.seq_idx, inputs.cu_seqlens)
+    stored = [(states, dstates)] if count == 1 else [(None, None), (states, dstates)]
+    for pair in stored:  # in segments: first the ends of these, then the states
+        launch(
+            (2 * sequences * count * K.HEADS * plan.slices,),
+            (*tensors, *where, dinitial, ends, dends, whole, *pair),
+            (*work.tokens[:4], *work.sizes),
+        )
+    return states, dstates, dinitial
+
+
+def _launch_tiles(
+    work: Work, states: Tensor, dstates: Tensor, into: SequenceGradients, y: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """Write dx, dB, dC and y; return dD, and the flow through each chunk."""
+    plan, inputs, splits = work.plan, work.inputs, work.plan.splits
+    (K, _), (length, _, _) = plan.rows, work.sizes
+    batch, groups = len(inputs.x), K.HEADS // K.PER_GROUP
+    through = work.empty(plan.chunks, K.HEADS)
+    dB_within = work.empty(K.CHUNK // K.Q, batch * length, splits * groups, K.N)
+    D = inputs.D
+    dD = None if D is None else work.empty(plan.column_tiles, *D.shape)
+    dB, dC, tokens = into.dB, into.dC, work.tokens
     if splits > 1:  # each share of a group's heads has its own
-        dB, dC = (empty(batch, length, splits * groups, N) for _ in range(2))
-        tokens[5:] = [splits * groups * N // unit] * 2
-
-    with torch.cuda.device_of(x):
-        numbers, padded = compute_decays(given, K, chunk, ft.BACKWARD_ROWS)
-        sizes = (length, padded, sequences)
-        for stored in [True] if count == 1 else [False, True]:
-            between = (states, dstates) if stored else (None, None)
-            launch(states_kernel, sweep, count, ft.BACKWARD_ROWS)(
-                (2 * sequences * count * heads * slices,),
-                (x, B, C, G, numbers, initial, dfinal, *where, dinitial, ends, dends, whole,
-                 *between),
-                (*tokens[:4], *sizes),
-            )  # fmt: skip
-        read = (x, B, C, D, G, numbers, *where, states)
-        launch(rows_kernel, rows)(
-            (row_tiles * groups * splits,),
-            (*read, dC, dB_within, y),
-            (*tokens[:4], tokens[6], *sizes, *shares),
-        )
-        launch(columns_kernel, columns, rows[0].Q)(
-            (column_tiles * groups * splits,),
-            (*read, dstates, dB_within, dx, dB, dD, through),
-            (*tokens[:6], *sizes, *shares),
-        )
-        at_once = heads_at_once(heads)
-        launcher(steps_kernel, (ft.in_tiles(K, 0, chunk, 0), at_once))(
-            (slots * ceil_divide(heads, at_once),),
-            (dt, given.A, bias, numbers, given.cu_seqlens, ddt, through, *sums),
-            (dt.stride(1), ddt.stride(1), *sizes),
-        )
-
+        dB, dC = (work.empty(batch, length, splits * groups, K.N) for _ in range(2))
+        tokens = [*tokens[:5], *[splits * groups * K.N // K.UNIT] * 2]
+    # shares of a group, heads of a share, tokens
+    shares = splits, K.PER_GROUP // splits, batch * length
+    where = (inputs.seq_idx, inputs.cu_seqlens)
+    read = (inputs.x, inputs.B, inputs.C, D, work.G, work.numbers, *where, states)
+    _launch(rows_kernel, plan.rows)(
+        (plan.row_tiles * groups * splits,),
+        (*read, dC, dB_within, y),
+        (*tokens[:4], tokens[6], *work.sizes, *shares),
+    )
+    _launch(columns_kernel, plan.columns, K.Q)(
+        (plan.column_tiles * groups * splits,),
+        (*read, dstates, dB_within, into.dx, dB, dD, through),
+        (*tokens[:6], *work.sizes, *shares),
+    )
     if splits > 1:
-        for d, whole in ((dB, into.dB), (dC, into.dC)):
-            whole.copy_(d.unflatten(2, (splits, groups)).sum(2))
-    dA = sums[0].sum(0).to(given.A.dtype)
+        for total, parts in ((into.dB, dB), (into.dC, dC)):
+            total.copy_(parts.unflatten(2, (splits, groups)).sum(2))
+    return None if D is None or dD is None else dD.sum(0).to(D.dtype), through
+
+
+def _launch_steps(work: Work, through: Tensor, ddt: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Write ddt; return the gradients of A and dt_bias."""
+    plan, inputs = work.plan, work.inputs
+    K, _ = plan.rows
+    sums = work.empty(2, plan.chunks, K.HEADS)
+    at_once = heads_at_once(K.HEADS)
+    launcher(steps_kernel, (in_tiles(K, 0, K.CHUNK, 0), at_once))(
+        (plan.chunks * ceil_divide(K.HEADS, at_once),),
+        (inputs.dt, inputs.A, inputs.dt_bias, work.numbers, inputs.cu_seqlens, ddt, through, *sums),
+        (inputs.dt.stride(1), ddt.stride(1), *work.sizes),
+    )
+    bias = inputs.dt_bias
     ddt_bias = None if bias is None else sums[1].sum(0).to(bias.dtype)
-    dD = None if D is None else dD.sum(0).to(D.dtype)
-    return dx, ddt, dA, into.dB, into.dC, dD, None, dinitial, ddt_bias
+    return sums[0].sum(0).to(inputs.A.dtype), ddt_bias

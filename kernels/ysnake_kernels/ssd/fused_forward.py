@@ -1,9 +1,12 @@
 """The fused forward, in two launches (three where the sequences are cut into segments).
 
-A small kernel turns dt into step sizes and cumulative decays. Then one kernel walks the tiles of a
-sequence with the state in registers. With few heads and a long sequence it runs for each segment,
-from a state that it combines from the ends of the segments before; a light sweep, which the
-backward also uses, computes those ends first.
+1. A small kernel turns dt into step sizes and cumulative decays.
+2. In segments only: a light sweep computes the state in which each segment ends if it starts from
+   zero. The backward uses this kernel too.
+3. The forward kernel walks the chunks of a sequence, or of a segment, with the state in registers.
+   In segments it first combines the ends of the segments before into the entering state.
+
+A chunk of the forward is one tile.
 """
 
 import torch
@@ -13,13 +16,24 @@ from torch import Tensor
 
 from ysnake_kernels.numerics import ceil_divide, next_power_of_2
 from ysnake_kernels.ssd import fused_tiles as ft
-from ysnake_kernels.ssd.fused_tiles import DECAY, SOURCE, STEP, device, segments
+from ysnake_kernels.ssd.fused_plan import (
+    Constants,
+    configured,
+    constants,
+    device,
+    in_tiles,
+    segments,
+    side_by_side,
+    slots,
+    strides,
+)
+from ysnake_kernels.ssd.fused_tiles import DECAY, SOURCE, STEP
 from ysnake_kernels.ssd.inputs import ScanInputs
 from ysnake_kernels.triton_launch import launcher
 
 
 def heads_at_once(heads: int) -> int:
-    """How many a program handles where it has little to do for each."""
+    """How many heads one program handles in kernels with little work for each head."""
     return min(16, next_power_of_2(heads))
 
 
@@ -28,10 +42,10 @@ def decays_kernel(
     dt, A, dt_bias, cu_seqlens, rows, dt_token, length, padded, sequences, K,
     HEADS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a chunk and HEADS heads, and writes what passes between their tokens.
+    """Write DECAY, SOURCE and, if there is room, STEP. A program owns a chunk and HEADS heads.
 
-    A step's log decay is cut at LOWEST and added up in float64. A sum then carries so
-    little of the tokens before that the difference of two sums stays exact in float32.
+    Log decays are cut at LOWEST and added up in float64. The sums stay so small that the
+    difference of two sums is exact enough in float32.
     """
     place = ft.Place(None, cu_seqlens, sequences, length)
     blocks = tl.cdiv(K.HEADS, HEADS)
@@ -58,8 +72,7 @@ def decays_kernel(
 
 @triton.jit
 def edges(decay, source, total, doc, place, tile, last, K):
-    """Factors of a tile: from the entering state to each token [Q], from each token's x B^T to the
-    leaving state [Q], from the entering to the leaving state. Zero between documents."""
+    """entry [Q], exit [Q] and whole of a tile, as docs/kernels.md has them ("In pure torch")."""
     entry, exit, through = tl.exp2(decay), tl.exp2(total - source), tl.exp2(total)
     if place.seq_idx is not None:
         entering = ft.document(place, tile, tl.maximum(tile.t0 - 1, tile.start))
@@ -134,11 +147,11 @@ def sweep(
     S, v, weights, decays, states, place, seq, seg, head, p, K,
     SEGMENTS: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Carry a state over a segment: forward S with x and B as `v` and `weights`; in reverse its
-    gradient with G and C.
+    """Carry a state S over a segment. In reverse S is the gradient of a state.
 
-    Stores in `states` the state that enters each chunk, or the gradient of the one that leaves it.
-    Returns the last state, and the decay of the whole segment.
+    `v` and `weights` are x and B, in reverse G and C. Stores in `states`, if given, the state that
+    enters each chunk, in reverse the gradient of the state that leaves it. Returns the last state,
+    and the decay of the whole segment.
     """
     TILES: tl.constexpr = K.CHUNK // K.Q
     q, n = tl.arange(0, K.Q), tl.arange(0, K.N2)
@@ -183,11 +196,12 @@ def states_kernel(
     x_token, B_token, C_token, G_token, length, padded, sequences, K,
     SEGMENTS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """A program owns what a program of `forward_kernel` owns, in one of two directions. G is the
-    gradient of y before the gate.
+    """A program owns one segment of a sequence, one head and one slice, in one of two directions.
 
-    Without `states`: each segment's end from a zero state, and its whole decay. With `states`: the
-    states between all chunks, from `ends` where there is more than one segment.
+    G is the gradient of y before the gate. Without `states` the kernel writes the state in which
+    each segment ends if it starts from zero (`ends`, in reverse `dends`), and the decay of each
+    segment (`whole`). With `states` it writes the states between all chunks. If there are several
+    segments it starts from what the first launch wrote.
     """
     xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
     Cs, Gs = ft.View(C, C_token * K.UNIT), ft.View(G, G_token * K.UNIT)
@@ -223,23 +237,23 @@ def states_kernel(
             ft.store_state(dS, dinitial, seq, head, p, n, K)
 
 
-def compute_decays(
-    inputs: ScanInputs, K: ft.Constants, chunk: int, count: int
-) -> tuple[Tensor, int]:
-    """`count` numbers a token and head, of which DECAY and SOURCE (and STEP if there is
-    room) are filled in, for chunks of `chunk` tokens; and how many tokens it has room for."""
-    dt = ft.side_by_side(inputs.dt)
+def compute_decays(inputs: ScanInputs, K: Constants, chunk: int, count: int) -> tuple[Tensor, int]:
+    """Numbers of each token and head, and for how many tokens a row of them has room.
+
+    There are `count` numbers. The kernel writes DECAY and SOURCE (and STEP if there is room) for
+    chunks of `chunk` tokens.
+    """
+    dt = side_by_side(inputs.dt)
     batch, length, heads = dt.shape
-    exact = torch.float64 if tl.float64 == K.ACC else torch.float32
     padded = 16 * ceil_divide(length, 16)  # rows begin at aligned addresses
+    exact = torch.float64 if tl.float64 == K.ACC else torch.float32
     rows = torch.empty(batch, heads, count, padded, dtype=exact, device=dt.device)
     at_once = heads_at_once(heads)
-    sequences = inputs.sequences
-    chunks = ft.slots(sequences, batch, length, inputs.cu_seqlens is not None, chunk)
-    launcher(decays_kernel, (ft.in_tiles(K, 0, chunk, 0), at_once, count))(
+    chunks = slots(inputs.sequences, batch, length, inputs.cu_seqlens is not None, chunk)
+    launcher(decays_kernel, (in_tiles(K, 0, chunk, 0), at_once, count))(
         (chunks * ceil_divide(heads, at_once),),
         (dt, inputs.A, inputs.dt_bias, inputs.cu_seqlens, rows),
-        (dt.stride(1), length, padded, sequences),
+        (dt.stride(1), length, padded, inputs.sequences),
     )
     return rows, padded
 
@@ -247,50 +261,32 @@ def compute_decays(
 def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     """y and the final states."""
     batch, length, heads, P = inputs.x.shape
-    sequences = inputs.sequences
-    x, B, C, z = (ft.side_by_side(t) for t in (inputs.x, inputs.B, inputs.C, inputs.z))
-    unit, tokens = ft.strides(x, B, C, z)
+    sequences, D, initial = inputs.sequences, inputs.D, inputs.initial_states
+    x, B, C = (side_by_side(t) for t in (inputs.x, inputs.B, inputs.C))
+    z = side_by_side(inputs.z)
+    unit, tokens = strides(x, B, C, z)
     family, multiprocessors = device(x.device)
-    K = ft.constants(inputs, unit, family)
-    K, config = ft.configured("forward", family, K, 0)
+    K, config = configured("forward", family, constants(inputs, unit, family), 0)
     slices = K.P2 // K.PS
     count = segments(sequences, heads, slices, batch * length, multiprocessors)
     programs = (sequences * count * heads * slices,)
-    exact = {"dtype": inputs.accumulator, "device": x.device}
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    final_states = inputs.empty_states()
+    states = inputs.empty_states()
     ends = whole = None
     where = inputs.seq_idx, inputs.cu_seqlens
     with torch.cuda.device_of(x):
         rows, padded = compute_decays(inputs, K, K.Q, ft.FORWARD_ROWS)
         sizes = length, padded, sequences
         if count > 1:
-            ends = torch.empty(sequences, count, heads, P, K.N, **exact)
-            whole = torch.empty(sequences, count, heads, **exact)
-            launch = launcher(
-                states_kernel, (K, count, ft.FORWARD_ROWS), config.warps, config.stages
-            )
-            launch(
-                programs,
-                (x, B, C, None, rows, None, None, *where, None, ends, None, whole, None, None),
-                (*tokens[:3], 0, *sizes),
+            ends = states.new_empty(sequences, count, heads, P, K.N)
+            whole = states.new_empty(sequences, count, heads)
+            given = (x, B, C, None, rows, None, None, *where, None, ends, None, whole, None, None)
+            launcher(states_kernel, (K, count, ft.FORWARD_ROWS), config.warps, config.stages)(
+                programs, given, (*tokens[:3], 0, *sizes)
             )
         launcher(forward_kernel, (K, count), config.warps, config.stages)(
             programs,
-            (
-                x,
-                B,
-                C,
-                z,
-                inputs.D,
-                rows,
-                inputs.initial_states,
-                *where,
-                y,
-                final_states,
-                ends,
-                whole,
-            ),
+            (x, B, C, z, D, rows, initial, *where, y, states, ends, whole),
             (*tokens, *sizes),
         )
-    return y, final_states
+    return y, states

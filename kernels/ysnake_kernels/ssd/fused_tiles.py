@@ -1,37 +1,32 @@
-"""What the fused kernels share: how they see tensors, sequences and segments, the arithmetic of one
-tile of tokens, and the table of launch configurations.
+"""What the fused kernels share: how they address tensors, tiles, sequences, segments and states.
 
-A tile is Q tokens of one sequence. A chunk is one or several tiles; cumulative decays start anew at
-each chunk. P is the head size and N the state size; P2 and N2 are these padded to powers of two. A
-program handles PS of the P2 channels of a head, a slice.
+docs/kernels.md defines chunk, tile, slice and segment. A kernel's argument K, which
+`fused_plan.Constants` describes, has their sizes: a tile has Q tokens, a chunk CHUNK tokens, a
+slice PS channels. P is the head size and N the state size; P2 and N2 are these padded to powers of
+two.
+
+Values inside a kernel belong to Triton's compiler and have no Python types, so the fields of the
+tuples here are `Any`.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ysnake_kernels.numerics import SMALLEST_LOG_DECAY, ceil_divide, common_unit, next_power_of_2
-from ysnake_kernels.ssd.inputs import DIFFERENTIABLE, ScanInputs
+from ysnake_kernels.numerics import SMALLEST_LOG_DECAY
 from ysnake_kernels.triton_math import clamp, finite, softplus
-
-LARGEST = 256  # head size and state size
-MOST_SEGMENTS = 32
-SHORTEST_SEGMENT = 512  # tokens; shorter ones spend their time on the states between them
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Rows of the array of per-token, per-head numbers that kernels pass on to later kernels
+# An array has these numbers for each token and head. Kernels write them for later kernels.
 DECAY = tl.constexpr(0)  # cumulative log2 decay from the chunk's start to the token
 SOURCE = tl.constexpr(1)  # DECAY minus the log2 of the step size
 STEP = tl.constexpr(2)  # dt after bias, softplus and limits
 INTO = tl.constexpr(3)  # flow into a token from all tokens before it
 SENT = tl.constexpr(4)  # flow from a token to the later tokens of its chunk
 ONWARD = tl.constexpr(5)  # flow from a token to the leaving state
-DSTEP = tl.constexpr(6)  # gradient of the step size but for its part in the decay
+DSTEP = tl.constexpr(6)  # gradient of the step size without the part that goes through the decay
 FORWARD_ROWS, BACKWARD_ROWS = 2, 7
 
 LOWEST = tl.constexpr(SMALLEST_LOG_DECAY)
@@ -42,16 +37,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class View(NamedTuple):
-    """In a kernel: a tensor (tokens, heads or groups, channels); `token` is the stride of tokens,
-    heads and channels lie side by side."""
+    """A tensor (tokens, heads or groups, channels). `token` is the stride of the tokens. The
+    heads and channels of a token lie side by side."""
 
     data: Any
     token: Any
 
 
 class Rows(NamedTuple):
-    """In a kernel: COUNT rows of numbers for each head, one number a token. The rows have room for
-    `padded` tokens."""
+    """The array of numbers: COUNT rows for each head, with room for `padded` tokens in a row."""
 
     data: Any
     padded: Any
@@ -59,7 +53,7 @@ class Rows(NamedTuple):
 
 
 class Place(NamedTuple):
-    """In a kernel: where sequences and documents begin."""
+    """Where sequences and documents begin."""
 
     seq_idx: Any
     cu_seqlens: Any
@@ -67,99 +61,15 @@ class Place(NamedTuple):
     length: Any
 
 
-class Constants(NamedTuple):
-    """What a kernel knows when it is compiled; its argument `K`."""
-
-    P: int
-    N: int
-    P2: int
-    N2: int
-    HEADS: int
-    PER_GROUP: int  # heads of a group
-    UNIT: int  # of the strides that a kernel is given
-    D_PER_CHANNEL: bool
-    SOFTPLUS: bool
-    LOW: float
-    HIGH: float
-    ACC: tl.dtype  # of sums, exponents and states
-    DOT: tl.dtype  # of the factors of products
-    PRECISION: str
-    Q: int = 0  # these from the table below
-    CHUNK: int = 0
-    PS: int = 0
-
-
-def side_by_side(t: Tensor | None) -> Tensor | None:
-    """t (batch, length, ...) with all numbers of a token side by side and rows of the batch at
-    equal distances; a copy where they are not. Within a tile, kernels count in 32 bits."""
-    if t is None or (t.is_contiguous() and t.stride(1) < 2**22):
-        return t
-    batch, length, *sizes = t.shape
-    expected = 1
-    fits = t.stride(1) < 2**22 and (batch == 1 or t.stride(0) == length * t.stride(1))
-    for size, stride in zip(sizes[::-1], t.stride()[:1:-1], strict=True):
-        fits &= size == 1 or stride == expected
-        expected *= size
-    return t if fits else t.contiguous()
-
-
-def strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
-    """The largest unit up to 16 that divides the strides of the tokens, and the strides in it."""
-    values = [0 if t is None else t.stride(1) for t in tensors]
-    unit = common_unit(*values)
-    return unit, [v // unit for v in values]
-
-
-@cache
-def arithmetic(family: str, tf32: bool, *dtypes: torch.dtype | None) -> tuple[Any, Any, str]:
-    """Accumulator, dtype and precision of matrix products; the dtypes begin with those of x, B and
-    C. `tf32`: whether the user lets float32 products round to it."""
-    if torch.float64 in dtypes:
-        return tl.float64, tl.float64, "ieee"
-    if set(dtypes[:3]) == {torch.bfloat16}:
-        return tl.float32, tl.bfloat16, "ieee"
-    # tf32 holds every float16 and, unlike it, states and gradients of any size
-    fast = tf32 or set(dtypes[:3]) == {torch.float16}
-    fast &= not family.startswith("gfx") or family == "gfx942"  # others do not have it
-    return tl.float32, tl.float32, "tf32" if fast else "ieee"
-
-
-def tf32_is_allowed() -> bool:
-    """Whether the user lets float32 products on a GPU round to tf32, by either of torch's
-    settings. torch.get_float32_matmul_precision() raises where the newer one was used."""
-    asked = torch.backends.cuda.matmul.fp32_precision
-    return (torch.backends.fp32_precision if asked == "none" else asked) == "tf32"
-
-
-def constants(inputs: ScanInputs, unit: int, family: str) -> Constants:
-    """What is known of the arguments before a kernel is compiled."""
-    x, dt, A, B, C, D, z, initial_states, dt_bias = inputs[:DIFFERENTIABLE]
-    tensors = x, B, C, dt, A, D, z, initial_states, dt_bias
-    dtypes = [None if t is None else t.dtype for t in tensors]
-    exact = torch.float32 in dtypes[:3] or torch.float16 in dtypes[:3]
-    numbers = arithmetic(family, exact and tf32_is_allowed(), *dtypes)
-    sizes = *x.shape[2:], *B.shape[2:]
-    per_channel = D is not None and D.ndim == 2
-    steps = bool(inputs.dt_softplus), *map(float, inputs.dt_limit)
-    return _constants(*sizes, unit, per_channel, *steps, *numbers)
-
-
-@cache
-def _constants(heads: int, P: int, groups: int, N: int, *others: Any) -> Constants:
-    return Constants(P, N, padded_size(P), padded_size(N), heads, heads // groups, *others)
-
-
-def padded_size(size: int) -> int:
-    """The next power of two, and at least 16, which a matrix product needs."""
-    return max(16, next_power_of_2(size))
-
-
 # One tile
 
 
 class Tile(NamedTuple):
-    """In a kernel: tokens t0 + q of a row of the batch, in a sequence from `start` to `end`; the
-    rows before hold `earlier` tokens."""
+    """Tokens t0 + q of a row of the batch: a tile, or a whole chunk, or one token.
+
+    Their sequence goes from token `start` to `end` of the row. The rows before have `earlier`
+    tokens.
+    """
 
     row: Any
     earlier: Any
@@ -188,7 +98,7 @@ def inside(tile):
 
 @triton.jit
 def pointers(v, tile, head, c, WIDTH: tl.constexpr):
-    """Pointers to channels c of a tile, and whether each is one; WIDTH channels a head."""
+    """Pointers to channels c of a tile, and which of them exist. A head has WIDTH channels."""
     first = (tile.earlier + tile.t0).to(tl.int64) * v.token + head * WIDTH
     at = v.data + first + tile.q[:, None] * v.token + c[None, :]
     return at, inside(tile)[:, None] & (c < WIDTH)[None, :]
@@ -223,7 +133,7 @@ def first_row_at(rows, tile, head, HEADS: tl.constexpr):
 
 @triton.jit
 def load_row(rows, tile, head, K, ROW: tl.constexpr, OUTSIDE: tl.constexpr = 0.0):  # [Q]
-    """One number of each token of a tile; OUTSIDE behind the end of the sequence."""
+    """One number of each token of a tile, OUTSIDE for tokens after the end of the sequence."""
     return tl.load(row_at(rows, tile, head, K.HEADS, ROW), mask=inside(tile), other=OUTSIDE)
 
 
@@ -234,7 +144,7 @@ def store_row(values, rows, tile, head, K, ROW: tl.constexpr):
 
 @triton.jit
 def load_decays(rows, tile, head, K):  # [Q], [Q]
-    """DECAY and SOURCE of a tile. Behind the end nothing arrives and nothing is sent."""
+    """DECAY and SOURCE of a tile. Tokens after the end receive nothing and send nothing."""
     decay = load_row(rows, tile, head, K, DECAY, float("-inf"))
     return decay, load_row(rows, tile, head, K, SOURCE, float("inf"))
 
@@ -247,14 +157,14 @@ def load_decay_of_last(rows, last, head, K):
 
 @triton.jit
 def load_skip(D, head, p, K):  # [1, PS]
-    """D as it multiplies a tile."""
+    """D, in a shape that multiplies a tile."""
     at_channel = D + head * K.P + p if K.D_PER_CHANNEL else D + head + p * 0
     return tl.load(at_channel, mask=p < K.P, other=0.0).to(K.ACC)[None, :]
 
 
 @triton.jit
 def dot(a, b, K, acc=None):
-    """acc + a b, factors rounded to DOT, summed in float32 (float64 for float64)."""
+    """acc + a b. The factors are rounded to DOT and summed in float32 (float64 for float64)."""
     a, b = a.to(K.DOT), b.to(K.DOT)
     if INTERPRETED and tl.bfloat16 == K.DOT:  # the interpreter multiplies the bits of a bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -285,7 +195,7 @@ def step_sizes(raw, bias, used, K):
 
 @triton.jit
 def load_dt(dt, dt_bias, token, chunk, head, K):
-    """dt of a chunk and heads [Q, H], its bias [1, H], and which of them there are [Q, H]."""
+    """dt of a chunk and heads [Q, H], its bias [1, H], and which of them exist [Q, H]."""
     used = inside(chunk)[:, None] & (head < K.HEADS)[None, :]
     first = (chunk.earlier + chunk.t0).to(tl.int64) * token
     raw = tl.load(dt + first + chunk.q[:, None] * token + head[None, :], mask=used, other=0.0)
@@ -297,7 +207,7 @@ def load_dt(dt, dt_bias, token, chunk, head, K):
 
 @triton.jit
 def log_decays(step, A, head, K):
-    """Of a chunk and heads [Q, H]: step A before it is cut at LOWEST, and the rates A [1, H]."""
+    """step A of a chunk and heads [Q, H], not yet cut at LOWEST, and the rates A [1, H]."""
     rates = tl.load(A + head, mask=head < K.HEADS, other=0.0).to(K.ACC)
     rates = finite(rates)[None, :]
     return step * rates, rates
@@ -305,7 +215,7 @@ def log_decays(step, A, head, K):
 
 @triton.jit
 def document(place, tile, t):
-    """The documents of tokens t of the tile's sequence; behind its end stands the last token's."""
+    """The documents of tokens t of the tile's sequence. After its end: that of the last token."""
     return tl.load(place.seq_idx + tile.earlier + tl.minimum(t, tile.end - 1))
 
 
@@ -324,7 +234,7 @@ def sequence(place, seq, q):
 
 @triton.jit
 def segment(seg, tokens, SEGMENTS: tl.constexpr, Q: tl.constexpr):
-    """The first tile and the end of tiles of a segment: equal numbers of tiles, the last fewer."""
+    """The first tile of a segment, and the tile after its last. The last segment may have fewer."""
     tiles = tl.cdiv(tokens, Q)
     each = tl.cdiv(tiles, SEGMENTS)
     return tl.minimum(seg * each, tiles), tl.minimum(seg * each + each, tiles)
@@ -332,14 +242,14 @@ def segment(seg, tokens, SEGMENTS: tl.constexpr, Q: tl.constexpr):
 
 @triton.jit
 def slot_of(place, seq, start, CHUNK: tl.constexpr):
-    """Where the chunks of a sequence begin in an array of all; packed sequences leave gaps."""
+    """Where a sequence's chunks begin in an array of all chunks. Packed sequences leave gaps."""
     per_row = tl.cdiv(place.length, CHUNK)
     return seq * per_row if place.cu_seqlens is None else start // CHUNK + seq
 
 
 @triton.jit
 def chunk_in(place, slot, CHUNK: tl.constexpr):
-    """The chunk in a slot of the array of all; it may lie behind the end of its sequence."""
+    """The chunk in a slot of the array of all chunks. It may lie after the end of its sequence."""
     seq = slot // tl.cdiv(place.length, CHUNK)
     if place.cu_seqlens is not None:  # the last sequence whose first slot is not behind this one
         seq = slot * 0 - 1
@@ -353,14 +263,9 @@ def chunk_in(place, slot, CHUNK: tl.constexpr):
     return move(chunk, chunk.start + before * CHUNK, chunk.q)
 
 
-def slots(sequences: int, batch: int, length: int, packed: bool, chunk: int) -> int:
-    """The size of an array of all chunks of all sequences."""
-    return length // chunk + sequences if packed else batch * ceil_divide(length, chunk)
-
-
 @triton.jit
 def owned(pid, SEGMENTS: tl.constexpr, K):
-    """What a program of a sweep owns: channels p of a head [PS], a segment, a sequence."""
+    """What a program of a sweep computes: channels p [PS], their head, a segment, a sequence."""
     SLICES: tl.constexpr = K.P2 // K.PS
     p = pid % SLICES * K.PS + tl.arange(0, K.PS)
     rest = pid // (SLICES * K.HEADS)
@@ -391,8 +296,8 @@ def entering(
     states, seq, ends, whole, first, count, head, p, n, K,
     SEGMENTS: tl.constexpr, DIRECTION: tl.constexpr,
 ):  # fmt: skip
-    """The state [PS, N2] with which a sequence begins, if any, after `count` segments from the
-    index `first` on, forwards (DIRECTION 1) or backwards (DIRECTION -1)."""
+    """The state [PS, N2] that enters a segment: the sequence's first, if any, carried over `count`
+    segments from the index `first` on, forwards (DIRECTION 1) or backwards (DIRECTION -1)."""
     S = tl.zeros([K.PS, K.N2], K.ACC)
     if states is not None:
         S += load_state(states, seq, head, p, n, K).to(K.ACC)
@@ -402,93 +307,3 @@ def entering(
             decay = tl.load(whole + i * K.HEADS + head)
             S = S * decay + load_state(ends, i, head, p, n, K)
     return S
-
-
-# Launch configurations
-
-
-class Config(NamedTuple):
-    tile: int  # Q
-    p_slice: int  # most channels of a head that one program handles
-    warps: int
-    stages: int
-    chunk: int = 0  # of "states" alone: tokens between the states that the backward stores
-
-
-@cache
-def device(place: torch.device) -> tuple[str, int]:
-    """Its family ("sm_80", "sm_90", ..., "gfx942") and its number of multiprocessors."""
-    if place.type != "cuda":
-        return "interpreter", 1
-    about = torch.cuda.get_device_properties(place)
-    if torch.version.hip:
-        family = about.gcnArchName.split(":")[0]
-    else:  # torch has that name for NVIDIA's cards too: it is the card's
-        family = f"sm_{about.major}{about.minor}"
-    return family, about.multi_processor_count
-
-
-# (kernel, bytes of a factor of its products, size[, family]) -> configuration; a state above 128 is
-# wide, and what has no line of its own is usual.
-#
-# `forward` and `states` carry a state of p_slice x N2 numbers in registers, `rows` and `columns` a
-# sum of tile x N2 and two of tile x chunk. Registers decide.
-TABLE = {
-    ("forward", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=3),
-    ("states", 2, "usual"): Config(tile=64, p_slice=64, warps=4, stages=2, chunk=64),
-    ("rows", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=1),
-    ("columns", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=1),
-    # the fastest on an H200; rows and columns spill, but two programs share a multiprocessor
-    ("states", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=8, stages=2, chunk=64),
-    ("rows", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=4, stages=2),
-    ("columns", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=4, stages=2),
-    ("forward", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=1),
-    ("states", 2, "wide"): Config(tile=64, p_slice=64, warps=8, stages=2, chunk=64),
-    ("rows", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=2),
-    ("columns", 2, "wide"): Config(tile=32, p_slice=64, warps=8, stages=1),
-    ("forward", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=2),
-    ("states", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=2, chunk=32),
-    ("rows", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=1),
-    ("columns", 4, "usual"): Config(tile=16, p_slice=64, warps=8, stages=1),
-    ("forward", 4, "wide"): Config(tile=16, p_slice=32, warps=8, stages=1),
-    ("states", 4, "wide"): Config(tile=16, p_slice=32, warps=8, stages=1, chunk=16),
-    ("rows", 4, "wide"): Config(tile=16, p_slice=16, warps=8, stages=1),
-    ("columns", 4, "wide"): Config(tile=16, p_slice=16, warps=8, stages=1),
-    ("forward", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1),
-    ("states", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1, chunk=16),
-    ("rows", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1),
-    ("columns", 8, "usual"): Config(tile=16, p_slice=16, warps=8, stages=1),
-}
-
-
-def configured(kind: str, family: str, K: Constants, chunk: int) -> tuple[Constants, Config]:
-    """Of a kernel that works in chunks of `chunk` tokens (0: its tiles): its argument K, and its
-    line of the table."""
-    size = "wide" if K.N2 > 128 else "usual"
-    config = TABLE[table_key(kind, K.DOT.primitive_bitwidth // 8, size, family)]
-    return in_tiles(K, config.tile, chunk or config.tile, min(config.p_slice, K.P2)), config
-
-
-def table_key(kind: str, item: int, size: str, family: str) -> tuple:
-    """The line of the table for a kernel: the family's own, else the size's, else the usual."""
-    keys = (kind, item, size, family), (kind, item, size), (kind, item, "usual")
-    return next(key for key in keys if key in TABLE)
-
-
-@cache
-def in_tiles(K: Constants, tile: int, chunk: int, p_slice: int) -> Constants:
-    return K._replace(Q=tile, CHUNK=chunk, PS=p_slice)
-
-
-def segments(sequences: int, heads: int, slices: int, tokens: int, multiprocessors: int) -> int:
-    """Into how many segments a sweep cuts each sequence: one where the programs fill the GPU.
-
-    `tokens` are those of all sequences together. A segmented sweep reads its inputs twice, so two
-    segments gain nothing.
-    """
-    programs = sequences * heads * slices
-    if not 0 < programs < multiprocessors:
-        return 1
-    wanted = 2 * multiprocessors // programs
-    count = min(wanted, tokens // sequences // SHORTEST_SEGMENT, MOST_SEGMENTS)
-    return count if count > 2 else 1

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ysnake_kernels.numerics import accumulator
 
-TENSORS = 11  # the first fields of ScanInputs
-DIFFERENTIABLE = 9  # the first fields of ScanInputs, those with a gradient
+TENSORS: Final = 11  # the first fields of ScanInputs
+DIFFERENTIABLE: Final = 9  # the first fields of ScanInputs, those with a gradient
 
 SCHEMA = (
     "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
@@ -23,8 +23,8 @@ SCHEMA = (
 class ScanInputs(NamedTuple):
     """The arguments of `ssd_scan`, which documents their shapes, dtypes and meaning.
 
-    A tuple, because custom operators and autograd functions take their arguments one by one: they
-    are called with `*inputs` and begin with `ScanInputs(*arguments)`.
+    It is a tuple because custom operators and autograd functions take their arguments one by one.
+    They are called with `*inputs`, and rebuild the value with `ScanInputs(*arguments)`.
     """
 
     x: Tensor
@@ -74,6 +74,20 @@ class ScanInputs(NamedTuple):
             initial_states=None if state is None else state[number : number + 1],
             cu_seqlens=None,
         )
+
+
+class ScanGradients(NamedTuple):
+    """The gradients of the differentiable fields of ScanInputs; None for what is absent."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    initial_states: Tensor | None
+    dt_bias: Tensor | None
 
 
 class SequenceGradients(NamedTuple):

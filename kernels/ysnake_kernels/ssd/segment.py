@@ -1,32 +1,33 @@
-"""What a segment of a sequence does to the state that passes through it.
+"""How a segment of a sequence changes the state that passes through it.
 
-S_out = w S_in + E forward, and dS_in = w dS_out + F for the gradient that comes back: who cuts a
-sequence needs no more of each segment than w, E and F to know every state between them
-(docs/kernels.md, Segments). Sums over all tokens at once, so in plain torch on any device.
+Forward S_out = w S_in + E, and backward dS_in = w dS_out + F. From w, E and F of all segments
+follow all states between them (docs/kernels.md, "Segments"). The functions sum over all tokens at
+once, in plain torch, on any device.
 """
 
 import torch
 from torch import Tensor
 
-BLOCK = 1024  # tokens weighted at a time
+BLOCK = 1024  # tokens that are weighted and summed at a time
 
 
 def whole_decay(log_decay: Tensor) -> Tensor:
-    """w (batch, heads), of log decays (batch, length, heads)."""
+    """w (batch, heads), from the log decays (batch, length, heads)."""
     return log_decay.sum(1).exp()
 
 
 def end_from_zero(
     x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, counts: Tensor | None
 ) -> Tensor:
-    """E (batch, heads, P, N): the state after the last token if none enters.
+    """E (batch, heads, P, N): the state after the last token if the entering state is zero.
 
     Args:
         x: (batch, length, heads, P).
-        dt: (batch, length, heads), as the recurrence uses it, in the dtype of the result.
+        dt: (batch, length, heads), the step sizes, in the dtype of the result.
         log_decay: (batch, length, heads), dt A.
         B: (batch, length, groups, N).
-        counts: (batch, length), whether a token belongs to the last one's document; None: all do.
+        counts: (batch, length), whether a token belongs to the document of the last token. None
+            means that all do.
     """
     later = torch.cat([log_decay[:, 1:], torch.zeros_like(log_decay[:, :1])], 1)
     left = later.flip(1).cumsum(1).flip(1)  # summed from the end, where it matters
@@ -34,10 +35,14 @@ def end_from_zero(
 
 
 def start_gradient(dy: Tensor, log_decay: Tensor, C: Tensor, counts: Tensor | None) -> Tensor:
-    """F (batch, heads, P, N): the gradient of the entering state if none of the leaving one is.
+    """F (batch, heads, P, N): the entering state's gradient if that of the leaving state is zero.
 
-    `dy` (batch, length, heads, P) is that of the output before skip and gate; `counts` says whether
-    a token belongs to the document that enters.
+    Args:
+        dy: (batch, length, heads, P), the gradient of y before the skip connection and the gate.
+        log_decay: (batch, length, heads), dt A.
+        C: (batch, length, groups, N).
+        counts: (batch, length), whether a token belongs to the document that enters the segment.
+            None means that all do.
     """
     return _outer_sum(dy, log_decay.cumsum(1).exp_(), C, counts)
 
