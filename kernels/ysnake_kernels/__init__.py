@@ -1,6 +1,8 @@
-"""State-space-duality operators for PyTorch: the Mamba-2 scan, its one-token step, the causal
-convolution and the gated norm around them, the whole mixer, and the loss. Each has a `reference`,
-an `eager` path for any device, and a `fused` path in Triton for GPUs.
+"""State-space-duality operators for PyTorch.
+
+They are the Mamba-2 scan, its step for one token, the causal convolution and the gated norm around
+them, the whole mixer, and the loss. Each has a `reference` that defines it, an `eager` path in pure
+torch for any device, and a `fused` path in Triton for GPUs.
 """
 
 from ysnake_kernels.backend import backend

@@ -1,8 +1,8 @@
 """Which implementation of an operator runs, and how a user overrides it.
 
-`fused` (Triton) runs for tensors on a CUDA or HIP device where Triton can be imported, `eager`
-(pure torch) everywhere else, unless the environment variable YSNAKE_BACKEND or
-`with backend(name):` asks for another. A forced implementation that cannot run is an error.
+`fused` (Triton) runs for tensors on a CUDA or HIP device if Triton can be imported. `eager` (pure
+torch) runs everywhere else. The environment variable YSNAKE_BACKEND or `with backend(name):` forces
+another. A forced implementation that cannot run is an error.
 """
 
 import os
@@ -30,10 +30,16 @@ def _checked(name: str, source: str) -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every operator called inside the `with` block by the implementation `name`.
+    """Use the implementation `name` for every operator that the `with` block calls.
 
-    Raises ValueError if there is no such implementation. Nests; local to the thread and to the
-    asynchronous task; stronger than YSNAKE_BACKEND.
+    It holds for this thread, or this asynchronous task, only. It overrides YSNAKE_BACKEND and any
+    outer block.
+
+    Args:
+        name: "reference", "eager" or "fused".
+
+    Raises:
+        ValueError: there is no such implementation.
     """
     token = _override.set(_checked(name, "backend"))
     try:
@@ -43,11 +49,12 @@ def backend(name: str) -> Iterator[None]:
 
 
 def as_chosen_here(function: Callable) -> Callable:
-    """The function, run under the override that is in force now, whichever thread calls it.
+    """The function, bound to the override that holds now, whichever thread calls it later.
 
-    For what backward computes again: on a GPU it runs in a thread that knows of no override.
+    Backward needs this where it computes something again: on a GPU it runs in a thread of its own,
+    where the override does not hold.
     """
-    if torch.compiler.is_compiling():  # the compiler cannot look at the override
+    if torch.compiler.is_compiling():  # the compiler cannot trace the override
         return function
     name = _override.get()
     if name is None:
@@ -68,10 +75,11 @@ def _has_triton() -> bool:
 def choose(tensor: Tensor) -> str:
     """The name of the implementation that runs for an operator on `tensor`'s device.
 
-    What torch.compile has compiled keeps the implementation that was chosen then.
+    A function that torch.compile has compiled keeps the implementation chosen at compile time.
 
     Raises:
         RuntimeError: `fused` is forced where it cannot run.
+        ValueError: YSNAKE_BACKEND is not the name of an implementation.
     """
     return _choose(tensor.device)
 
@@ -96,6 +104,6 @@ def _choose(device: torch.device) -> str:
     return name
 
 
-# As torch.compiler.assume_constant_result marks it, which would import the compiler, for seconds:
-# _choose looks at the environment, which cannot be traced.
-_choose._dynamo_marked_constant = True
+# torch.compile cannot trace a look at the environment. This is the mark that
+# torch.compiler.assume_constant_result sets; calling it would import the compiler, for seconds.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]

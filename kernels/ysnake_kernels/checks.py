@@ -1,4 +1,4 @@
-"""Checks of arguments that the operators share; every error names the argument it is about."""
+"""Checks of arguments that the operators share. Every error names the argument."""
 
 import os
 
@@ -17,7 +17,10 @@ def check(
     match: str = "x",
     dtypes: tuple[torch.dtype, ...] = FLOATS,
 ) -> None:
-    """Raise unless `tensor` has this shape, one of these dtypes, and the device of `like`."""
+    """Raise unless `tensor` has this shape, one of these dtypes, and the device of `like`.
+
+    `match` is the argument that the error names as the one to match.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tuple(tensor.shape) != shape:
@@ -68,7 +71,11 @@ def check_limit(dt_limit: tuple[float, float]) -> None:
 
 
 def values_can_be_checked(tensor: Tensor) -> bool:
-    """Whether looking at values is free: on a CPU outside compilation, or asked for on a GPU."""
+    """Whether the values may be looked at.
+
+    They may on a CPU outside torch.compile, where it is cheap. On a GPU it would wait for the
+    device, so it is done only if the environment variable YSNAKE_CHECK is 1.
+    """
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or os.environ.get("YSNAKE_CHECK") == "1"
@@ -87,7 +94,7 @@ def check_seq_idx(seq_idx: Tensor) -> None:
 
 
 def check_indices(name: str, indices: Tensor, x: Tensor, rows: int) -> None:
-    """Raise unless `indices` has a row of a state of `rows` rows for each of x's batch, or -1."""
+    """Raise unless `indices` gives each row of x its own row of a state with `rows` rows, or -1."""
     check(name, indices, (x.shape[0],), x, dtypes=INTEGERS)
     if not values_can_be_checked(indices):
         return

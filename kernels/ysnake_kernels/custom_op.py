@@ -1,8 +1,8 @@
-"""Operators that torch.compile leaves alone, and that cost the host little without it.
+"""Operators that torch.compile calls without looking inside, and that are quick to call without it.
 
-torch's own custom operators check and convert their arguments in Python at every call. For our
-kernels that takes longer than the launches. So outside compilation an operator here calls its
-function directly, through a plain autograd function where it is differentiable.
+torch's custom operators check and convert their arguments in Python at every call. For our kernels
+that takes longer than the launches. So outside compilation an operator here calls its function
+directly; a differentiable one goes through a plain autograd function.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +18,11 @@ class Differentiable:
 
     Args:
         operator: the custom operator.
-        function: what it calls.
-        save: setup_context of torch.autograd.Function.
+        function: the function that the custom operator calls.
+        save: (ctx, inputs, output), as setup_context of torch.autograd.Function.
         differentiate: (ctx, backward, *gradients of the outputs) -> gradients of the inputs.
-        backward_operator, backward: as `operator` and `function`, for `differentiate` to call.
+        backward_operator, backward: the same pair for the gradient. `differentiate` gets the one
+            that fits as its argument `backward`.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Differentiable:
 
 
 class InPlace:
-    """An operator without a gradient, whose argument number `written` is updated in place."""
+    """An operator without a gradient that updates its argument number `written` in place."""
 
     def __init__(self, operator: Any, function: Callable, written: int):
         self.operator, self.function, self.written = operator, function, written
@@ -77,20 +78,22 @@ class InPlace:
 
 
 def without_none(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """The tensors, and one of no elements for each None, which an operator cannot return.
+    """The tensors, with an empty one in place of each None, which an operator cannot return.
 
-    The first is not None.
+    The first must not be None.
     """
-    return [tensors[0].new_empty(0) if t is None else t for t in tensors]
+    first = tensors[0]
+    assert first is not None
+    return [first.new_empty(0) if t is None else t for t in tensors]
 
 
 def with_none(tensors: Sequence[Tensor], given: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """What an operator's `without_none` stands for: None where the argument was not given."""
+    """Undo `without_none` for gradients: None where the argument was not given."""
     return [None if g is None else t for t, g in zip(tensors, given, strict=True)]
 
 
 def empty_gradients(*given: Tensor | None) -> list[Tensor]:
-    """Contiguous tensors of the shapes of the arguments; of no elements for one not given."""
+    """Contiguous tensors of the shapes of the arguments. One without elements stands for None."""
     some = next(t for t in given if t is not None)
     return [
         some.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)

@@ -1,9 +1,9 @@
-"""Linear layers by the fastest library that torch has for their products.
+"""Linear layers that use the fastest library that torch has for their products.
 
-On a CPU, torch multiplies float32 matrices by the BLAS it was built with. Beside that it has
-oneDNN, for convolutions; on AMD's CPUs with AVX-512 that one takes a tenth to a third less time
-than MKL, and half of it for few rows and weights that come from memory. On Intel's MKL is the
-faster. For every other device, dtype and kind of tensor a layer here is torch's.
+On a CPU, torch multiplies float32 matrices with the BLAS it was built with, and uses oneDNN for
+convolutions only. On AMD's CPUs with AVX-512 oneDNN takes a tenth to a third less time than MKL,
+and half the time for few rows with weights that are not in the cache. On Intel's CPUs MKL is
+faster. For all other devices, dtypes and kinds of tensors a layer here is torch's own.
 """
 
 from functools import cache
@@ -20,19 +20,19 @@ from ysnake_kernels.norm import add_and_norm, rms_norm_gated
 from ysnake_kernels.norm import eager as norm
 from ysnake_kernels.norm.inputs import plain_norm
 
-PLAIN = (Tensor, nn.Parameter)  # not the tensors of a mesh of devices, say
+PLAIN = (Tensor, nn.Parameter)  # and not, for example, tensors that are spread over devices
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, as `torch.nn.functional.linear`; differentiable once.
 
     Args:
-        x: (..., features).
-        weight: (outputs, features).
-        bias: (outputs,).
+        x: (..., features), floating point.
+        weight: (outputs, features), in x's dtype unless under autocast.
+        bias: (outputs,), in weight's dtype, or None.
 
     Returns:
-        (..., outputs).
+        (..., outputs), in x's dtype unless under autocast.
     """
     if _by_onednn(x, weight):
         return _Linear.apply(x, weight, bias)
@@ -47,15 +47,16 @@ def normed_linear(
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The sum x + added, and `linear` of its norm; for backward it keeps the sum, not the norm.
+    """The sum x + added, and `linear` of its RMS norm.
 
-    Under autocast the linear layer runs in autocast's dtype.
+    For backward it stores the sum. It computes the norm again. Under autocast the linear layer runs
+    in autocast's dtype.
 
     Args:
         x: (..., features).
         added: shape of x; None means zero.
         norm_weight: (features,).
-        eps: added to the mean square.
+        eps: added to the mean square of the features.
         weight, bias: as in `linear`.
 
     Returns:
@@ -64,7 +65,7 @@ def normed_linear(
     tensors = (x, norm_weight, weight)
     if choose(x) == "fused" and _are_plain(*tensors) and not torch.compiler.is_compiling():
         dtype = products_dtype(weight)
-        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return _AddedNormedLinear.apply(x, added, norm_weight, weight, bias, eps)
     if added is not None:
@@ -75,12 +76,16 @@ def normed_linear(
     def compute(x: Tensor, norm_weight: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(rms_norm_gated(x, norm_weight, eps=eps).to(weight.dtype), weight, bias)
 
-    keep = {"use_reentrant": False, "preserve_rng_state": False}
-    return x, checkpoint(as_chosen_here(compute), x, norm_weight, weight, bias, **keep)
+    y = checkpoint(
+        *(as_chosen_here(compute), x, norm_weight, weight, bias),
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
+    return x, y
 
 
 def products_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer with this weight multiplies: autocast's, or its own."""
+    """The dtype in which a linear layer with this weight multiplies: autocast's or the weight's."""
     device = weight.device.type
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -88,7 +93,7 @@ def products_dtype(weight: Tensor) -> torch.dtype:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` with its products by `linear`."""
+    """`torch.nn.Linear` that computes its products with `linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -111,7 +116,10 @@ class _Linear(torch.autograd.Function):
 
 
 class _NormedLinear(torch.autograd.Function):
-    """The layer's weight is scaled by the norm's, and not the tokens; so for their gradients."""
+    """A linear layer after a norm. It scales the layer's weight by the norm's, not the tokens.
+
+    x / rms(x) is `unit`. With W' = W w, the gradients of W and w both follow from that of W'.
+    """
 
     @staticmethod
     def forward(ctx, x, norm_weight, weight, bias, eps):
@@ -135,7 +143,7 @@ class _NormedLinear(torch.autograd.Function):
 
 
 class _AddedNormedLinear(torch.autograd.Function):
-    """By the fused norm, which also adds, forward and backward."""
+    """A sum, its norm and a linear layer, with the fused norm, which also computes the sum."""
 
     @staticmethod
     def forward(ctx, x, added, norm_weight, weight, bias, eps):
@@ -166,7 +174,7 @@ class _AddedNormedLinear(torch.autograd.Function):
 
 
 def _shifted(rows: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """rows + bias, in the memory of rows, in the shape of x but for its last dimension."""
+    """rows + bias, in the memory of `rows`; all dimensions but the last are those of x."""
     if bias is not None:
         rows += bias
     return as_base(rows.view(*x.shape[:-1], rows.shape[-1]))
@@ -184,10 +192,10 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _rounded(rows: int) -> int:
-    """Up to one of four numbers for each doubling of the rows.
+    """A number of rows that is at least `rows`, one of four between two powers of two.
 
-    For each number of rows that it sees oneDNN writes code, under a megabyte for each size of
-    weight, which stays in memory.
+    oneDNN generates code for each number of rows it sees, up to a megabyte for each size of weight,
+    and keeps it in memory.
     """
     step = 1 << max(0, (rows - 1).bit_length() - 3)
     return -(-rows // step) * step
@@ -198,7 +206,7 @@ def _are_plain(*tensors: Tensor) -> bool:
 
 
 def _on_cpu(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors there, of one dtype of more than 16 bits."""
+    """Whether these are plain float32 or float64 tensors on a CPU, all of one dtype."""
     return (
         {t.dtype for t in tensors} in ({torch.float32}, {torch.float64})
         and all(t.device.type == "cpu" for t in tensors)

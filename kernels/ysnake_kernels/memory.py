@@ -1,13 +1,14 @@
-"""Memory that an operator hands to its caller."""
+"""Memory for the outputs of operators, which a caller may change in place."""
 
 import torch
 from torch import Tensor
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """An empty tensor of the shape of x (batch, channels, length), channel-last if x is.
+    """An uninitialised tensor of the shape of x (batch, channels, length), channel-last if x is.
 
-    It is no view: autograd refuses to change a view in place that an autograd function returned.
+    It is not a view. Autograd refuses in-place changes of a view that an autograd function
+    returned.
     """
     channels, length = x.shape[1:]
     last = x.stride(1) == 1
@@ -16,9 +17,9 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def as_base(view: Tensor) -> Tensor:
-    """A tensor on the same memory that autograd does not know as a view.
+    """A tensor on the same memory that autograd does not treat as a view.
 
-    For an output whose memory was taken with another shape; nobody else may use that memory.
+    For an output whose memory was allocated in another shape. Nothing else may use that memory.
     """
     place = view.storage_offset(), view.shape, view.stride()
     empty = torch.empty(0, dtype=view.dtype, device=view.device)

@@ -1,4 +1,4 @@
-"""What implementations compute alike before their own work starts: dtypes, step sizes, strides."""
+"""Numbers that all implementations compute alike: dtypes, step sizes, decays, sizes."""
 
 import math
 
@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST_LOG_DECAY = -60.0
-"""exp of it is as good as zero, also as a factor of large states."""
+"""Its exponential is as good as zero, even as a factor of large states."""
 
 
 def accumulator(*tensors: Tensor | None) -> torch.dtype:
-    """The dtype that sums, exponents and states have: float64 if any input has it, else float32."""
+    """The dtype of sums, exponents and states: float64 if any input is float64, else float32."""
     doubles = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if doubles else torch.float32
 
@@ -33,21 +33,21 @@ def step_sizes(
 
 
 def finite_rates(A: Tensor) -> Tensor:
-    """A with its lowest number instead of -inf, so that a step of size zero has no decay."""
+    """A with the lowest finite number for -inf, so that a step of size zero has no decay."""
     return A.clamp(min=torch.finfo(A.dtype).min)
 
 
 def log_decays(dt: Tensor, A: Tensor) -> Tensor:
     """dt A in dt's dtype, at least SMALLEST_LOG_DECAY.
 
-    Scans add log decays up and take differences of the sums. One huge number in a sum would cost
-    the tokens after it their precision.
+    Scans add up log decays and take differences of the sums. After one huge number in a sum the
+    differences would lose their precision.
     """
     return (dt * finite_rates(A.to(dt.dtype))).clamp_(min=SMALLEST_LOG_DECAY)
 
 
 def sums_of_log_decays(log_decays: Tensor, dim: int) -> Tensor:
-    """Their cumulative sums, added up in float64 and rounded once."""
+    """The cumulative sums along `dim`, added up in float64 and rounded once."""
     return log_decays.cumsum(dim, dtype=torch.float64).to(log_decays.dtype)
 
 
@@ -58,7 +58,10 @@ def step_sizes_backward(
     dt_softplus: bool,
     dt_limit: tuple[float, float],
 ) -> Tensor:
-    """The gradient of dt, in grad's dtype, from that of `step_sizes`; dt_bias has its sum."""
+    """The gradient of dt, in grad's dtype, from the gradient of `step_sizes`.
+
+    The gradient of dt_bias is its sum over batch and length.
+    """
     dt = dt.to(grad.dtype)
     if dt_bias is not None:
         dt = dt + dt_bias.to(grad.dtype)

@@ -1,4 +1,4 @@
-"""Padding: servers fill a batch up with rows whose index is -1, which no sequence belongs to."""
+"""Padding: servers fill up a batch with rows whose index is -1, and sequences with tokens of -1."""
 
 from collections.abc import Callable
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def skip_padding(call: Callable[..., Tensor], indices: Tensor | None, *rows: Tensor | None):
-    """call(indices, *rows) for the rows in use; zeros for the rows whose index is -1.
+    """Call a function for the rows in use. The rows whose index is -1 get zeros.
 
-    Looks at the values, for which a GPU has to be waited for. torch.compile cannot do that: what it
-    compiled takes rows in use only.
+    This looks at the values, so it waits for a GPU. Compiled functions do not look: under
+    torch.compile all rows must be in use.
 
     Args:
-        call: takes indices and rows of a smaller batch, and returns a result for each row.
-        indices: (batch,), or None.
+        call: takes `indices` and `rows` of a smaller batch, and returns a result for each row.
+        indices: (batch,); None means that all rows are in use.
         rows: tensors (batch, ...), or None.
     """
     compiling = torch.compiler.is_compiling()
@@ -28,7 +28,9 @@ def skip_padding(call: Callable[..., Tensor], indices: Tensor | None, *rows: Ten
 
 
 def documents_before_padding(seq_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """seq_idx with the padding at the end (-1) as a document of its own, and a mask of the padding,
-    both (batch, length)."""
+    """seq_idx in which the padding at the end is a document of its own, and a mask of the padding.
+
+    Both are (batch, length). Padding has the number -1 in the argument.
+    """
     padding = seq_idx < 0
     return seq_idx.masked_fill(padding, torch.iinfo(seq_idx.dtype).max), padding

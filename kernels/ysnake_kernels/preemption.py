@@ -1,7 +1,7 @@
 """Notice that other programs take the cores from this process, and say once what helps.
 
-Threads that wait for each other do so in a loop, which makes a busy machine several times slower.
-How they wait is decided when torch is imported, so only a program's user can change it.
+Threads that wait for each other spin in a loop. On a busy machine that makes them several times
+slower. How they wait is fixed when torch is imported, so only the user of a program can change it.
 """
 
 import os
@@ -11,11 +11,11 @@ import warnings
 try:
     import resource
 except ImportError:  # Windows does not count
-    resource = None
+    resource = None  # type: ignore[assignment]
 
-CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # the user has chosen already
+CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # if one is set, say nothing
 WINDOW = 5.0  # seconds of processor time between two looks
-MOST = 20.0  # times that a thread loses its core, per second of processor time; idle: about one
+MOST = 20.0  # losses of a core per second of processor time; about 1 on an idle machine
 ADVICE = (
     "other programs take the cores from this process, and threads that wait for each other keep "
     "theirs meanwhile; set GOMP_SPINCOUNT=2000 and KMP_BLOCKTIME=1 in the environment before the "
@@ -32,7 +32,7 @@ class Watch:
         self.seconds, self.losses = self._used()
 
     def look(self) -> None:
-        """Warn if cores were taken often since the last look; once for each Watch."""
+        """Warn if threads lost their cores often since the last look. A Watch warns once."""
         if self.over or time.process_time() - self.seconds < self.window:
             return
         seconds, losses = self._used()

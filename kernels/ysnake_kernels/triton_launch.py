@@ -1,7 +1,7 @@
-"""Launches of Triton kernels at little cost for the host.
+"""Launches of Triton kernels that take little time on the host.
 
-Triton works out at every launch for which kinds of arguments a kernel must be compiled. That takes
-longer than many of our kernels run. A `Launcher` remembers what Triton answered the first time.
+At every launch Triton works out for which kinds of arguments the kernel must be compiled. That
+takes longer than many of our kernels run. A `Launcher` remembers the compiled kernel of each kind.
 """
 
 from collections.abc import Sequence
@@ -34,15 +34,17 @@ class Launcher:
         Args:
             programs: the grid, one to three numbers.
             tensors: the kernel's first arguments; the first of them is not None.
-            integers: the arguments after the tensors; the constants come last.
+            integers: the arguments after the tensors. The constants follow them.
         """
         if INTERPRETED:
             self.kernel[programs](*tensors, *integers, *self.constants, **self.options)
             return
-        # Triton compiles anew for other dtypes and for tensors at addresses that 16 does not
-        # divide. Of integers it looks at 1, at multiples of 16 and at the width.
+        # Triton compiles a kernel separately for other dtypes, for tensors whose address is not a
+        # multiple of 16, and for integers that are 1, multiples of 16, or wider than 32 bits.
+        first = tensors[0]
+        assert first is not None
         key = (
-            tensors[0].get_device(),
+            first.get_device(),
             *[None if t is None else (t.dtype, t.data_ptr() & 15 == 0) for t in tensors],
             *[(i == 1, i & 15 == 0, i >= 2**31) for i in integers],
         )
@@ -58,13 +60,13 @@ class Launcher:
 def launcher(
     kernel: Any, constants: tuple[Any, ...], num_warps: int = 4, num_stages: int = 3
 ) -> Launcher:
-    """The launcher of a kernel with these compile-time arguments, always the same one.
+    """The launcher of a kernel with these compile-time arguments; the same one for the same ones.
 
     Args:
-        kernel: what triton.jit made.
+        kernel: a function that triton.jit returned.
         constants: the arguments after the tensors and integers, in the kernel's order. A named
             tuple is one argument.
-        num_warps, num_stages: as Triton has them.
+        num_warps, num_stages: Triton's launch options.
     """
     static = tuple(type(c)(*map(tl.constexpr, c)) if isinstance(c, tuple) else c for c in constants)
     options = {"num_warps": num_warps, "num_stages": num_stages, **ROUND_ONCE}

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# Of a launch: a product and a sum round once. From 3.10 on Triton wants to be told so.
+# A launch option: a product and the sum with it round once. Triton 3.10 and later need it said.
 ROUND_ONCE = {"enable_fp_fusion": True}
 
 
