@@ -80,7 +80,7 @@ setup(
         "test": [
             *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6"),
             *("transformers>=5", "ruff>=0.12", "mypy>=1.18"),
-            "hypothesis>=6.100",
+            *("hypothesis>=6.100", "nbclient>=0.10", "ipykernel>=6.29"),
             *SERVE,
             *GGUF,
             *DOCS,

@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
+from ysnake.shared.progress import counted, progress
 from ysnake.shared.waiting import sleep_soon
 
 
@@ -47,8 +48,6 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         )
     corpus = data.open_corpus(options)
 
-    from rich.progress import Progress
-
     from ysnake.checkpoints import checkpoint
     from ysnake.inference.decoding import Decoder
     from ysnake.inference.score import score
@@ -60,9 +59,9 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
     model.config.check_frame()
     decoder = Decoder(model, options.weights)
     console = cli.console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=corpus.size)
-        total = score(decoder, tokenizer, corpus.pieces(), lambda n: bar.advance(task, n))
+    with progress(console) as show:
+        advance = counted(show, corpus.size, "evaluating")
+        total = score(decoder, tokenizer, corpus.pieces(), advance)
     if total.tokens == 0:
         raise InputError("no text in these files", field="--data")
     for line in [*corpus.left_out.lines(), total.warning()]:

@@ -23,6 +23,7 @@ from benchmarks.faults.lost import Lost, environment
 from benchmarks.faults.trainer import Blow, Ended, Trainer
 from ysnake.checkpoints import checkpoint
 from ysnake.shared.errors import InputError
+from ysnake.training.metrics import OF_THIS_EXECUTION
 
 # a tiny model, and a checkpoint at each step, so that most of the time goes into writing
 OPTIONS = "--d-model 32 --n-layers 2 --d-state 8 --head-dim 8 --seq-len 24 --batch-size 4"
@@ -106,7 +107,9 @@ def result(run: Path) -> dict[str, Any]:
     del state["progress"]["elapsed"]
     shards = {path.name: load_file(path) for path in (run / "last/optimizer").glob("*")}
     return {
-        "metrics": [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines],
+        "metrics": [
+            {k: v for k, v in line.items() if k not in OF_THIS_EXECUTION} for line in lines
+        ],
         "samples": (run / "samples.txt").read_bytes(),
         "last": (run / "last/model.safetensors").read_bytes(),
         "best": (run / "best/model.safetensors").read_bytes(),

@@ -18,6 +18,7 @@ from ysnake.checkpoints import checkpoint
 from ysnake.model.config import PRESETS
 from ysnake.training import evaluation, loop, new_run, settings, step
 from ysnake.training import run as training_run
+from ysnake.training.metrics import OF_THIS_EXECUTION
 from ysnake.training.optimiser import make_optimizer
 from ysnake.training.signals import Stop
 
@@ -46,7 +47,7 @@ def weights(run, which="last"):
 def same_training(first, second):
     """The runs have the same weights and went the same way, but for the time they took."""
     a, b = (
-        [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in metrics(r)]
+        [{k: v for k, v in m.items() if k not in OF_THIS_EXECUTION} for m in metrics(r)]
         for r in (first, second)
     )
     samples = [(run / "samples.txt").read_bytes() for run in (first, second)]

@@ -1,6 +1,7 @@
 """Evaluation while training: the held-out loss, the best checkpoint, and a sample of text."""
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ysnake.shared import cli
@@ -17,13 +18,19 @@ VAL_TOKENS = 1 << 15  # held-out tokens that an evaluation while training uses
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
 
 
-def held_out_loss(run: Run) -> float | None:
-    """The mean loss on held-out text in nats per token; None if nothing is held out."""
+def held_out_loss(run: Run, tell: Callable[[str], None]) -> dict[str, float | None]:
+    """The loss on held-out text, as `val_loss` in nats per token and as `bits_per_byte`.
+
+    Both are None if nothing is held out. The bytes are those of the text that the tokens give back.
+    `tell` is called with how far the evaluation is.
+    """
     import torch
 
     from ysnake.text import data
+    from ysnake.text.tokenizer import decode
 
     settings = run.settings
+    n_tokens, n_read = min(len(run.val), VAL_TOKENS), 0
     loss, n_targets = torch.zeros((), dtype=torch.float64), 0
     with torch.no_grad():
         for batch in data.held_out_windows(
@@ -31,7 +38,14 @@ def held_out_loss(run: Run) -> float | None:
         ):
             loss += step.batch_loss(run, *step.windows(run, batch), None).item()
             n_targets += batch.n_targets
-    return run.ranks.total(loss) / n_targets if n_targets else None
+            n_read += batch.ids.size
+            tell(f"evaluating {min(1.0, n_read / n_tokens):.0%}")
+    if not n_targets:
+        return {"val_loss": None, "bits_per_byte": None}
+    nats = run.ranks.total(loss)
+    text = decode(run.tokenizer, run.val.ids[:n_tokens].tolist())
+    bits = nats / math.log(2) / max(1, len(text.encode("utf-8", "replace")))
+    return {"val_loss": nats / n_targets, "bits_per_byte": bits}
 
 
 def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
@@ -51,12 +65,16 @@ def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
     return decode(run.tokenizer, prompt), decode(run.tokenizer, written)
 
 
-def evaluate(run: Run, console: "Console") -> float | None:
-    """Measure the held-out loss, write best/ if it is the best so far, and show a sample."""
+def evaluate(run: Run, console: "Console", tell: Callable[[str], None]) -> dict[str, float | None]:
+    """Measure the held-out loss, write best/ if it is the best so far, and show a sample.
+
+    Returns what `held_out_loss` measures, and calls `tell` as it does.
+    """
     from ysnake.checkpoints import checkpoint
 
     progress = run.progress
-    loss = held_out_loss(run)
+    measured = held_out_loss(run, tell)
+    loss = measured["val_loss"]
     better = False
     if loss is not None and math.isfinite(loss):
         better = progress.best_val_loss is None or loss < progress.best_val_loss
@@ -80,4 +98,4 @@ def evaluate(run: Run, console: "Console") -> float | None:
         console.print(f"[bold]{head}[/]\n[dim]{cli.markup(prompt)}[/]{cli.markup(written)}\n")
 
     run.ranks.on_first(write)
-    return loss
+    return measured

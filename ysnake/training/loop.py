@@ -1,7 +1,6 @@
 """The loop of training: step after step until there is a reason to end."""
 
 import json
-import math
 import os
 import time
 from collections import deque
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ysnake.shared import cli
+from ysnake.shared.progress import progress as shown_progress
+from ysnake.training import metrics as metrics_of
 from ysnake.training.evaluation import evaluate
 from ysnake.training.optimiser import make_moments
 from ysnake.training.plot import draw_loss
-from ysnake.training.progress_bar import progress_bar
 from ysnake.training.replay import Replays
 from ysnake.training.run import MEAN_OVER, Run, keep_good, save_last
 from ysnake.training.signals import Stop
@@ -36,13 +36,15 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
     with (
         cli.writing(path),
         path.open("a", buffering=1) as metrics,
-        progress_bar(run, console) as show,
+        shown_progress(console) as show,
     ):
 
         def sync() -> None:
             if run.ranks.first:
                 os.fsync(metrics.fileno())
 
+        resumed = settings.resume
+        show(metrics_of.part_done(run), "starting")
         while progress.ended is None:
             began = time.perf_counter()
             measured = train_step(run, stop)
@@ -56,18 +58,18 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
             speeds.extend([speed] if speed else [])
             progress.elapsed += seconds
             progress.ended = reason_to_end(run)
-            line: dict[str, float | None] = {"step": progress.step, "tokens": progress.tokens}
-            line |= measured
-            line |= {"tokens_per_s": speed, "skipped": progress.skipped}
-            if progress.step % settings.eval_every == 0 or progress.ended:
+            said = metrics_of.text(run, sum(speeds) / max(1, len(speeds)))
+            done = metrics_of.part_done(run)
+            show(done, said)
+            evaluated = progress.step % settings.eval_every == 0 or progress.ended is not None
+            if evaluated:
                 began = time.perf_counter()
-                line["val_loss"] = evaluate(run, console)
+                measured |= evaluate(run, console, partial(show, done))
                 progress.elapsed += run.ranks.from_first(max(0.0, time.perf_counter() - began))
                 progress.ended = progress.ended or reason_to_end(run)
-            finite = {k: v if v is not None and math.isfinite(v) else None for k, v in line.items()}
-            metrics.write(json.dumps(finite) + "\n")
-            show(sum(speeds) / max(1, len(speeds)))
-            if "val_loss" in line and run.ranks.first:
+            metrics.write(json.dumps(metrics_of.line(run, measured, speed, resumed)) + "\n")
+            resumed = False
+            if evaluated and run.ranks.first:
                 draw_loss(run.folder, console)
             good = progress.ended is None and not progress.skipped_in_a_row
             if progress.step % settings.checkpoint_every == 0 and good:

@@ -179,3 +179,18 @@ def table(config: ModelConfig, settings: Settings) -> "Table":
         out.add_row(f"{limit / 1e9:.2f} GB", where)
         out.add_row(f"{fits:,}", f"largest --batch-size that fits, {more:,} with --recompute")
     return out
+
+
+def peak(device: str) -> int | None:
+    """The peak memory so far in bytes, of the GPU or of this process; None if unknown."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+        import sys
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

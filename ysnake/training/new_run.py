@@ -1,6 +1,7 @@
 """Starting a training run: its folder, tokenizer, tokens on disk and first weights."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ysnake.model.config import PRESETS, ModelConfig, model_config
 from ysnake.shared import cli, manifest
 from ysnake.shared.errors import InputError
+from ysnake.shared.progress import counted, progress
 from ysnake.shared.shown import escape_controls
 from ysnake.training import launch, memory, run_folder
 from ysnake.training import settings as settings_of
@@ -113,9 +115,17 @@ def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") ->
     from ysnake.text import tokenizer as tokenizers
 
     wanted = settings.vocab_size or PRESETS[settings.preset].max_vocab
-    with console.status("learning the vocabulary"):
-        texts = (part.text for part in data.split(corpus.pieces()) if not part.held_out)
-        tokenizer = tokenizers.train(settings.tokenizer or "bpe", texts, wanted)
+    with progress(console) as show:
+
+        def texts() -> Iterator[str]:
+            advance = counted(show, corpus.size, "reading for the vocabulary")
+            for part in data.split(corpus.pieces()):
+                if not part.held_out:
+                    yield part.text
+                advance(len(part.text))
+            show(1.0, "choosing the entries of the vocabulary")
+
+        tokenizer = tokenizers.train(settings.tokenizer or "bpe", texts(), wanted)
     size = tokenizer.get_vocab_size()
     if size < wanted and settings.vocab_size is not None:
         raise InputError(
@@ -133,16 +143,9 @@ def _tokenise(
     folder: Path,
     console: "Console",
 ) -> "Counts":
-    from rich.progress import Progress as Bar
-
     from ysnake.text import data
 
-    with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("writing tokens", total=corpus.size)
-        return data.write_tokens(
-            corpus.pieces(),
-            tokenizer,
-            *config.check_frame(),
-            folder,
-            lambda characters: bar.advance(task, characters),
-        )
+    with progress(console) as show:
+        advance = counted(show, corpus.size, "writing tokens")
+        frame = config.check_frame()
+        return data.write_tokens(corpus.pieces(), tokenizer, *frame, folder, advance)

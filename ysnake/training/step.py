@@ -71,7 +71,7 @@ def add_gradients(run: Run, given: Sequence[Any]) -> "list[Tensor]":
     return [loss.detach(), *(t for layer in state or () for t in (layer.conv, layer.ssm))]
 
 
-def train_step(run: Run, stop: Stop) -> dict[str, float] | None:
+def train_step(run: Run, stop: Stop) -> dict[str, float | None] | None:
     """Take one step of the optimiser. None if a stop was requested; then nothing has changed."""
     import torch
 
