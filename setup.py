@@ -53,7 +53,7 @@ setup(
     package_data={
         "ysnake": ["py.typed"],
         "ysnake.data_generation": ["lists/*.txt"],
-        "ysnake.serving": ["page.html"],
+        "ysnake.serving": ["page.html", "watch.html"],
         "ysnake_kernels": ["py.typed"],
         "ysnake_kernels.dropin": ["hub/build/*/*"],
     },

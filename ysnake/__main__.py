@@ -15,6 +15,7 @@ COMMANDS = {
     "export": "write a model as a GGUF file, for Ollama",
     "generate-data": "have llama 3.1 in Ollama write a corpus",
     "runs": "list the runs in runs/, or compare two",
+    "watch": "show all runs on a local page, while they train",
     "doctor": "report what this machine has, and what ysnake uses of it",
     "completion": "print a script for completion in bash, zsh or fish",
 }
