@@ -9,6 +9,12 @@ from setuptools.command.build_py import build_py
 SERVE = ["starlette>=1.7", "uvicorn>=0.54"]
 GGUF = ["gguf>=0.17"]
 DOCS = ["pdoc>=15"]
+# `train --log` writes to each
+LOGS = {
+    "tensorboard": ["tensorboard>=2.18"],
+    "wandb": ["wandb>=0.19"],
+    "trackio": ["trackio>=0.20"],
+}
 # Torch for GPUs brings the Triton that it needs. Torch for CPUs brings none, and only tests and
 # benchmarks need one there.
 TRITON = ['triton>=3.6; platform_system == "Linux"']
@@ -76,6 +82,7 @@ setup(
     extras_require={
         "serve": SERVE,
         "gguf": GGUF,
+        **LOGS,
         "docs": DOCS,
         "test": [
             *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6"),
@@ -84,6 +91,7 @@ setup(
             *SERVE,
             *GGUF,
             *DOCS,
+            *LOGS["tensorboard"],
             *TRITON,
         ],
         "bench": ["pytest-benchmark>=5", "transformers>=5", *TRITON],

@@ -23,6 +23,7 @@ PACKAGES = ("torch", "triton", "einops", "tokenizers", "safetensors", "numpy", "
 EXTRAS = {
     "serve": ("starlette", "uvicorn"),
     "gguf": ("gguf",),
+    **{tool: (tool,) for tool in ("tensorboard", "wandb", "trackio")},
     "test": ("pytest", "hypothesis", "xdist"),
 }
 SECONDS = 3.0  # how long each part of the self-test measures

@@ -19,6 +19,7 @@ from ysnake.training.run import MEAN_OVER, Run, keep_good, save_last
 from ysnake.training.signals import Stop
 from ysnake.training.step import add_gradients, train_step
 from ysnake.training.stopping import reason_to_end
+from ysnake.training.tool_log import tool_log
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,7 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
         cli.writing(path),
         path.open("a", buffering=1) as metrics,
         shown_progress(console) as show,
+        tool_log(run, console) as log,
     ):
 
         def sync() -> None:
@@ -67,7 +69,9 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
                 measured |= evaluate(run, console, partial(show, done))
                 progress.elapsed += run.ranks.from_first(max(0.0, time.perf_counter() - began))
                 progress.ended = progress.ended or reason_to_end(run)
-            metrics.write(json.dumps(metrics_of.line(run, measured, speed, resumed)) + "\n")
+            line = metrics_of.line(run, measured, speed, resumed)
+            metrics.write(json.dumps(line) + "\n")
+            log(line)
             resumed = False
             if evaluated and run.ranks.first:
                 draw_loss(run.folder, console)

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 KEPT_RECOMPUTING = 1 << 24  # with --recompute, the largest freed block that is kept, in bytes
 MEAN_OVER = 50  # steps over which the training loss is averaged
 SHARDS = ".optimizer.new"  # in a run folder: a sharded optimizer that becomes a part of last/
-WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png")  # files that training appends to or replaces
+# what training appends to or replaces
+WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png", "tensorboard", "wandb", "wandb_id.txt")
 
 
 @dataclass

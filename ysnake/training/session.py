@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from ysnake.shared import cli
-from ysnake.training import parallel
+from ysnake.training import parallel, tool_log
 from ysnake.training.loop import fit
 from ysnake.training.open_run import open_run
 from ysnake.training.precision import rounded_products
@@ -29,6 +29,7 @@ def train(settings: Settings, console: "Console", program: str = cli.MODULES) ->
     ) as ranks:
         console.quiet = console.quiet or not ranks.first
         stop = Stop()
+        ranks.on_first(lambda: tool_log.check(settings))
         with open_run(settings, ranks, console) as run, stop.listening():
             if settings.resume:
                 run.progress.ended = run.progress.ended and reason_to_end(run)

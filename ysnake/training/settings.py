@@ -104,6 +104,9 @@ class Settings:
     checkpoint_every: int = 250
     """Steps between checkpoints in last/."""
 
+    log: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Write the metrics to this tool too. TensorBoard reads the folder tensorboard/ of the run."""
+
     recompute: bool = False
     """Store only the input of each block and compute the rest again for the gradient. This takes
     less memory and more time. The result is the same."""
@@ -143,7 +146,7 @@ class Settings:
 # warmup_steps do too, but a run that has diverged needs other ones.
 FREE_ON_RESUME = (
     *("config", "run", "resume", "plan", "shard", "context_parallel", "device", "threads"),
-    *("recompute", "no_graphs"),
+    *("recompute", "no_graphs", "log"),
     *("max_steps", "max_minutes", "stop_at_loss", "patience", "eval_every", "checkpoint_every"),
     *("lr", "warmup_steps"),
 )
