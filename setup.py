@@ -1,6 +1,9 @@
-"""Two import packages in one distribution: `ysnake`, and `ysnake_kernels` from kernels/."""
+"""Two import packages in one distribution: `ysnake`, and `ysnake_kernels` from kernels/.
 
-import re
+kernels/setup.py makes a distribution of the operators alone. It says what both have in common.
+"""
+
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -17,11 +20,8 @@ LOGS = {
 }
 # Torch for GPUs brings the Triton that it needs. Torch for CPUs brings none, and only tests and
 # benchmarks need one there.
-TRITON = ['triton>=3.6; platform_system == "Linux"']
-
-# Read as text, since importing the package would need what is not installed yet.
-INIT = Path("ysnake/__init__.py").read_text(encoding="utf-8")
-VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE)[1]
+KERNELS = runpy.run_path("kernels/setup.py")
+TRITON = KERNELS["TRITON"]
 
 # Python runs this line when it starts; see ysnake_dropin_hook.
 HOOK = "import os; os.environ.get('YSNAKE_DROPIN') and __import__('ysnake_dropin_hook')"
@@ -45,14 +45,14 @@ class BuildWithHook(build_py):
 
 setup(
     name="ysnake",
-    version=VERSION,
+    version=KERNELS["VERSION"],
     description="Why Snakes: train and run a Mamba-2 language model on any machine",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
-    packages=[*find_packages(include=["ysnake", "ysnake.*"]), *find_packages("kernels")],
+    python_requires=KERNELS["PYTHON"],
+    packages=[*find_packages(include=["ysnake", "ysnake.*"]), *KERNELS["PACKAGES"]],
     py_modules=["ysnake_dropin_hook"],
     package_dir={"": "kernels", "ysnake": "ysnake"},
     cmdclass={"build_py": BuildWithHook},
@@ -60,13 +60,11 @@ setup(
         "ysnake": ["py.typed"],
         "ysnake.data_generation": ["lists/*.txt"],
         "ysnake.serving": ["page.html", "watch.html"],
-        "ysnake_kernels": ["py.typed"],
-        "ysnake_kernels.dropin": ["hub/build/*/*"],
+        **KERNELS["PACKAGE_DATA"],
     },
     install_requires=[
         'tomli>=2; python_version < "3.11"',
-        "torch>=2.11",
-        "einops>=0.8",
+        *KERNELS["REQUIRES"],
         "ollama>=0.5",
         "httpx>=0.27",
         "jinja2>=3.1.6",

@@ -20,6 +20,8 @@ from ysnake.shared import cli
 from ysnake.shared.processor import bfloat16_products
 
 PACKAGES = ("torch", "triton", "einops", "tokenizers", "safetensors", "numpy", "transformers")
+ALONE = "ysnake-kernels"  # the distribution of the operators alone
+MISSING = "not installed"
 EXTRAS = {
     "serve": ("starlette", "uvicorn"),
     "gguf": ("gguf",),
@@ -105,9 +107,11 @@ def packages() -> dict[str, str]:
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
-            return "not installed"
+            return MISSING
 
     found = {name: version(name) for name in PACKAGES}
+    if (second := version(ALONE)) != MISSING:
+        found[ALONE] = f"{second}, hides the operators that ysnake has: pip uninstall {ALONE}"
     for extra, modules in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         state = f"not installed ({', '.join(missing)} missing)" if missing else "installed"

@@ -220,6 +220,15 @@ def test_doctor_here(capsys):
     assert "CPU: eager" in out
 
 
+def test_doctor_names_a_second_copy_of_the_operators(monkeypatch):
+    assert doctor.ALONE not in doctor.packages()
+    real = doctor.metadata.version
+    monkeypatch.setattr(
+        doctor.metadata, "version", lambda name: "0.0.1" if name == doctor.ALONE else real(name)
+    )
+    assert "pip uninstall ysnake-kernels" in doctor.packages()[doctor.ALONE]
+
+
 def test_self_test(monkeypatch):
     monkeypatch.setattr(doctor, "SECONDS", 0.0)
     found = doctor.self_test()
