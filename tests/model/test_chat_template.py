@@ -188,6 +188,13 @@ def test_files_with_a_template(chatty, tmp_path):
             chat_template.load(tmp_path, ours)
 
 
+def test_many_special_tokens_are_refused(chatty):
+    ours = checkpoint.load_tokenizer(chatty)
+    ours.add_special_tokens([f"<{i}>" for i in range(chat_template.MOST_SPECIAL)])
+    with pytest.raises(InputError, match="expected at most 1,024 special tokens"):
+        chat_template.load(chatty, ours)
+
+
 def test_a_template_that_cannot_be_used_is_told_at_the_start(tmp_path):
     folder = saved(tmp_path)
     (folder / "chat_template.jinja").write_text("{% macro f() %}{% endmacro %}")

@@ -1,7 +1,9 @@
 """OpenAI's API: the shapes of its replies over plain HTTP, and the `openai` client."""
 
+import asyncio
 import base64
 import json
+from dataclasses import replace
 from struct import unpack
 
 import httpx
@@ -10,7 +12,10 @@ import torch
 from running_server import NAME, options
 
 from ysnake.checkpoints import checkpoint
+from ysnake.serve import Options
 from ysnake.serving import chat
+from ysnake.serving.fields import Refused
+from ysnake.serving.service import load
 from ysnake.text.tokenizer import encode
 
 USER = {"role": "user", "content": "The boa"}
@@ -128,6 +133,15 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states(post, client, served)
     assert list(packed) == vectors[0]
     for bad in ([], [1, 2], None, {"a": 1}):
         assert post("embeddings", input=bad).status_code == 400
+
+
+def test_a_model_without_a_first_token_needs_text(served):
+    service = load(Options(path=served, threads=1))
+    model = service.decoder.model
+    model.use_config(replace(model.config, bos_id=None))
+    assert len(asyncio.run(service.prompt_ids("x"))) == 1
+    with pytest.raises(Refused, match="expected text, as this model has no token"):
+        asyncio.run(service.prompt_ids(""))
 
 
 def test_the_openai_client(address):

@@ -256,7 +256,7 @@ def stand_in():
         ((429, b'{"error": "busy"}'), "The server is busy", ""),
         ((401, b'{"error": "key"}'), "This server asks for its key", ""),
         ((502, b"<html>"), "The server answered with status 502", ""),
-        ((400, b'{"error": "prompt: too long"}'), "The text: too long", ""),
+        ((400, b'{"error": "prompt: expected a string"}'), "The text: expected", ""),
         (None, "The server does not answer. Is it still running?", ""),
     ],
 )

@@ -353,7 +353,9 @@ def test_limits_places_and_the_end(tmp_path):
 
         refused = post(short | {"prompt": "word " * 100})
         assert refused.status_code == 400
-        assert re.search("prompt: expected at most 20 tokens, got [0-9]+", refused.json()["error"])
+        assert re.search(
+            "The text is too long: expected at most 20 tokens, got [0-9]+", refused.json()["error"]
+        )
         refused = post(short | {"prompt": "x" * 3000})
         assert (refused.status_code, "2000 bytes" in refused.json()["error"]) == (413, True)
 

@@ -3,6 +3,7 @@
 Requests join and leave the batch between steps. To join, a state of constant size is copied into a
 row of the batch. To leave, the last row is copied over the row. The state after a prompt is kept
 for a while. A later prompt of the same owner that begins with that prompt continues from the state.
+The thread also reads the texts of embeddings, in turns with the prompts.
 """
 
 import logging

@@ -42,8 +42,6 @@ async def prompt_of(service: Service, messages: list[dict[str, str]]) -> Prompt:
     except InputError as error:
         raise Refused(f"messages: the model's chat template: {error}") from error
     ids = await service.piece_ids(pieces)
-    if not ids:
-        raise Refused("messages: the model's chat template makes no text of them")
     end = template.end_id
     return Prompt(ids, end_ids=frozenset(() if end is None else (end,)))
 

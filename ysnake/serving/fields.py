@@ -156,7 +156,7 @@ async def body_of(
             if len(read) > most:
                 raise Refused(f"body: expected at most {most} bytes", 413)
     except ClientDisconnect as error:
-        raise Refused("body: broken off") from error
+        raise Refused("body: the client stopped sending it") from error
     try:
         body = json.loads(read, parse_constant=_not_json, parse_float=_finite)
     except (ValueError, RecursionError) as error:
@@ -167,7 +167,7 @@ async def body_of(
 
 
 def _not_json(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
+    raise ValueError(f"{constant} is not a number")
 
 
 def _finite(text: str) -> float:

@@ -66,7 +66,7 @@ class Guard:
         """Raise Refused unless the request is permitted."""
         host = headers.get("host", "")
         if not self.knows(host):
-            raise Refused(f"host {host[:100]!r}: not this machine's; see --allow-host", 403)
+            raise Refused(f"host {host[:100]!r}: not a name of this machine; see --allow-host", 403)
         self.check_page(method, path, headers, host)
         key = self.options.api_key
         if (
@@ -84,7 +84,9 @@ class Guard:
         if {origin, "*"} & self.origins:
             return
         if origin and origin.partition("://")[2] != host.lower():
-            raise Refused(f"origin {origin[:100]!r}: another site's; see --allow-origin", 403)
+            raise Refused(
+                f"origin {origin[:100]!r}: a page of another site; see --allow-origin", 403
+            )
         opened = method == "GET" and path == "/" and headers.get("sec-fetch-mode") == "navigate"
         if site in ("cross-site", "same-site") and not opened:  # a link to the page is harmless
             raise Refused("sec-fetch-site: a page of another site; see --allow-origin", 403)

@@ -122,9 +122,10 @@ class Service:
         most, bos = self.options.max_prompt, self.decoder.model.config.bos_id
         # half of a surrogate pair becomes "?"
         texts = [p.encode("utf-8", "replace").decode() for p in pieces if isinstance(p, str)]
-        expected, code = f"prompt: expected at most {most} tokens", "context_length_exceeded"
+        expected = f"The text is too long: expected at most {most} tokens"
+        code = "context_length_exceeded"
         if (size := sum(len(text.encode()) for text in texts)) > most * self.longest:
-            raise Refused(f"{expected}, got {size} bytes, which are more", code=code)
+            raise Refused(f"{expected}, got {size} bytes, which make more", code=code)
 
         def encode() -> list:
             # this is the only encoding function that does not block other threads
@@ -138,6 +139,8 @@ class Service:
         ]
         if (n := len(ids) - (ids[:1] == [bos])) > most:
             raise Refused(f"{expected}, got {n}", code=code)
+        if not ids:
+            raise Refused("expected text, as this model has no token to begin with")
         return tuple(ids)
 
     @contextmanager

@@ -15,6 +15,7 @@ from ysnake.text.template_sandbox import LONGEST_SOURCE, compiled
 FILE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+MOST_SPECIAL = 1024  # special tokens; each is looked for in every message
 _MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode assigns them to no character
 
 
@@ -36,6 +37,8 @@ class ChatTemplate:
         self.named = named
         added = tokenizer.get_added_tokens_decoder()
         self.special = {token.content: id for id, token in added.items() if token.special}
+        if len(self.special) > MOST_SPECIAL:
+            raise InputError(f"expected at most {MOST_SPECIAL:,} special tokens")
         longest_first = sorted(filter(None, self.special), key=len, reverse=True)
         self.pattern = "|".join(map(re.escape, longest_first)) or "(?!)"
         self.end_id = self.special.get(named.get("eos_token", ""))  # ends a reply
@@ -48,7 +51,7 @@ class ChatTemplate:
         Raises:
             InputError: the template refuses these messages, or does too much.
         """
-        said = "".join(message["content"] for message in messages)
+        said = "".join([*self.special, *(message["content"] for message in messages)])
         mark = next((mark for mark in _MARKS if mark not in said), None)
         if mark is None:
             raise InputError("expected text, got every one of U+FDD0 to U+FDEF")
