@@ -27,19 +27,20 @@ def causal_conv1d(
     an input is). Differentiable once in every floating-point argument.
 
     Args:
-        x: (batch, channels, length), any strides; channel-last memory is the fast case.
+        x: (batch, channels, length), any strides. Channel-last memory is the fast case.
         weight: (channels, width), width at least 2.
         bias: (channels,).
-        seq_idx: (batch, length) int32 or int64, the document of each token, never decreasing; no
-            token sees another document's.
-        initial_states: (batch, channels, width - 1), the tokens before the first one, oldest first;
-            with `seq_idx` they belong to the first token's document. None means zeros.
-        return_final_states: also return the last width - 1 tokens, to hand on as `initial_states`.
+        seq_idx: (batch, length) int32 or int64, the document of each token, never decreasing. The
+            tokens of one document do not change the outputs of another.
+        initial_states: (batch, channels, width - 1), the tokens before the first one, oldest first.
+            With `seq_idx` they belong to the first token's document. None means zeros.
+        return_final_states: also return the last width - 1 tokens, the `initial_states` of what
+            follows.
         activation: None, "silu" or "swish".
 
     Returns:
         y with the shape and dtype of x, or (y, final_states) with final_states
-        (batch, channels, width - 1); with `seq_idx`, tokens of an earlier document are zeros in it.
+        (batch, channels, width - 1). With `seq_idx`, tokens of an earlier document are zeros there.
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or values.
@@ -49,7 +50,9 @@ def causal_conv1d(
     inputs = ConvInputs(x, weight, bias, seq_idx, initial_states, uses_silu(activation))
     check_conv(inputs)
     y, final_states = run(choose(x), inputs, return_final_states)
-    return y if final_states is None or not return_final_states else (y, final_states)
+    if return_final_states and final_states is not None:
+        return y, final_states
+    return y
 
 
 def run(name: str, inputs: ConvInputs, want_states: bool = False) -> tuple[Tensor, Tensor | None]:

@@ -75,14 +75,14 @@ def mamba_split_conv1d_scan_combined(
     Source: arXiv 2405.21060, section 7.1 and figure 6 (the parallel Mamba block).
     """
     sizes = check_sizes(zxbcdt, conv1d_weight, A, headdim, ngroups)
-    inputs = MixerInputs(
+    tensors = (
         *(zxbcdt, conv_initial_states, initial_states, seq_idx),
         *(conv1d_weight, conv1d_bias, dt_bias, A, D),
         *(rmsnorm_weight, outproj_weight, outproj_bias),
-        *(sizes, uses_silu(activation), chunk_size, dt_limit, rmsnorm_eps, norm_before_gate),
-        *(return_final_states, zxbcdt.dtype),
     )
-    y, states = check_and_run(inputs)
+    options = (sizes, uses_silu(activation), chunk_size, dt_limit, rmsnorm_eps, norm_before_gate)
+    given = (*tensors, *options, return_final_states, zxbcdt.dtype)
+    y, states = check_and_run(MixerInputs(*given))
     return y if states is None else (y, states)
 
 

@@ -21,7 +21,7 @@ def mixer(name: str, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
     options = inputs[TENSORS:]
 
     def compute(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        return _compute(name, MixerInputs(*tensors, *options))
+        return _compute(name, MixerInputs._make((*tensors, *options)))
 
     return checkpoint(compute, *inputs[:TENSORS], use_reentrant=False, preserve_rng_state=False)
 

@@ -108,7 +108,9 @@ class _Mixer(torch.autograd.Function):
     """The gradient of what `compute` writes to out and states. It also stores rstd."""
 
     @staticmethod
-    def forward(ctx: Any, out, states, rstd, *arguments):
+    def forward(
+        ctx: Any, out: Tensor, states: Tensor | None, rstd: Tensor | None, *arguments: Any
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.options, ctx.rstd = arguments[TENSORS:], rstd
         ctx.save_for_backward(*arguments[:TENSORS])
         ctx.set_materialize_grads(False)
@@ -117,8 +119,8 @@ class _Mixer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout, dstates):
-        inputs = MixerInputs(*ctx.saved_tensors, *ctx.options)
+    def backward(ctx: Any, dout: Tensor | None, dstates: Tensor | None) -> tuple:
+        inputs = MixerInputs._make((*ctx.saved_tensors, *ctx.options))
         grads = gradients(dout, dstates, ctx.rstd, inputs)
         grads.insert(SEQ_IDX, None)
         return None, None, None, *grads, *[None] * len(ctx.options)

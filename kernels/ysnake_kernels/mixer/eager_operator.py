@@ -15,15 +15,17 @@ def mixer(inputs: MixerInputs) -> tuple[Tensor, Tensor | None]:
     """The output, and the final states if wanted, of checked inputs."""
     if not torch.compiler.is_compiling():
         return eager.mixer(inputs)
-    tensors, (sizes, silu, chunk_size, dt_limit, *options) = inputs[:TENSORS], inputs[TENSORS:]
-    out, states, _ = _mixer(*tensors, list(sizes), silu, chunk_size, list(dt_limit), *options)
+    tensors = inputs[:TENSORS]
+    options: list[Any] = list(inputs[TENSORS:])
+    options[0] = list(inputs.sizes)  # an operator takes lists, no tuples of our own
+    out, states, _ = _mixer(*tensors, *options)
     return out, states if inputs.want_states else None
 
 
 @torch.library.custom_op(
     "ysnake::mixer_eager", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor)"
 )
-def _mixer(*arguments):
+def _mixer(*arguments: Any) -> tuple[Tensor, ...]:
     inputs = mixer_inputs(arguments)
     outputs = eager.empty_outputs(inputs)
     eager.compute(outputs, inputs)
@@ -40,7 +42,9 @@ def _(*arguments):
     mutates_args=(),
     schema=f"(Tensor? dout, Tensor? dstates, Tensor rstd, {SCHEMA}) -> Tensor[]",
 )
-def _mixer_backward(dout, dstates, rstd, *arguments):
+def _mixer_backward(
+    dout: Tensor | None, dstates: Tensor | None, rstd: Tensor, *arguments: Any
+) -> list[Tensor]:
     given = rstd if rstd.numel() else None
     return without_none(eager.gradients(dout, dstates, given, mixer_inputs(arguments)))
 

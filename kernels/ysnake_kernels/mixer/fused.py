@@ -39,8 +39,8 @@ class _Mixer(torch.autograd.Function):
     """Saves its arguments. The output projection's have the dtype in which it multiplies."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments):
-        inputs = MixerInputs(*arguments)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        inputs = MixerInputs._make(arguments)
         ctx.save_for_backward(*inputs[:TENSORS])
         ctx.options = inputs[TENSORS:]
         ctx.set_materialize_grads(False)
@@ -50,8 +50,8 @@ class _Mixer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout, dstates):
-        inputs = MixerInputs(*ctx.saved_tensors, *ctx.options)
+    def backward(ctx: Any, dout: Tensor | None, dstates: Tensor | None) -> tuple:
+        inputs = MixerInputs._make((*ctx.saved_tensors, *ctx.options))
         return *_gradients(inputs, dout, dstates), *[None] * len(ctx.options)
 
 

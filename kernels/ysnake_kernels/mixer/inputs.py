@@ -4,7 +4,7 @@ Its methods give the inputs of the operators that the mixer is made of.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ from ysnake_kernels.mixer.sizes import MixerSizes
 from ysnake_kernels.norm.inputs import NormInputs
 from ysnake_kernels.ssd.inputs import ScanInputs
 
-BY_ROW = 4  # the first fields of MixerInputs, those with a row for each sequence of the batch
-TENSORS = 12  # the first fields of MixerInputs
-SEQ_IDX = 3  # the place of the only tensor without a gradient
+BY_ROW: Final = 4  # the first fields of MixerInputs, which have a row for each sequence
+TENSORS: Final = 12  # the first fields of MixerInputs
+SEQ_IDX: Final = 3  # the place of the only tensor without a gradient
 
 SCHEMA = (
     "Tensor zxbcdt, Tensor? conv_initial_states, Tensor? initial_states, Tensor? seq_idx, "
@@ -58,8 +58,8 @@ class MixerInputs(NamedTuple):
 
     def rows(self, rows: slice) -> "MixerInputs":
         """The inputs of some rows of the batch."""
-        cut = (None if t is None else t[rows] for t in self[:BY_ROW])
-        return MixerInputs(*cut, *self[BY_ROW:])
+        by_row = (None if t is None else t[rows] for t in self[:BY_ROW])
+        return MixerInputs._make((*by_row, *self[BY_ROW:]))
 
     def convolution(self, xBC: Tensor) -> ConvInputs:
         """The convolution of xBC (batch, length, channels)."""
@@ -88,6 +88,6 @@ class MixerInputs(NamedTuple):
 
 def mixer_inputs(arguments: Sequence[Any]) -> MixerInputs:
     """The inputs from their fields in order, of which sizes and dt_limit may be lists."""
-    inputs = MixerInputs(*arguments)
+    inputs = MixerInputs._make(arguments)
     low, high = inputs.dt_limit
     return inputs._replace(sizes=MixerSizes(*inputs.sizes), dt_limit=(low, high))

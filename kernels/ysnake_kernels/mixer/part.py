@@ -73,17 +73,20 @@ def mixer_part(inputs: MixerInputs, neighbours: Neighbours) -> Tensor:
 
 
 class _Borders:
-    """Which tokens belong to the documents at this part's borders. Without documents: all."""
+    """Which tokens belong to the documents at this part's borders.
+
+    All fields are None without documents: then all tokens belong to one.
+    """
 
     def __init__(self, seq_idx: Tensor | None):
         self.documents = self.of_entering = self.of_last = self.enters = self.passes = None
         if seq_idx is not None:
             self.documents = seq_idx[:, 1:].contiguous()  # of this part's tokens
-            # (batch, length): tokens of the document that the part before ends in, and tokens of
-            # the document that this part ends in
+            # (batch, length): the tokens of the last document of the part before, and those of
+            # the last document of this part
             self.of_entering = self.documents == seq_idx[:, :1]
             self.of_last = self.documents == self.documents[:, -1:]
-            # (batch,): whether that first document goes on here, and whether it fills this part
+            # (batch,): whether the document of the part before goes on here, and fills this part
             self.enters = self.of_entering[:, 0]
             self.passes = self.of_entering[:, -1]
 
@@ -106,7 +109,7 @@ def _where(t: Tensor | None, mask: Tensor | None) -> Tensor | None:
 
 
 def _add_passed_on(to: Tensor, state: Tensor | None, decay: Tensor, borders: _Borders) -> None:
-    """Add to a state (batch, heads, P, N) what passes through this part; or to its gradient."""
+    """Add what passes through this part of a state (batch, heads, P, N), or of its gradient."""
     if state is not None:
         passes = _where(whole_decay(decay), borders.passes)
         assert passes is not None
@@ -138,8 +141,8 @@ class _MixerPart(torch.autograd.Function):
     """Saves its arguments and what it received; computes the rest again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, neighbours: Neighbours, name: str, *arguments):
-        inputs = MixerInputs(*arguments)
+    def forward(ctx: Any, neighbours: Neighbours, name: str, *arguments: Any) -> Tensor:
+        inputs = MixerInputs._make(arguments)
         borders, width = _Borders(inputs.seq_idx), inputs.conv_weight.shape[1]
         xBC = inputs.sizes.split(inputs.zxbcdt)[1].transpose(1, 2)
         edge = neighbours.exchange(borders.last_tokens(xBC, width), 1)
@@ -164,7 +167,7 @@ class _MixerPart(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout):
+    def backward(ctx: Any, dout: Tensor) -> tuple:
         neighbours, name = ctx.neighbours, ctx.name
         saved = ctx.saved_tensors  # read once: torch's checkpoint allows no second time
         borders = _Borders(saved[SEQ_IDX])
@@ -172,7 +175,7 @@ class _MixerPart(torch.autograd.Function):
             t if t is None or not t.is_floating_point() else t.detach().requires_grad_()
             for t in saved
         ]
-        inputs = MixerInputs(*leaves, *ctx.options)._replace(seq_idx=borders.documents)
+        inputs = MixerInputs._make((*leaves, *ctx.options))._replace(seq_idx=borders.documents)
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             z, scan = _before_scan(name, inputs)
             y, end = ssd.run(name, scan)
@@ -199,6 +202,7 @@ class _MixerPart(torch.autograd.Function):
         grads = iter([*torch.autograd.grad(roots, head, droots), *dtail])
         found = [None if t is None else next(grads) for t in (*_before_tail(inputs), *tail)]
         dzxbcdt, dedge, *dparameters = found
+        assert dzxbcdt is not None
         _exchange_edges(ctx, inputs, borders, dzxbcdt, dedge)
         return None, None, dzxbcdt, None, None, None, *dparameters, *[None] * len(ctx.options)
 

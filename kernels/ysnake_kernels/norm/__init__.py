@@ -30,9 +30,9 @@ def rms_norm_gated(
         x: (..., features).
         weight: (features,).
         bias: (features,).
-        z: shape of x; None leaves the gate out.
+        z: shape of x. None means no gate.
         eps: added to the mean square.
-        group_size: features per group, dividing features; None means all of them.
+        group_size: the number of features in a group, a divisor of features. None means all.
         norm_before_gate: see above.
         out_dtype: of the result; None means that of x.
 

@@ -152,7 +152,7 @@ def _launch(inputs: StepInputs) -> Tensor:
 def _step(*arguments: Any) -> Tensor:
     """The fields of StepInputs, of which dt_limit is two numbers."""
     *fields, low, high = arguments
-    return _launch(StepInputs(*fields, (low, high)))
+    return _launch(StepInputs._make((*fields, (low, high))))
 
 
 _operator = torch.library.custom_op(
