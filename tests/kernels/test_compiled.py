@@ -12,6 +12,7 @@ from test_in_place import (
     product,
     product_of_normed,
     scan,
+    scan_of_mamba_1,
     tensors,
 )
 from ysnake_kernels import causal_conv1d_step, ssd_scan, ssd_step
@@ -59,6 +60,7 @@ def tokens_one_by_one(t):
 
 WITH_GRADIENTS = [
     *(convolution, channel_last_convolution, convolution_and_states, packed_convolution),
+    scan_of_mamba_1,
     *(norm, scan, packed_scan, offered_scan, mixer, mixer_with_all, product, product_of_normed),
 ]
 

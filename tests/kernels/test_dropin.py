@@ -10,6 +10,7 @@ import torch
 from ysnake_kernels import ssd_scan, ssd_step
 from ysnake_kernels.dropin import blocks, norms
 from ysnake_kernels.dropin import functions as f
+from ysnake_kernels.dropin.mamba_1 import Mamba
 from ysnake_kernels.dropin.modules import Mamba2
 
 
@@ -44,8 +45,10 @@ dropin.install()
 dropin.install()
 import causal_conv1d, mamba_ssm
 from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
-from mamba_ssm import Mamba2
+from mamba_ssm import Mamba, Mamba2, selective_scan_fn
 from mamba_ssm.modules.mamba2 import Mamba2 as same
+from mamba_ssm.modules.mamba_simple import Mamba as same_mamba
+from mamba_ssm.ops.selective_scan_interface import selective_scan_fn as same_scan
 from mamba_ssm.ops.triton.layernorm_gated import RMSNorm, rmsnorm_fn
 from mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
@@ -57,20 +60,20 @@ from mamba_ssm.utils.generation import InferenceParams
 from causal_conv1d import causal_conv1d_varlen_states
 from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states as same_states
 assert AddingRMSNorm is not RMSNorm and same_states is causal_conv1d_varlen_states
+assert Mamba is same_mamba and selective_scan_fn is same_scan
 assert Mamba2 is same and mamba_ssm.ops.triton.layernorm_gated.RMSNorm is RMSNorm
 for module in (causal_conv1d, mamba_ssm):
     assert importlib.util.find_spec(module.__name__).name == module.__name__
     assert module.__file__ and not hasattr(module, "__wrapped__")
-for function in (causal_conv1d_fn, mamba_chunk_scan_combined, Mamba2):
+for function in (causal_conv1d_fn, mamba_chunk_scan_combined, selective_scan_fn, Mamba, Mamba2):
     kinds = {p.kind.name for p in inspect.signature(function).parameters.values()}
     assert kinds == {"POSITIONAL_OR_KEYWORD"}
 assert pickle.loads(pickle.dumps(selective_state_update)) is selective_state_update
 
 refused = {
-    "from mamba_ssm import selective_scan_fn": "belongs to Mamba-1",
-    "from mamba_ssm import Mamba": "belongs to Mamba-1",
-    "import mamba_ssm.ops.selective_scan_interface": "belongs to Mamba-1",
-    "from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn": "belongs to Mamba-1",
+    "from mamba_ssm import mamba_inner_fn": "use selective_scan_fn, or Mamba",
+    "from mamba_ssm.ops.selective_scan_interface import mamba_inner_fn": "use selective_scan_fn",
+    "import mamba_ssm.modules.mamba3": "",
     "from mamba_ssm import MambaLMHeadModel": "load its checkpoints",
     "from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel": "load its checkpoints",
     "from mamba_ssm.ops.triton.layernorm_gated import GroupNorm": "",
@@ -162,6 +165,7 @@ from ysnake_kernels.dropin import functions
 code = '''
 import causal_conv1d, mamba_ssm
 convolution = causal_conv1d.causal_conv1d_fn
+whole_mamba_1 = getattr(mamba_ssm, "mamba_inner_fn", None)
 mixer = mamba_ssm.mamba_split_conv1d_scan_combined
 '''
 found = {}
@@ -173,6 +177,7 @@ assert found["someone"].convolution is functions.causal_conv1d_fn
 assert found["someone"].mixer is functions.mamba_split_conv1d_scan_combined
 assert found["transformers"].convolution is not functions.causal_conv1d_fn
 assert found["transformers"].mixer(1, 2, activation="silu") is None
+assert found["transformers"].whole_mamba_1(1, 2) is None and found["someone"].whole_mamba_1 is None
 """)
 
 
@@ -348,6 +353,34 @@ def test_mamba2_block_as_a_whole_in_parts_and_token_by_token(options):
                 memory.seqlen_offset = t
                 out.append(block(u[:, t : t + 1], inference_params=memory))
             torch.testing.assert_close(torch.cat(out, 1), whole)
+
+
+@pytest.mark.parametrize("dt_init", ["random", "constant"])
+def test_mamba_block_token_by_token_equals_the_sequence(dt_init):
+    block = Mamba(32, d_state=8, layer_idx=0, dt_init=dt_init)
+    u = random(2, 12, 32)
+    whole = block(u)
+    whole.square().sum().backward()
+    assert all(p.grad.any() for p in block.parameters())
+    with torch.no_grad():
+        for first in (2, 7):  # fewer tokens than the convolution is wide, and more
+            memory = Remembered()
+            out = [block(u[:, :first], inference_params=memory)]
+            for t in range(first, 12):
+                memory.seqlen_offset = t
+                out.append(block(u[:, t : t + 1], inference_params=memory))
+            torch.testing.assert_close(torch.cat(out, 1), whole)
+
+
+def test_a_mamba_block_computes_what_transformers_does():
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[test]' has it")
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    sizes = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 1}
+    theirs, block = MambaMixer(transformers.MambaConfig(**sizes), 0), Mamba(32, d_state=8)
+    theirs.load_state_dict(block.state_dict())
+    u = random(2, 9, 32)
+    torch.testing.assert_close(block(u), theirs(u))
 
 
 def test_mamba2_block_with_packed_sequences():

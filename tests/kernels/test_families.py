@@ -18,6 +18,7 @@ if find_spec("mamba_ssm") or find_spec("causal_conv1d"):
 NAMES = [*(name for name in FAMILIES if name in families_that_ask()), *VARIANTS]
 MODES = ["logits", "tokens", "training", "padded", "packed", "adapted"]
 MAMBA_2 = ["mamba2", "bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "zamba2"]
+MAMBA_1 = ["mamba", "falcon_mamba", "jamba", "zamba"]
 FALLING_BACK = "is falling back to its reference PyTorch implementation"
 
 
@@ -50,10 +51,10 @@ def test_models_give_something_to_compare(results, name):
     assert all(gradient.any() for gradient in up)
 
 
-@pytest.mark.parametrize("name", MAMBA_2)
-def test_mamba_2_gets_all_its_operators(results, name):
+@pytest.mark.parametrize("name", [*MAMBA_1, *MAMBA_2])
+def test_mamba_gets_all_its_operators(results, name):
     plain, ours = results
-    assert sum(FALLING_BACK in line for line in plain[name, None]) == 5
+    assert sum(FALLING_BACK in line for line in plain[name, None]) >= 4
     assert not [line for line in ours[name, None] if FALLING_BACK in line]
 
 

@@ -25,6 +25,7 @@ def test_layers_have_the_arguments_of_the_functions_that_they_replace(family):
         "causal_conv1d_fn": "causal_conv1d_fn",
         "causal_conv1d_update": "causal_conv1d_update",
         "mamba_chunk_scan_combined": "mamba2_chunk_scan",
+        "selective_scan_fn": "mamba_selective_scan",
         "selective_state_update": "mamba2_selective_state_update",
     }
     assert set(theirs) == set(hub_layers.NAMES)
@@ -46,7 +47,7 @@ def test_a_variant_says_what_it_is_and_has_the_layers(backend):
     assert found["layers"] is hub_layers
 
 
-@pytest.mark.parametrize("family", ["mamba2", "lfm2", "bamba"])
+@pytest.mark.parametrize("family", ["mamba2", "lfm2", "mamba"])
 def test_models_use_them_and_compute_the_same(family):
     from transformers.utils import is_kernels_available
 

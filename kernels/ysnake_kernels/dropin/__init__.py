@@ -14,7 +14,9 @@ from typing import Any
 from ysnake_kernels import allocator
 from ysnake_kernels.dropin import blocks, functions, norms
 from ysnake_kernels.dropin.for_transformers import Models
+from ysnake_kernels.dropin.mamba_1 import Mamba
 from ysnake_kernels.dropin.modules import Mamba2
+from ysnake_kernels.selective_scan import selective_scan
 
 # The releases whose interface this is; "+ysnake" says that it is not them.
 _VERSIONS = {"mamba_ssm": "2.3.0+ysnake", "causal_conv1d": "1.6.0+ysnake"}
@@ -26,15 +28,18 @@ def _named(*objects: Any, **others: Any) -> dict[str, Any]:
 
 _SCANS = _named(functions.mamba_chunk_scan_combined, functions.mamba_split_conv1d_scan_combined)
 _STEP = _named(functions.selective_state_update)
+_MAMBA_1 = _named(selective_scan_fn=selective_scan)
 _VARLEN = _named(functions.causal_conv1d_varlen_states)
 _CONVOLUTIONS = _named(functions.causal_conv1d_fn, functions.causal_conv1d_update)
 _OFFERED: dict[str, dict[str, Any]] = {
     # functions at the root too: transformers asks there
-    "mamba_ssm": {**_SCANS, **_STEP, **_named(Mamba2)},
+    "mamba_ssm": {**_SCANS, **_STEP, **_MAMBA_1, **_named(Mamba, Mamba2)},
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.block": _named(blocks.Block),
     "mamba_ssm.modules.mamba2": _named(Mamba2),
+    "mamba_ssm.modules.mamba_simple": _named(Mamba),
     "mamba_ssm.ops": {},
+    "mamba_ssm.ops.selective_scan_interface": _MAMBA_1,
     "mamba_ssm.ops.triton": {},
     "mamba_ssm.ops.triton.ssd_combined": _SCANS,
     "mamba_ssm.ops.triton.selective_state_update": _STEP,
@@ -53,11 +58,9 @@ _OFFERED: dict[str, dict[str, Any]] = {
     "causal_conv1d.causal_conv1d_interface": _CONVOLUTIONS,
     "causal_conv1d.causal_conv1d_varlen": _VARLEN,
 }
-_MAMBA_1 = "it belongs to Mamba-1, for which there is no operator here"
 _MODEL = "load its checkpoints with transformers' Mamba2ForCausalLM, or with ysnake"
 _REASONS = {  # by the last part of the name
-    **dict.fromkeys(("Mamba", "mamba_inner_fn", "selective_scan_fn", "mamba_simple"), _MAMBA_1),
-    "selective_scan_interface": _MAMBA_1,
+    "mamba_inner_fn": "it takes the place of a whole layer; use selective_scan_fn, or Mamba",
     **dict.fromkeys(("MambaLMHeadModel", "models", "mixer_seq_simple"), _MODEL),
 }
 

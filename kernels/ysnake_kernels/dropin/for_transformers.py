@@ -46,6 +46,8 @@ class Models:
             return causal_conv1d_update
         if name == "mamba_split_conv1d_scan_combined":
             return mamba_split_conv1d_scan_combined if self.fused else own_modules
+        if name == "mamba_inner_fn":  # Mamba-1's whole mixer
+            return own_modules
         return None
 
 

@@ -313,30 +313,40 @@ def selective_state_update(
     return skip_padding(run, state_batch_indices, x, dt, B, C, z)
 
 
-def _update_any(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, indices) -> Tensor:
+def _update_any(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    indices: Tensor | None,
+) -> Tensor:
     """`selective_state_update` with rates and steps for each channel, without padding."""
-    rows = state if indices is None else state[indices]
     acc = accumulator(state, x)
     dt = step_sizes(dt, dt_bias, dt_softplus, (-torch.inf, torch.inf), acc)
-    u = x.to(acc)
-    if B.ndim == 3:
-        per_group = x.shape[1] // B.shape[1]
-        B, C = (t.repeat_interleave(per_group, dim=1) for t in (B, C))
-    else:
+    u, S = x.to(acc), (state if indices is None else state[indices]).to(acc)
+    B, C = B.to(acc), C.to(acc)
+    if B.ndim == 2:
         B, C = B[:, None], C[:, None]
+    elif (per_group := x.shape[1] // B.shape[1]) > 1:
+        B, C = (t.repeat_interleave(per_group, dim=1) for t in (B, C))
     if x.ndim == 3:
         B, C = B[:, :, None], C[:, :, None]
-    S = torch.exp(dt[..., None] * A.to(acc)) * rows.to(acc)
-    S = S + (dt * u)[..., None] * B.to(acc)
-    y = (S * C.to(acc)).sum(-1)
+    S.mul_((dt[..., None] * A.to(acc)).exp_()).addcmul_((dt * u)[..., None], B)
+    y = torch.matmul(S, C.transpose(-1, -2))[..., 0] if C.shape[-2] == 1 else (S * C).sum(-1)
     if D is not None:
-        y = y + u * D.to(acc)
+        y = y.addcmul_(u, D.to(acc))
     if z is not None:
-        y = y * F.silu(z.to(acc))
-    if indices is None:
-        state.copy_(S)
-    else:
+        y = y.mul_(F.silu(z.to(acc)))
+    if indices is not None:
         state[indices] = S.to(state.dtype)
+    elif S is not state:
+        state.copy_(S)
     return y.to(x.dtype)
 
 

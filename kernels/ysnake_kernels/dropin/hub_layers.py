@@ -11,12 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from ysnake_kernels.dropin import for_transformers, functions
+from ysnake_kernels.selective_scan import selective_scan
 
 FOLDER = Path(__file__).with_name("hub")
 NAMES = (
     "causal_conv1d_fn",
     "causal_conv1d_update",
     "mamba_chunk_scan_combined",
+    "selective_scan_fn",
     "selective_state_update",
 )
 
@@ -94,6 +96,29 @@ class mamba_chunk_scan_combined(nn.Module):
             dt_limit=dt_limit,
             return_final_states=return_final_states,
         )
+
+
+class selective_scan_fn(nn.Module):
+    can_torch_compile = has_backward = True
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        use_mambapy: bool = False,
+        use_associative_scan: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        options = (D, z, delta_bias, delta_softplus, return_last_state)
+        return selective_scan(hidden_states, dt, A, B, C, *options)
 
 
 class selective_state_update(nn.Module):
