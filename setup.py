@@ -18,6 +18,9 @@ LOGS = {
     "wandb": ["wandb>=0.19"],
     "trackio": ["trackio>=0.20"],
 }
+# Programs that people run over the drop-in.
+PEERS = ["transformers>=5", "accelerate>=1.1", "peft>=0.18", "trl>=0.24", "lm-eval>=0.4.9"]
+PEERS += ["joblib>=1.4", "scipy>=1.14"]
 # Torch for GPUs brings the Triton that it needs. Torch for CPUs brings none, and only tests and
 # benchmarks need one there.
 KERNELS = runpy.run_path("kernels/setup.py")
@@ -82,6 +85,7 @@ setup(
         "gguf": GGUF,
         **LOGS,
         "docs": DOCS,
+        "peers": PEERS,
         "test": [
             *("pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6"),
             *("transformers>=5", "ruff>=0.12", "mypy>=1.18"),

@@ -1,4 +1,10 @@
-"""What the operators' tests share: memory that a kernel forgot to write shows up as NaN."""
+"""What the operators' tests share: memory that a kernel forgot to write shows up as NaN, and a
+folder with the built package.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,3 +26,15 @@ def poison_empty_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch, "empty_strided", _poisoned(torch.empty_strided))
+
+
+@pytest.fixture(scope="session")
+def site_packages(tmp_path_factory):
+    """A folder with what a built package puts into site-packages."""
+    pytest.importorskip("setuptools")
+    root = Path(__file__).parents[2]
+    folder = tmp_path_factory.mktemp("site-packages")
+    code = "import sys; sys.argv = ['setup.py', '-q', 'build_py', '--build-lib', sys.argv[1]]; "
+    code += "exec(open('setup.py', encoding='utf-8').read())"
+    subprocess.run([sys.executable, "-c", code, folder], cwd=root, check=True, capture_output=True)
+    return folder

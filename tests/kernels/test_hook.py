@@ -8,19 +8,6 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def site_packages(tmp_path_factory):
-    """A folder with what a built package puts into site-packages."""
-    pytest.importorskip("setuptools")
-    folder = tmp_path_factory.mktemp("site-packages")
-    code = "import sys; sys.argv = ['setup.py', '-q', 'build_py', '--build-lib', sys.argv[1]]; "
-    code += "exec(open('setup.py', encoding='utf-8').read())"
-    subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, check=True, capture_output=True)
-    return folder
-
 
 def program(folder: Path, code: str, **variables: str) -> subprocess.CompletedProcess:
     """Runs code as a program that knows nothing of us, with `folder` as its site-packages."""

@@ -1,0 +1,211 @@
+"""How much faster the drop-in makes models of transformers: `python -m benchmarks.family_speed`.
+
+Each model has two layers of the true shapes and a small vocabulary. transformers chooses its
+operators when a model is imported, so each way has a process of its own. The two take turns, and
+only one of them runs at a time. What counts is the processor time of a run, so that other programs
+on the machine matter less. A ratio above 1 means that the drop-in is faster.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+WAYS = ("plain", "drop-in")
+MODES = ("prefill", "step", "training")
+LENGTHS = {torch.float32: 256, torch.bfloat16: 64}  # a CPU without bfloat16 products is slow
+LAYERS = {"num_hidden_layers": 2, "vocab_size": 512, "pad_token_id": 0, "bos_token_id": 0}
+HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4}
+MAMBA_2 = {"mamba_d_state": 128, "mamba_d_head": 64, "mamba_n_groups": 1}
+# The configuration's class, and its sizes.
+MODELS = {
+    "Mamba2-1.3B": ("Mamba2", {"hidden_size": 2048, "num_heads": 64, "n_groups": 1}),
+    "Granite-4.0-h-1b": (
+        "GraniteMoeHybrid",
+        {
+            **MAMBA_2,
+            **HEADS,
+            "hidden_size": 1536,
+            "mamba_n_heads": 48,
+            "shared_intermediate_size": 4096,
+            "num_local_experts": 0,
+            "layer_types": ["mamba", "mamba"],
+        },
+    ),
+    "Falcon-H1-0.5B": (
+        "FalconH1",
+        {
+            **MAMBA_2,
+            "hidden_size": 1024,
+            "intermediate_size": 2048,
+            "mamba_d_ssm": 1536,
+            "mamba_n_heads": 24,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "Nemotron-H-4B": (
+        "NemotronH",
+        {
+            **HEADS,
+            "hidden_size": 3072,
+            "intermediate_size": 12288,
+            "layers_block_type": ["mamba", "mlp"],
+            "mamba_num_heads": 112,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 128,
+            "n_groups": 8,
+        },
+    ),
+    "LFM2-1.2B": (
+        "Lfm2",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 12288,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "layer_types": ["conv", "full_attention"],
+        },
+    ),
+    "Qwen3.5-2B": (
+        "Qwen3_5Text",
+        {
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "Mamba-130m": ("Mamba", {"hidden_size": 768}),
+    "FalconMamba-7B": ("FalconMamba", {"hidden_size": 4096, "intermediate_size": 8192}),
+}
+
+
+def build(name: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The model with random weights."""
+    import transformers
+
+    prefix, sizes = MODELS[name]
+    config = getattr(transformers, f"{prefix}Config")(**LAYERS | sizes)
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")
+    return kind(config).to(dtype)
+
+
+class Runs:
+    """The runs of one model that are timed."""
+
+    def __init__(self, name: str, dtype: torch.dtype, length: int):
+        self.model = build(name, dtype)
+        self.ids = torch.randint(1, 512, (1, length), generator=torch.Generator().manual_seed(1))
+        self.cache: dict[str, object] = {}
+
+    def time(self, mode: str) -> float:
+        """The processor time of a run, in seconds."""
+        start = time.process_time()
+        getattr(self, mode)()
+        return time.process_time() - start
+
+    @torch.no_grad()
+    def prefill(self) -> None:
+        out = self.model.eval()(self.ids, use_cache=True, logits_to_keep=1)
+        self.cache = {k: out[k] for k in ("cache_params", "past_key_values") if k in out}
+
+    @torch.no_grad()
+    def step(self, tokens: int = 8) -> None:
+        if not self.cache:
+            self.prefill()
+        for _ in range(tokens):
+            self.model.eval()(self.ids[:, :1], use_cache=True, **self.cache)
+
+    def training(self) -> None:
+        self.model.train()(self.ids, labels=self.ids, use_cache=False).loss.backward()
+        self.model.zero_grad(set_to_none=True)
+
+
+def worker(way: str) -> None:
+    """Reads lines `model dtype length` and `mode`; answers a mode with the time of a run."""
+    if way == "drop-in":
+        import ysnake_kernels.dropin
+
+        ysnake_kernels.dropin.install()
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    runs = None
+    for line in sys.stdin:
+        words = line.split()
+        if len(words) == 3:
+            runs = None  # its memory first
+            runs = Runs(words[0], getattr(torch, words[1]), int(words[2]))
+        print(0 if len(words) == 3 else runs.time(words[0]), flush=True)
+
+
+class Worker:
+    """A process that runs `worker`."""
+
+    def __init__(self, way: str):
+        command = [sys.executable, "-m", "benchmarks.family_speed", "--worker", way]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, **pipes)
+
+    def ask(self, line: str) -> float:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"family_speed: a worker ended at {line!r}")
+        return float(answer)
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def ratios(workers: list[Worker], modes: list[str], repeat: int) -> dict[str, tuple[float, float]]:
+    """By mode: the time without the drop-in over that with it, and the time with it."""
+    out = {}
+    for mode in modes:
+        times = [[worker.ask(mode) for worker in workers] for _ in range(repeat + 1)][1:]
+        plain, ours = (statistics.median(way) for way in zip(*times, strict=True))
+        out[mode] = (plain / ours, ours)
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
+    dtypes = {str(d).removeprefix("torch."): length for d, length in LENGTHS.items()}
+    parser.add_argument("--dtypes", nargs="*", default=list(dtypes), choices=list(dtypes))
+    parser.add_argument("--length", type=int, help="tokens of the prompt and of a training step")
+    parser.add_argument("--repeat", type=int, default=5, help="runs whose median counts")
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker)
+        return 0
+    workers = [Worker(way) for way in WAYS]
+    print(f"| model | dtype | tokens | {' | '.join(options.modes)} |")
+    print("| --- " * (3 + len(options.modes)) + "|")
+    for name in options.models:
+        for dtype in options.dtypes:
+            length = options.length or dtypes[dtype]
+            for each in workers:
+                each.ask(f"{name} {dtype} {length}")
+            found = ratios(workers, options.modes, options.repeat)
+            cells = [f"{ratio:.2f} ({ours * 1e3:,.0f} ms)" for ratio, ours in found.values()]
+            print(f"| {name} | {dtype} | {length} | {' | '.join(cells)} |", flush=True)
+    for each in workers:
+        each.end()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
