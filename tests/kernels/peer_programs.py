@@ -56,7 +56,7 @@ def sft(family: str, folder: str) -> dict[str, torch.Tensor]:
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="1", pad_token="0")
     texts = [" ".join(map(str, row[i:].tolist())) for i, row in enumerate(random_ids(8))]
-    options = SFTConfig(**arguments("sft", folder), max_length=24)
+    options = SFTConfig(**arguments("sft", folder), max_length=24, bf16=False)
     data = Dataset.from_dict({"text": texts})
     model = random_model(family)
     return losses(SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer))

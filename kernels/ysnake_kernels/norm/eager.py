@@ -94,8 +94,9 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, backward: Callable, dy: Tensor) -> tuple:
-    grads = backward(dy, *ctx.saved_tensors, *ctx.options)
-    return *with_none(grads, ctx.saved_tensors), None, None, None
+    saved = ctx.saved_tensors  # read once: torch's checkpoint allows no second time
+    grads = backward(dy, *saved, *ctx.options)
+    return *with_none(grads, saved), None, None, None
 
 
 _differentiable = Differentiable(_norm, _forward, _save, _differentiate, _norm_backward, _backward)

@@ -91,7 +91,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dstates):
-        tensors, kept = ctx.saved_tensors[:TENSORS], ctx.saved_tensors[TENSORS:]
+        saved = ctx.saved_tensors  # read once: torch's checkpoint allows no second time
+        tensors, kept = saved[:TENSORS], saved[TENSORS:]
         grads = _gradients(dout, dstates, ScanInputs(*tensors, *ctx.options), kept)
         return None, *grads, None, None, *[None] * OPTIONS
 
@@ -167,9 +168,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout, dstates):
-    grads = _scan_backward(dout, dstates, *ctx.saved_tensors, *ctx.options)
-    given = ctx.saved_tensors[:DIFFERENTIABLE]
-    return *with_none(grads, given), None, None, *[None] * OPTIONS
+    saved = ctx.saved_tensors
+    grads = _scan_backward(dout, dstates, *saved, *ctx.options)
+    return *with_none(grads, saved[:DIFFERENTIABLE]), None, None, *[None] * OPTIONS
 
 
 _scan.register_autograd(_differentiate, setup_context=_save)
