@@ -211,6 +211,7 @@ def test_the_keyboard_is_enough(page):
 # ------------------------------------------------------------------ servers that go wrong
 
 PART = json.dumps({"response": " sleeps", "done": False}).encode() + b"\n"
+WRONG_KEY = 401, b'{"error": "wrong key"}'
 STOPPING = json.dumps({"error": "the server is stopping"}).encode() + b"\n"
 
 
@@ -254,7 +255,8 @@ def stand_in():
         ((200, PART + STOPPING), "The server was stopped", "The boa sleeps"),
         ((200, b""), "The server went away while it wrote", "The boa"),
         ((429, b'{"error": "busy"}'), "The server is busy", ""),
-        ((401, b'{"error": "key"}'), "This server asks for its key", ""),
+        ((401, b'{"error": "no key"}'), "This server asks for its key", ""),
+        (WRONG_KEY, "The server has another key", ""),
         ((502, b"<html>"), "The server answered with status 502", ""),
         ((400, b'{"error": "prompt: expected a string"}'), "The text: expected", ""),
         (None, "The server does not answer. Is it still running?", ""),
@@ -265,6 +267,8 @@ def test_a_server_that_goes_wrong(chromium, stand_in, answer, said, text):
     address = f"http://127.0.0.1:{stand_in.server_port}"
     forget(chromium, f"{address}/api/tags")
     chromium.go(address, READY)
+    if answer == WRONG_KEY:
+        chromium.value("sessionStorage.setItem('key', 'x')")
     if answer is None:
         gone = "window.fetch = () => Promise.reject(new TypeError('Failed to fetch'))"
         chromium.value(gone)  # as a browser does where nothing listens
