@@ -44,10 +44,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(folder):
+def server(folder):
     with watching(folder) as (address, process):
-        yield address
-        assert process.poll() is None
+        yield address, process
+
+
+@pytest.fixture
+def address(server):
+    return server[0]
 
 
 @pytest.fixture
@@ -111,8 +115,9 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
 
 
 @needs_chromium
-def test_the_page_follows_runs(folder, second, tmp_path):
-    with browser(tmp_path) as page, watching(folder) as (address, process):
+def test_the_page_follows_runs_and_says_when_the_server_is_gone(server, second, tmp_path):
+    address, process = server
+    with browser(tmp_path) as page:
         page.go(address, "document.querySelectorAll('polyline.train').length == 2")
         shown = "document.body.innerText"
         assert page.value("document.querySelectorAll('#runs li').length") == 2
@@ -131,5 +136,6 @@ def test_the_page_follows_runs(folder, second, tmp_path):
             assert page.value(wide), f"the page is wider than {width} pixels"
         page.value("document.querySelector('#runs input').click()")
         page.wait_for("document.querySelectorAll('polyline.train').length == 1")
-        process.kill()
+        assert process.poll() is None
+        process.kill()  # the last test has no more use for it
         page.wait_for("document.getElementById('status').textContent.includes('does not answer')")
