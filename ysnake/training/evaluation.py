@@ -68,12 +68,13 @@ def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
 def evaluate(run: Run, console: "Console", tell: Callable[[str], None]) -> dict[str, float | None]:
     """Measure the held-out loss, write best/ if it is the best so far, and show a sample.
 
-    Returns what `held_out_loss` measures, and calls `tell` as it does.
+    Returns what `held_out_loss` measures. `tell` is called with what is done at the moment.
     """
     from ysnake.checkpoints import checkpoint
 
     progress = run.progress
     measured = held_out_loss(run, tell)
+    tell("writing a sample")
     loss = measured["val_loss"]
     better = False
     if loss is not None and math.isfinite(loss):

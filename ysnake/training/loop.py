@@ -74,6 +74,7 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
             log(line)
             resumed = False
             if evaluated and run.ranks.first:
+                show(done, "drawing the losses")
                 draw_loss(run.folder, console)
             good = progress.ended is None and not progress.skipped_in_a_row
             if progress.step % settings.checkpoint_every == 0 and good:
