@@ -61,13 +61,14 @@ def check_skip(D: Tensor | None, heads: int, head_dim: int, x: Tensor) -> None:
         check("D", D, (heads, head_dim) if by_channel else (heads,), x)
 
 
-def check_limit(dt_limit: tuple[float, float]) -> None:
-    """Raise unless `dt_limit` is a range of step sizes."""
+def check_limit(dt_limit: tuple[float, float]) -> tuple[float, float]:
+    """The two limits as floats. Raise unless `dt_limit` is a range of step sizes."""
     if not isinstance(dt_limit, tuple | list) or len(dt_limit) != 2:
         raise ValueError(f"dt_limit: expected two numbers, got {dt_limit!r}")
     low, high = dt_limit
     if not 0 <= low <= high:
         raise ValueError(f"dt_limit: expected 0 <= low <= high, got {dt_limit}")
+    return float(low), float(high)
 
 
 def values_can_be_checked(tensor: Tensor) -> bool:

@@ -46,7 +46,8 @@ class Launcher:
         key = (
             first.get_device(),
             *[None if t is None else (t.dtype, t.data_ptr() & 15 == 0) for t in tensors],
-            *[(i == 1, i & 15 == 0, i >= 2**31) for i in integers],
+            *[2 if i == 1 else i & 15 == 0 for i in integers],
+            max(integers) >= 2**31 and tuple(i >= 2**31 for i in integers),
         )
         compiled = self.compiled.get(key)
         if compiled is None:

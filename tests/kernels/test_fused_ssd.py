@@ -143,6 +143,14 @@ def test_slices_of_one_projection():
     )
 
 
+def test_single_tokens_that_are_transposed_in_memory():
+    """torch calls them contiguous, with a stride of the batch that is smaller than a token's."""
+    tensors = inputs(batch=3, length=1, heads=2)
+    for name in ("x", "dt", "B", "C"):
+        tensors[name] = tensors[name].transpose(0, 1).contiguous().transpose(0, 1)
+    check(tensors)
+
+
 def test_dt_limit():
     tensors = inputs(dt_bias=True, **SMALL)
     check(tensors, OPTIONS | {"dt_limit": (0.05, 0.2)})

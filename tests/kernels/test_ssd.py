@@ -254,6 +254,15 @@ def test_no_overflow_at_extreme_decays():
     assert_equals_reference(ssd_scan, tensors, OPTIONS | {"dt_softplus": False})
 
 
+@pytest.mark.parametrize("name", ["reference", "eager"])
+@pytest.mark.parametrize("exact", ["x", "z", "initial_states"])
+def test_states_are_float64_if_any_input_is(name, exact):
+    tensors = inputs(dtype=torch.float32, **EVERYTHING)
+    tensors[exact] = tensors[exact].double()
+    with backend(name):
+        assert ssd_scan(**tensors, **OPTIONS)[1].dtype == torch.float64
+
+
 def test_autocast_keeps_the_decay_exact():
     tensors = inputs(dtype=torch.float32)
     expected = ssd_scan(**tensors, **OPTIONS)[0]

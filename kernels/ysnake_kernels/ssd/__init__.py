@@ -79,11 +79,9 @@ def ssd_scan(
     """
     inputs = ScanInputs(
         *(x, dt, A, B, C, D, z, initial_states, dt_bias, seq_idx, cu_seqlens),
-        *(chunk_size, dt_softplus, dt_limit),
+        *(chunk_size, bool(dt_softplus), check_limit(dt_limit)),
     )
     check_scan(inputs)
-    low, high = dt_limit
-    inputs = inputs._replace(dt_softplus=bool(dt_softplus), dt_limit=(float(low), float(high)))
     y, states = run(choose(x), inputs)
     return (y, states) if return_final_states else y
 

@@ -13,6 +13,8 @@
 There are no atomics, so the results are deterministic.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +32,9 @@ from ysnake_kernels.ssd.fused_plan import (
     configured,
     constants,
     device,
+    in_chunks,
     in_tiles,
+    line_of,
     segments,
     side_by_side,
     slots,
@@ -70,13 +74,14 @@ def plan_backward(inputs: ScanInputs, unit: int) -> Plan:
     groups = inputs.B.shape[2]
     family, multiprocessors = device(inputs.x.device)
     K = constants(inputs, unit, family)
-    chunk = configured("states", family, K, 0)[1].chunk
-    states, rows, columns = (
-        configured(kind, family, K, chunk) for kind in ("states", "rows", "columns")
-    )
-    chunks = slots(inputs.sequences, batch, length, inputs.cu_seqlens is not None, chunk)
+    config = line_of("states", family, K)
+    chunk = config.chunk
+    states = in_chunks(K, config, chunk), config
+    rows, columns = (configured(kind, family, K, chunk) for kind in ("rows", "columns"))
+    sequences = inputs.sequences
+    chunks = slots(sequences, batch, length, inputs.cu_seqlens is not None, chunk)
     slices = K.P2 // states[0].PS
-    count = segments(inputs.sequences, 2 * heads, slices, batch * length, multiprocessors)
+    count = segments(sequences, 2 * heads, slices, batch * length, multiprocessors)
     tiles = chunks * (chunk // rows[0].Q + chunk // columns[0].Q)
     splits = splits_of_group(tiles * groups, heads // groups, multiprocessors)
     return Plan(states, rows, columns, chunks, count, slices, splits)
@@ -100,9 +105,7 @@ class Work(NamedTuple):
     numbers: Tensor  # of each token and head, the rows that fused_tiles names
     sizes: tuple[int, int, int]  # tokens of a row of the batch and of a row of numbers, sequences
     tokens: list[int]  # strides of the tokens of x, B, C, G, dx, dB and dC, in units
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=dtype or self.inputs.accumulator, device=self.G.device)
+    empty: Callable[..., Tensor]  # torch.empty on the device, in the dtype of sums and exponents
 
 
 def backward(
@@ -136,7 +139,7 @@ def _ungated(
 ) -> ScanGradients:
     """`backward` of a scan without a gate, from the gradient G of its y. Writes y, if given."""
     x, dt, B, C, G = (side_by_side(t) for t in (inputs.x, inputs.dt, inputs.B, inputs.C, G))
-    inputs = inputs._replace(x=x, dt=dt, B=B, C=C)
+    inputs = ScanInputs(x, dt, inputs.A, B, C, *inputs[5:])
     if into is None:
         into = SequenceGradients(
             *(torch.empty_like(t, memory_format=CONTIGUOUS) for t in (x, dt, B, C))
@@ -147,7 +150,8 @@ def _ungated(
     with torch.cuda.device_of(x):
         numbers, padded = compute_decays(inputs, K, K.CHUNK, ft.BACKWARD_ROWS)
         sizes = (x.shape[1], padded, inputs.sequences)
-        work = Work(plan, inputs, G, numbers, sizes, tokens)
+        empty = partial(torch.empty, dtype=numbers.dtype, device=x.device)
+        work = Work(plan, inputs, G, numbers, sizes, tokens, empty)
         states, dstates, dinitial = _launch_states(work, dfinal)
         dD, through = _launch_tiles(work, states, dstates, into, y)
         dA, ddt_bias = _launch_steps(work, through, into.ddt)
@@ -162,9 +166,9 @@ def _launch(kernel: Any, planned: tuple[Constants, Config], *more: int) -> Launc
 def _launch_states(work: Work, dfinal: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """S and dS' of all chunks, and the gradient of the initial states."""
     plan, inputs = work.plan, work.inputs
-    (K, _), count, sequences = plan.states, plan.segments, inputs.sequences
+    (K, _), count, sequences = plan.states, plan.segments, work.sizes[2]
     state = (K.HEADS, K.P, K.N)
-    factors = torch.bfloat16 if tl.bfloat16 == K.DOT else inputs.accumulator
+    factors = torch.bfloat16 if tl.bfloat16 == K.DOT else work.numbers.dtype
     states, dstates = (work.empty(plan.chunks, *state, dtype=factors) for _ in range(2))
     initial = inputs.initial_states
     dinitial = None if initial is None else torch.empty_like(initial)
@@ -191,7 +195,7 @@ def _launch_tiles(
     """Write dx, dB, dC and y; return dD, and the flow through each chunk."""
     plan, inputs, splits = work.plan, work.inputs, work.plan.splits
     (K, _), (length, _, _) = plan.rows, work.sizes
-    batch, groups = len(inputs.x), K.HEADS // K.PER_GROUP
+    batch, groups = inputs.x.shape[0], K.HEADS // K.PER_GROUP
     through = work.empty(plan.chunks, K.HEADS)
     dB_within = work.empty(K.CHUNK // K.Q, batch * length, splits * groups, K.N)
     D = inputs.D

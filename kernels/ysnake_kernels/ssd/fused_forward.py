@@ -249,11 +249,12 @@ def compute_decays(inputs: ScanInputs, K: Constants, chunk: int, count: int) -> 
     exact = torch.float64 if tl.float64 == K.ACC else torch.float32
     rows = torch.empty(batch, heads, count, padded, dtype=exact, device=dt.device)
     at_once = heads_at_once(heads)
-    chunks = slots(inputs.sequences, batch, length, inputs.cu_seqlens is not None, chunk)
+    sequences = inputs.sequences
+    chunks = slots(sequences, batch, length, inputs.cu_seqlens is not None, chunk)
     launcher(decays_kernel, (in_tiles(K, 0, chunk, 0), at_once, count))(
         (chunks * ceil_divide(heads, at_once),),
         (dt, inputs.A, inputs.dt_bias, inputs.cu_seqlens, rows),
-        (dt.stride(1), length, padded, inputs.sequences),
+        (dt.stride(1), length, padded, sequences),
     )
     return rows, padded
 
@@ -272,14 +273,15 @@ def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     programs = (sequences * count * heads * slices,)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     states = inputs.empty_states()
+    exact = {"dtype": states.dtype, "device": x.device}
     ends = whole = None
     where = inputs.seq_idx, inputs.cu_seqlens
     with torch.cuda.device_of(x):
         rows, padded = compute_decays(inputs, K, K.Q, ft.FORWARD_ROWS)
         sizes = length, padded, sequences
         if count > 1:
-            ends = states.new_empty(sequences, count, heads, P, K.N)
-            whole = states.new_empty(sequences, count, heads)
+            ends = torch.empty(sequences, count, heads, P, K.N, **exact)
+            whole = torch.empty(sequences, count, heads, **exact)
             given = (x, B, C, None, rows, None, None, *where, None, ends, None, whole, None, None)
             launcher(states_kernel, (K, count, ft.FORWARD_ROWS), config.warps, config.stages)(
                 programs, given, (*tokens[:3], 0, *sizes)

@@ -50,15 +50,16 @@ def side_by_side(t: MaybeTensor) -> MaybeTensor:
     All numbers of a token lie side by side, and the rows of the batch at equal distances. The
     stride of a token is limited, since kernels count in 32 bits within a tile.
     """
-    if t is None or (t.is_contiguous() and t.stride(1) < 2**22):
+    if t is None:
         return t
-    batch, length, *sizes = t.shape
-    expected = 1
-    fits = t.stride(1) < 2**22 and (batch == 1 or t.stride(0) == length * t.stride(1))
-    for size, stride in zip(sizes[::-1], t.stride()[:1:-1], strict=True):
-        fits &= size == 1 or stride == expected
-        expected *= size
-    return t if fits else t.contiguous()
+    shape, stride = t.shape, t.stride()
+    fits = stride[1] < 2**22 and (shape[0] == 1 or stride[0] == shape[1] * stride[1])
+    if stride[2:] != ((*shape[3:], 1) if len(shape) == 4 else (1,)):
+        expected = 1  # the stride of a dimension of size 1 does not matter
+        for i in range(len(shape) - 1, 1, -1):
+            fits &= shape[i] == 1 or stride[i] == expected
+            expected *= shape[i]
+    return t if fits else t.clone(memory_format=torch.contiguous_format)
 
 
 def strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
@@ -111,7 +112,7 @@ def constants(inputs: ScanInputs, unit: int, family: str) -> Constants:
     numbers = arithmetic(family, exact and tf32_is_allowed(), *dtypes)
     sizes = *x.shape[2:], *B.shape[2:]
     per_channel = D is not None and D.ndim == 2
-    steps = bool(inputs.dt_softplus), *map(float, inputs.dt_limit)
+    steps = inputs.dt_softplus, *inputs.dt_limit
     return _constants(*sizes, unit, per_channel, *steps, *numbers)
 
 
@@ -193,9 +194,19 @@ def configured(kind: str, family: str, K: Constants, chunk: int) -> tuple[Consta
 
     `chunk` is the tokens of a chunk; 0 means that a chunk is one tile.
     """
+    config = line_of(kind, family, K)
+    return in_chunks(K, config, chunk or config.tile), config
+
+
+def line_of(kind: str, family: str, K: Constants) -> Config:
+    """A kernel's line of the table."""
     size = "wide" if K.N2 > 128 else "usual"
-    config = TABLE[table_key(kind, K.DOT.primitive_bitwidth // 8, size, family)]
-    return in_tiles(K, config.tile, chunk or config.tile, min(config.p_slice, K.P2)), config
+    return TABLE[table_key(kind, K.DOT.primitive_bitwidth // 8, size, family)]
+
+
+def in_chunks(K: Constants, config: Config, chunk: int) -> Constants:
+    """K with the tile and slice of a line of the table, and chunks of `chunk` tokens."""
+    return in_tiles(K, config.tile, chunk, min(config.p_slice, K.P2))
 
 
 def table_key(kind: str, item: int, size: str, family: str) -> tuple:
