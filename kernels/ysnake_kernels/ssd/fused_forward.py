@@ -9,6 +9,8 @@
 A chunk of the forward is one tile.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -273,15 +275,14 @@ def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     programs = (sequences * count * heads * slices,)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     states = inputs.empty_states()
-    exact = {"dtype": states.dtype, "device": x.device}
     ends = whole = None
     where = inputs.seq_idx, inputs.cu_seqlens
     with torch.cuda.device_of(x):
         rows, padded = compute_decays(inputs, K, K.Q, ft.FORWARD_ROWS)
         sizes = length, padded, sequences
         if count > 1:
-            ends = torch.empty(sequences, count, heads, P, K.N, **exact)
-            whole = torch.empty(sequences, count, heads, **exact)
+            new = partial(torch.empty, dtype=states.dtype, device=x.device)
+            ends, whole = new(sequences, count, heads, P, K.N), new(sequences, count, heads)
             given = (x, B, C, None, rows, None, None, *where, None, ends, None, whole, None, None)
             launcher(states_kernel, (K, count, ft.FORWARD_ROWS), config.warps, config.stages)(
                 programs, given, (*tokens[:3], 0, *sizes)

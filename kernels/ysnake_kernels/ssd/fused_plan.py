@@ -52,7 +52,8 @@ def side_by_side(t: MaybeTensor) -> MaybeTensor:
     """
     if t is None:
         return t
-    shape, stride = t.shape, t.stride()
+    shape: tuple[int, ...] = t.shape
+    stride = t.stride()
     fits = stride[1] < 2**22 and (shape[0] == 1 or stride[0] == shape[1] * stride[1])
     if stride[2:] != ((*shape[3:], 1) if len(shape) == 4 else (1,)):
         expected = 1  # the stride of a dimension of size 1 does not matter
