@@ -130,3 +130,14 @@ def test_a_notebook_gets_a_bar(tmp_path):
     assert '<progress max="1" value="0.5000"></progress> step &lt;1&gt;' in bars
     assert any("a sample" in bar for bar in bars)
     assert bars[-1] == ""  # the bar vanishes
+
+
+def test_samples_after_the_last_checkpoint_are_written_once(here):
+    sizes = {"quiet": True, "eval_every": 1, "threads": 1, **SIZES}
+    whole = ysnake.train("snakes.txt", run="runs/whole", max_steps=2, **sizes)
+    run = ysnake.train("snakes.txt", run="runs/killed", max_steps=1, **sizes)
+    samples = run.path / "samples.txt"
+    with samples.open("a") as file:  # as a process killed between a sample and its checkpoint
+        file.write("step 2: loss 5.7\nThe adder >>> is")
+    ysnake.train(run=run.path, resume=True, max_steps=2, quiet=True)
+    assert samples.read_text() == (whole.path / "samples.txt").read_text()

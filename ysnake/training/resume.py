@@ -92,7 +92,7 @@ def _resumed(
     if settings.output_size is not None:
         model = checkpoint.with_factors(model, saved["head"], settings.output_size)
     model.use_config(replace(model.config, chunk_size=settings.chunk_size))
-    progress = Progress(**saved["progress"])
+    progress = Progress(**{"samples_size": None} | saved["progress"])
     if progress.samples_size is not None:
         progress.samples_size = int(progress.samples_size)
     memory.check(settings, model.config, cli.pick_device(settings.device))

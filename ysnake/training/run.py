@@ -43,7 +43,7 @@ class Progress:
     best_val_loss: float | None = None
     evaluations: int = 0
     evaluations_since_best: int = 0
-    samples_size: int | None = None  # bytes of samples.txt; None in runs of earlier versions
+    samples_size: int | None = 0  # bytes of samples.txt; None in runs of earlier versions
     threads: int = 0
     processes: int = 1
     ended: str | None = None  # steps, time, loss, patience, interrupted or diverged
