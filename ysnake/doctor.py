@@ -127,9 +127,7 @@ def torch_facts() -> dict[str, str]:
         "CPU kernels": answer(torch.backends.cpu.get_cpu_capability),
         "oneDNN": answer(torch.backends.mkldnn.is_available),
         "MKL": answer(torch.backends.mkl.is_available),
-        "16-bit products on the CPU": answer(
-            lambda: ", ".join(bfloat16_products()) or "none known"
-        ),
+        "16-bit products on the CPU": answer(sixteen_bits),
         "CUDA": answer(lambda: torch.version.cuda or "none, built without"),
         "HIP": answer(lambda: torch.version.hip or "none, built without"),
     }

@@ -33,7 +33,7 @@ class ModelConfig:
     expand: int = 2
     n_groups: int = 1
     conv_width: int = 4
-    chunk_size: int | None = None  # None: the operators choose
+    chunk_size: int | None = None  # of the scan; changes its speed, not its result. None: automatic
     output_size: int | None = None  # None: no factorised head
     tied: bool = True
     norm_eps: float = 1e-5

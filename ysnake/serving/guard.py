@@ -93,10 +93,10 @@ class Guard:
 
     def knows(self, host: str) -> bool:
         """Whether a Host header names this machine."""
-        found = _HOST.fullmatch(host)
-        if not found:
+        match = _HOST.fullmatch(host)
+        if not match:
             return False
-        name = found["name"].lower().strip("[]")
+        name = match["name"].lower().strip("[]")
         if name in self.names or name.endswith(".localhost"):
             return True
         # A foreign name can be made to lead to this machine; an address cannot.

@@ -14,6 +14,7 @@ from ysnake.serving.embeddings import EmbeddingRequest, texts_of
 from ysnake.serving.fields import Body, Fields, take
 from ysnake.serving.service import Service
 
+# Fields of /api/generate and /api/chat, as the class `Fields` explains them.
 USED = {"model", "name", "stream", "options"}
 NEUTRAL: dict[str, tuple] = {"format": ("",), "think": (False,), "template": ("",)}
 NEUTRAL |= {"images": ([],), "logprobs": (False,), "top_logprobs": (0,)}

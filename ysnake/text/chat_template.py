@@ -105,7 +105,7 @@ def load(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
 
 
 def _source(path: Path) -> str:
-    if path.stat().st_size > 4 * LONGEST_SOURCE:
+    if path.stat().st_size > 4 * LONGEST_SOURCE:  # UTF-8 has at most 4 bytes a character
         raise InputError(f"{path}: expected at most {LONGEST_SOURCE:,} characters")
     try:
         return path.read_text(encoding="utf-8")

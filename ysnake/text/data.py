@@ -1,4 +1,4 @@
-"""From documents to training windows: the held-out split, tokens on disk, and windows of them.
+"""From documents to training windows: tokens on disk, and windows of them.
 
 A corpus is never in memory as a whole: documents come in pieces, and tokens are memory-mapped. On
 disk a document is bos + text + eos, so a document starts exactly where a bos follows an eos.
@@ -9,57 +9,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from ysnake.model.config import IGNORED
 from ysnake.shared.errors import InputError
-from ysnake.text.documents import Corpus, Piece, find_files, near_space, open_corpus, read_file
+from ysnake.text.documents import Corpus, Piece, find_files, open_corpus, read_file
+from ysnake.text.held_out import Part, split
 from ysnake.text.tokenizer import dropped_bytes, encode
 
-__all__ = ["Corpus", "Piece", "find_files", "open_corpus", "read_file"]  # from here, too
-
-HELD_OUT_EVERY = 20  # one character in so many is held out
-SHORTEST_PASSAGE = 200  # characters; less is not cut from a document
-LONGEST_WHOLE = 1 << 16  # characters; no longer document is held out whole
-
-
-class Part(NamedTuple):
-    """A part of a document that belongs to one side of the split."""
-
-    text: str
-    ends: bool  # the document ends with it
-    held_out: bool
-    cut: bool  # a passage was cut off its end, or this is that passage
-
-
-def split(pieces: Iterable[Piece]) -> Iterator[Part]:
-    """Split the pieces: a twentieth of the text is held out.
-
-    Among many small documents, some are held out whole. A document that is long, in itself or
-    compared with the text before it, loses the end of each of its pieces. So no large document is
-    held out whole, and later text does not change what is held out.
-    """
-    read, owed, inside = 0, 0, False  # owed: characters to hold out, times HELD_OUT_EVERY
-    for text, ends in pieces:
-        size = len(text)
-        read += size
-        owed += size
-        short = ends and not inside and size <= LONGEST_WHOLE
-        passage = min(owed // HELD_OUT_EVERY, size // 2)
-        if short and size * HELD_OUT_EVERY <= owed:
-            yield Part(text, True, True, False)
-            owed -= size * HELD_OUT_EVERY
-        elif passage >= SHORTEST_PASSAGE and (not short or size * HELD_OUT_EVERY > read):
-            at = near_space(text, size - passage)
-            yield Part(text[:at], False, False, True)
-            yield Part(text[at:], ends, True, True)
-            owed -= (size - at) * HELD_OUT_EVERY
-        else:
-            yield Part(text, ends, False, False)
-        inside = not ends
+# from here, too
+__all__ = ["Corpus", "Part", "Piece", "find_files", "open_corpus", "read_file", "split"]
 
 
 @dataclass

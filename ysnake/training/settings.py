@@ -142,8 +142,8 @@ class Settings:
         return self.run
 
 
-# These settings may change when a run is resumed. The others determine its weights. lr and
-# warmup_steps do too, but a run that has diverged needs other ones.
+# A resumed run may change these. The others are fixed, since they determine the weights. lr and
+# warmup_steps determine them as well, but may change, so that a diverged run can be rescued.
 FREE_ON_RESUME = (
     *("config", "run", "resume", "plan", "shard", "context_parallel", "device", "threads"),
     *("recompute", "no_graphs", "log"),
