@@ -234,7 +234,7 @@ class Backbone(nn.Module):
         return self.normed(h, mixed)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """The embeddings, in the dtype of the residual stream: float32 if the configuration says so."""
+        """The embeddings, in the dtype of the residual stream."""
         h = self.embeddings(ids)
         return h.float() if self.residual_in_fp32 and h.dtype != torch.float64 else h
 
