@@ -83,7 +83,7 @@ def gradients(
     scan_starts: list[Tensor | None] = []
     totals: list[Tensor | None] = [None] * (TENSORS - BY_ROW)
     for rows in _row_groups(inputs):
-        given = Given(*(None if t is None else t[rows] for t in (rstd, dout, dstates)))
+        given = BackwardInputs(*(None if t is None else t[rows] for t in (rstd, dout, dstates)))
         conv_start, scan_start, grads = _backward(inputs.rows(rows), given, dzxbcdt[rows])
         conv_starts.append(conv_start)
         scan_starts.append(scan_start)
@@ -146,8 +146,8 @@ def _forward(inputs: MixerInputs, rstd: Tensor | None, out: Tensor) -> Tensor | 
     return states
 
 
-class Given(NamedTuple):
-    """What backward gets from outside."""
+class BackwardInputs(NamedTuple):
+    """The gradients of the outputs, and what forward kept for backward."""
 
     rstd: Tensor | None
     dout: Tensor | None
@@ -155,7 +155,7 @@ class Given(NamedTuple):
 
 
 def _backward(
-    inputs: MixerInputs, given: Given, dzxbcdt: Tensor
+    inputs: MixerInputs, given: BackwardInputs, dzxbcdt: Tensor
 ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
     """Write dzxbcdt; return the gradients of both initial states and of the parameters."""
     sizes = inputs.sizes

@@ -30,9 +30,9 @@ def mixer(inputs: MixerInputs) -> tuple[Tensor, Tensor]:
     scan.check_sizes(sizes.head_dim, sizes.state)
     norm.check_group(sizes.d_inner // sizes.groups)
     if weight is not None:
-        weight = weight.to(inputs.dtype)
         bias = None if bias is None else bias.to(inputs.dtype)
-    return _Mixer.apply(*inputs._replace(out_weight=weight, out_bias=bias))
+        inputs = inputs._replace(out_weight=weight.to(inputs.dtype), out_bias=bias)
+    return _Mixer.apply(*inputs)
 
 
 class _Mixer(torch.autograd.Function):
@@ -44,8 +44,9 @@ class _Mixer(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:TENSORS])
         ctx.options = inputs[TENSORS:]
         ctx.set_materialize_grads(False)
-        _, y, states = _scanned(inputs)
-        normed, weight = _normed(inputs, y), inputs.out_weight
+        z, xBC, dt = inputs.sizes.split(inputs.zxbcdt)
+        _, y, states = _scanned(inputs, xBC, dt)
+        normed, weight = _normed(inputs, y, z), inputs.out_weight
         return (normed if weight is None else F.linear(normed, weight, inputs.out_bias)), states
 
     @staticmethod
@@ -55,9 +56,8 @@ class _Mixer(torch.autograd.Function):
         return *_gradients(inputs, dout, dstates), *[None] * len(ctx.options)
 
 
-def _scanned(inputs: MixerInputs) -> tuple[ScanInputs, Tensor, Tensor]:
+def _scanned(inputs: MixerInputs, xBC: Tensor, dt: Tensor) -> tuple[ScanInputs, Tensor, Tensor]:
     """The inputs of the scan, its output [batch length d_inner], and the final states."""
-    _, xBC, dt = inputs.sizes.split(inputs.zxbcdt)
     mixed, _ = conv.forward(inputs.convolution(xBC))
     given = inputs.scan(mixed.transpose(1, 2), dt)
     D, initial_states, dt_bias, seq_idx = (
@@ -75,9 +75,8 @@ def _scanned(inputs: MixerInputs) -> tuple[ScanInputs, Tensor, Tensor]:
     return given, y.flatten(2), states
 
 
-def _normed(inputs: MixerInputs, y: Tensor) -> Tensor:
+def _normed(inputs: MixerInputs, y: Tensor, z: Tensor) -> Tensor:
     """The gated norm of the scan's output, in the dtype of what follows."""
-    z = inputs.sizes.split(inputs.zxbcdt)[0]
     dtype = y.dtype if inputs.out_weight is None else inputs.out_weight.dtype
     return norm.add_and_norm(inputs.norm(y, z), None, dtype)[1]
 
@@ -87,18 +86,18 @@ def _gradients(
 ) -> list[Tensor | None]:
     """The gradients of all tensors of the inputs, from those of the output and final states."""
     sizes, weight = inputs.sizes, inputs.out_weight
-    given, y, _ = _scanned(inputs)
+    z, xBC, dt = sizes.split(inputs.zxbcdt)
+    given, y, _ = _scanned(inputs, xBC, dt)
     if dout is None:
         features = sizes.d_inner if weight is None else len(weight)
         dout = y.new_zeros(*y.shape[:-1], features)
     dout_weight = dout_bias = None
     if weight is not None:
         rows = dout.reshape(-1, len(weight))
-        dout_weight = rows.t() @ _normed(inputs, y).view(-1, weight.shape[1])
+        dout_weight = rows.t() @ _normed(inputs, y, z).view(-1, weight.shape[1])
         dout_bias = None if inputs.out_bias is None else rows.sum(0)
         dout = (rows @ weight).view(y.shape)
     dzxbcdt = torch.empty_like(inputs.zxbcdt, memory_format=torch.contiguous_format)
-    z, xBC, _ = sizes.split(inputs.zxbcdt)
     dz, dxBC, ddt = sizes.split(dzxbcdt)
     dy, _, dnorm_weight, *_ = norm.gradients(inputs.norm(y, z), dout, dz=dz)
     del y, dout  # each as large as x: later launches use their memory again

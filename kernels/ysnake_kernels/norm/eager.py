@@ -26,7 +26,7 @@ SLACK = 256
 
 def norm(inputs: NormInputs, out_dtype: torch.dtype) -> Tensor:
     """`rms_norm_gated` of inputs that it has checked."""
-    return _differentiable(*inputs._replace(eps=float(inputs.eps))).to(out_dtype)
+    return _differentiable(*inputs).to(out_dtype)
 
 
 def _forward(
