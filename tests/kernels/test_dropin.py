@@ -10,6 +10,7 @@ import torch
 from ysnake_kernels import ssd_scan, ssd_step
 from ysnake_kernels.dropin import blocks, norms
 from ysnake_kernels.dropin import functions as f
+from ysnake_kernels.dropin.for_transformers import convolve
 from ysnake_kernels.dropin.mamba_1 import Mamba
 from ysnake_kernels.dropin.modules import Mamba2
 
@@ -426,6 +427,21 @@ def test_last_tokens_of_packed_sequences():
     expected[0, :, 2:] = x[:2].T
     expected[2] = x[5:].T
     assert torch.equal(states, expected)
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "gelu"])
+def test_a_model_s_convolution_is_the_same_in_any_memory(activation):
+    pytest.importorskip("transformers", reason="pip install -e '.[test]' has it")
+    x, weight, bias = random(2, 6, 9), random(6, 4, seed=1), random(6, seed=2)
+    channel_last = x.transpose(1, 2).contiguous().transpose(1, 2)
+    documents = torch.zeros(2, 9, dtype=torch.int32)
+    expected = convolve(channel_last, weight, bias, None, activation)
+    for same, numbers in ((x, None), (x, documents), (x[..., :1], None)):
+        y = convolve(same, weight, bias, numbers, activation)
+        torch.testing.assert_close(y, expected[..., : same.shape[2]])
+    if activation != "gelu":
+        plain = f.causal_conv1d_fn(x, weight, bias, activation=activation)
+        torch.testing.assert_close(expected, plain)
 
 
 def split_inputs(spare=0):
