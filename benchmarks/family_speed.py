@@ -32,7 +32,7 @@ MODELS = {
             "mamba_n_heads": 48,
             "shared_intermediate_size": 4096,
             "num_local_experts": 0,
-            "layer_types": ["mamba", "mamba"],
+            "layer_types": ["mamba", "attention"],
         },
     ),
     "Falcon-H1-0.5B": (

@@ -1,11 +1,12 @@
 """Our operators under the names of mamba_ssm and causal-conv1d, for code that imports those.
 
 `install()` makes both packages importable. transformers and others then find them as if they had
-been installed, on any device. `functions`, `modules`, `norms` and `blocks` have what they get.
-`for_transformers` has what models of transformers get instead.
+been installed, on any device. They get the contents of `functions`, `modules`, `mamba_1`, `norms`
+and `blocks`. Models of transformers get some functions of `for_transformers` instead.
 """
 
 import sys
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
@@ -18,7 +19,7 @@ from ysnake_kernels.dropin.mamba_1 import Mamba
 from ysnake_kernels.dropin.modules import Mamba2
 from ysnake_kernels.selective_scan import selective_scan
 
-# The releases whose interface this is; "+ysnake" says that it is not them.
+# The releases whose interfaces these are. "+ysnake" marks that they are not the real packages.
 _VERSIONS = {"mamba_ssm": "2.3.0+ysnake", "causal_conv1d": "1.6.0+ysnake"}
 
 
@@ -32,7 +33,7 @@ _MAMBA_1 = _named(selective_scan_fn=selective_scan)
 _VARLEN = _named(functions.causal_conv1d_varlen_states)
 _CONVOLUTIONS = _named(functions.causal_conv1d_fn, functions.causal_conv1d_update)
 _OFFERED: dict[str, dict[str, Any]] = {
-    # functions at the root too: transformers asks there
+    # transformers looks functions up at the root
     "mamba_ssm": {**_SCANS, **_STEP, **_MAMBA_1, **_named(Mamba, Mamba2)},
     "mamba_ssm.modules": {},
     "mamba_ssm.modules.block": _named(blocks.Block),
@@ -68,23 +69,23 @@ _REASONS = {  # by the last part of the name
 def install(
     force: bool = False, keep_freed_memory: bool = True, fused_training: bool = False
 ) -> None:
-    """Make `mamba_ssm` and `causal_conv1d` importable, each where the real one is not installed.
+    """Make `mamba_ssm` and `causal_conv1d` importable, each unless the real one is installed.
 
-    Importing anything else from them raises a ModuleNotFoundError that says so. Installing again
-    changes nothing.
+    Importing a name that they do not offer raises a ModuleNotFoundError that says so. Installing
+    again changes nothing.
 
     Args:
         force: stand in for the real packages even where they are installed.
-        keep_freed_memory: set the C library's allocator to keep for the next step what a step
-            frees, so that training is faster on a CPU (`allocator.keep_freed_memory`).
-        fused_training: train transformers' Mamba-2 mixers by one function each, which is faster and
-            takes less memory. The function gets a mixer's weights, and no more of it. Wrong results
-            follow where a mixer's output projection has an adapter (LoRA) or a hook, where a batch
-            is padded on the left, and where a norm comes before its gate.
+        keep_freed_memory: set the C library's allocator to keep freed memory for the next step.
+            This makes training on a CPU faster (`allocator.keep_freed_memory`).
+        fused_training: in training, run a whole Mamba-2 mixer of transformers as one function. This
+            is faster and takes less memory. The function sees only the mixer's weights. Results are
+            wrong if an output projection has an adapter (LoRA) or a hook, if a batch is padded on
+            the left, or if a norm comes before its gate.
 
     Raises:
-        RuntimeError: too late, since a model of transformers, or a real package that is to be
-            replaced, has been imported already and keeps what it found then.
+        RuntimeError: it is too late. A model of transformers has been imported already and keeps
+            the operators that it found, or a real package has been imported that `force` replaces.
     """
     wanted = [package for package in _VERSIONS if not _is_ours(package)]
     if not force:
@@ -120,7 +121,7 @@ def _add_module(name: str, models: Models) -> None:
     package, _, _ = name.partition(".")
     spec = ModuleSpec(name, loader=_Loader(), origin=__file__, is_package=True)
     spec.has_location = True
-    module: ModuleType = module_from_spec(spec)
+    module: Any = module_from_spec(spec)
     module.__doc__ = f"Stands in for {name}; made by ysnake_kernels.dropin."
     module.__version__ = _VERSIONS[package]
     module.__all__ = list(_OFFERED[name])
@@ -140,8 +141,8 @@ def _add_module(name: str, models: Models) -> None:
         setattr(sys.modules[parent], child, module)
 
 
-class _Loader:
-    """Of modules that stand in: an import that began before `install` gets the one that it made."""
+class _Loader(Loader):
+    """Loads the modules that stand in. An import that began before `install` gets them too."""
 
     @staticmethod
     def create_module(spec: ModuleSpec) -> ModuleType | None:
@@ -153,10 +154,10 @@ class _Loader:
 
 
 class _Refuser:
-    """A finder on sys.meta_path. It says why a part of a package that we stand in for is missing.
+    """A finder on sys.meta_path that says why a name of mamba_ssm or causal_conv1d is missing.
 
-    Python also asks it about `from package import name`. There Python drops an error whose name is
-    that of the missing part, and its message with it. So the error names the package.
+    For `from package import name` Python hides an error whose own name is that of the missing part.
+    So the error carries the package's name, and its message is shown.
     """
 
     @staticmethod

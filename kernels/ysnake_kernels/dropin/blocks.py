@@ -1,4 +1,4 @@
-"""What models of mamba_ssm are built of around a mixer: the block, and what decoding remembers."""
+"""The parts of mamba_ssm's models around a mixer: the block, and the states of decoding."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from ysnake_kernels.dropin.norms import RMSNorm, layer_norm_fn
 
 @dataclass
 class InferenceParams:
-    """What decoding hands to all layers: the states by layer, and how many tokens came before."""
+    """What decoding passes to every layer: the layers' states, and the number of tokens so far."""
 
     max_seqlen: int
     max_batch_size: int
@@ -33,7 +33,7 @@ class Block(nn.Module):
     def __init__(
         self,
         dim: int,
-        mixer_cls: Callable[[int], nn.Module],
+        mixer_cls: Callable[[int], Any],
         mlp_cls: Callable[[int], nn.Module],
         norm_cls: Callable[[int], nn.Module] = nn.LayerNorm,
         fused_add_norm: bool = False,
@@ -41,7 +41,8 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.residual_in_fp32, self.fused_add_norm = residual_in_fp32, fused_add_norm
-        self.norm, self.mixer = norm_cls(dim), mixer_cls(dim)
+        self.norm = norm_cls(dim)
+        self.mixer: Any = mixer_cls(dim)
         self.mlp = None
         if mlp_cls is not nn.Identity:
             self.norm2, self.mlp = norm_cls(dim), mlp_cls(dim)
@@ -53,7 +54,7 @@ class Block(nn.Module):
         inference_params: Any = None,
         **mixer_kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        """The output, which is not yet added, and the sum so far."""
+        """The output and the residual. The next block adds them."""
         hidden_states, residual = self._add_and_norm(hidden_states, residual, self.norm)
         hidden_states = self.mixer(hidden_states, inference_params=inference_params, **mixer_kwargs)
         if self.mlp is not None:
@@ -61,14 +62,14 @@ class Block(nn.Module):
             hidden_states = self.mlp(hidden_states)
         return hidden_states, residual
 
-    def _add_and_norm(
-        self, x: Tensor, residual: Tensor | None, norm: nn.Module
-    ) -> tuple[Tensor, Tensor]:
+    def _add_and_norm(self, x: Tensor, residual: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
         if self.fused_add_norm:
-            options = {"residual": residual, "prenorm": True, "eps": norm.eps}
+            options: dict[str, Any] = {"residual": residual, "prenorm": True, "eps": norm.eps}
             options |= {"residual_in_fp32": self.residual_in_fp32}
             is_rms_norm = isinstance(norm, RMSNorm)
-            return layer_norm_fn(x, norm.weight, norm.bias, is_rms_norm=is_rms_norm, **options)
+            out = layer_norm_fn(x, norm.weight, norm.bias, is_rms_norm=is_rms_norm, **options)
+            assert isinstance(out, tuple)
+            return out
         total = x if residual is None else x + residual
         y = norm(total.to(norm.weight.dtype))
         return y, total.to(torch.float32) if self.residual_in_fp32 else total

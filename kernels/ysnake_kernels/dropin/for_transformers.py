@@ -1,14 +1,15 @@
-"""What a model of transformers gets instead of the plain functions, so that it stays itself.
+"""What models of transformers get in place of the plain functions, so that they compute the same.
 
-A model hands over tensors, not modules. A function that takes the place of several modules
-therefore cannot see adapters, hooks, masks and other settings of these modules. By default models
-get no such function, and go on with their own modules and our operators.
+A model passes tensors to a function, not modules. So a function that replaces several modules
+cannot see their adapters, hooks, masks and other settings. By default models get no such function.
+They run their own modules, and our operators in them.
 """
 
 import sys
 import warnings
 from collections.abc import Callable
 from functools import cache, wraps
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,15 +19,15 @@ from torch import Tensor
 from ysnake_kernels.backend import choose
 from ysnake_kernels.dropin import functions
 
-MIN_WIDTH, MAX_FUSED_WIDTH = 2, 4  # of our convolutions, and of those in fused kernels
-SCANS_OF_OTHERS = ("gated_delta_rule", "delta_attention")  # in the names of a model's functions
+MIN_WIDTH, MAX_FUSED_WIDTH = 2, 4  # of convolutions; the Triton kernels take at most 4
+SCANS_OF_OTHERS = ("gated_delta_rule", "delta_attention")  # parts of the names of scans not ours
 
 
 class Models:
     """Which functions the models get, and which they asked for.
 
     Args:
-        fused: give them the fused function for a whole mixer, which `install` describes.
+        fused: give them one function for a whole mixer in training; see `install`.
     """
 
     def __init__(self, fused: bool):
@@ -34,7 +35,7 @@ class Models:
         self.asked: dict[str, set[str]] = {}
 
     def offer(self, name: str) -> Callable | None:
-        """What the model that is being imported gets under this name; None if nothing special."""
+        """The function for the model that is being imported; None if it gets the plain one."""
         model = _model_being_imported()
         if model is None:
             return None
@@ -52,8 +53,8 @@ class Models:
 
 
 def _model_being_imported() -> str | None:
-    """The module of transformers.models whose body runs and asks for a function by transformers."""
-    frame = sys._getframe(1)
+    """The module of transformers.models that is being imported and asks; None if another asks."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if name.startswith("transformers.models.") and frame.f_code.co_name == "<module>":
@@ -65,10 +66,9 @@ def _model_being_imported() -> str | None:
 
 
 def _convolution_for(model: str, asked: set[str]) -> Callable:
-    """`convolve` for a model.
+    """`convolve` for a model. It refuses `seq_idx` if the model's scan does not know of documents.
 
-    Documents that only the convolution kept apart would see each other in the scan. So `seq_idx` is
-    refused, as transformers does without a drop-in, where the scan does not know of documents.
+    There the documents would see each other. Without a drop-in transformers refuses it likewise.
     """
 
     def causal_conv1d_fn(
@@ -102,7 +102,9 @@ def convolve(
         y = _torch_convolution(x, weight, bias, weight.shape[1] - 1)[..., : x.shape[2]]
     elif _has_operator(x, weight):
         ours, theirs = _split_activation(activation)
-        y = functions.causal_conv1d_fn(x, weight, bias, seq_idx, activation=ours)
+        out = functions.causal_conv1d_fn(x, weight, bias, seq_idx, activation=ours)
+        assert isinstance(out, Tensor)
+        y = out
     elif seq_idx is not None:
         width = weight.shape[1]
         raise ValueError(f"seq_idx: packed documents need another width than {width}")
@@ -113,7 +115,7 @@ def convolve(
 
 
 def _scan_mixes_documents(model: str, asked: set[str], cu_seq_lens_q: Tensor | None) -> bool:
-    """Whether a model gives its convolution document numbers, and its scan nothing like them."""
+    """Whether a model passes the numbers of documents to its convolution, but not to its scan."""
     if "selective_scan_fn" in asked:  # Mamba-1
         return True
     of_others = any(scan in name for scan in SCANS_OF_OTHERS for name in vars(sys.modules[model]))
@@ -140,13 +142,13 @@ def causal_conv1d_update(
 
 
 def own_modules(*arguments: Any, **options: Any) -> None:
-    """Nothing, by which transformers takes the model's own modules with our operators."""
+    """Returns None. transformers then runs the model's own modules, with our operators in them."""
 
 
 @wraps(functions.mamba_split_conv1d_scan_combined)
 def mamba_split_conv1d_scan_combined(
     zxbcdt: Tensor, conv1d_weight: Tensor, *arguments: Any, **options: Any
-) -> Tensor | None:
+) -> Tensor | tuple[Tensor, Tensor] | None:
     _, theirs = _split_activation(options["activation"])
     if theirs is None and _has_operator(zxbcdt, conv1d_weight):
         call = functions.mamba_split_conv1d_scan_combined
@@ -156,7 +158,7 @@ def mamba_split_conv1d_scan_combined(
 
 
 def _split_activation(activation: str | None) -> tuple[str | None, str | None]:
-    """What the convolution applies itself, and what is left to torch."""
+    """The activation that our convolution applies, and the one that is left to torch."""
     return (activation, None) if activation in (None, "silu", "swish") else (None, activation)
 
 
@@ -169,7 +171,7 @@ def _activate(y: Tensor, activation: str | None) -> Tensor:
 
 
 def _has_operator(x: Tensor, weight: Tensor) -> bool:
-    """Whether our convolution takes this width on this device; if not, say so once."""
+    """Whether our convolution takes this width on this device. If not, a warning says so once."""
     width = weight.shape[1]
     if width >= MIN_WIDTH and (width <= MAX_FUSED_WIDTH or choose(x) != "fused"):
         return True

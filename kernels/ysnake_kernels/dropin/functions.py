@@ -1,10 +1,12 @@
 """The functions of mamba_ssm and causal-conv1d, with their arguments, made of our operators.
 
-Signatures are written out: callers filter keywords by them. On differences of meaning: a
-`chunk_size` is accepted and not used, since an implementation knows its own best one and the result
-does not depend on it; packed sequences may go together with states, which the originals refuse; and
-what the originals only do on a GPU works on any device.
+Signatures are written out, since callers look at them to choose their keywords. Three things
+differ from the originals. A `chunk_size` is accepted and not used: the implementation chooses one,
+and the result does not depend on it. Packed sequences may be combined with states. And everything
+works on any device.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,21 +31,23 @@ def causal_conv1d_fn(
     final_states_out: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`ysnake_kernels.causal_conv1d`; `final_states_out` receives the final states. Tokens whose
-    seq_idx is -1, at the end, are padding: their outputs are zero."""
+    """`ysnake_kernels.causal_conv1d`. `final_states_out` receives the final states.
+
+    Tokens at the end whose `seq_idx` is -1 are padding. Their outputs are zero.
+    """
     seq_idx, padding = _without_padding(seq_idx)
     options = (initial_states, return_final_states, activation)
     out = conv.causal_conv1d(x, weight, bias, seq_idx, *options)
-    y, states = out if return_final_states else (out, None)
+    y, states = out if isinstance(out, tuple) else (out, None)
     if padding is not None:
         y = y.masked_fill(padding[:, None], 0)
-    if not return_final_states:
+    if states is None:
         return y
     return y, states if final_states_out is None else final_states_out.copy_(states)
 
 
 def _without_padding(seq_idx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """`documents_before_padding`, for what may be no document numbers: checks name that."""
+    """`documents_before_padding` of document numbers. Checks refuse anything else later."""
     if isinstance(seq_idx, Tensor) and seq_idx.dtype in INTEGERS:
         return documents_before_padding(seq_idx)
     return seq_idx, None
@@ -65,8 +69,8 @@ def causal_conv1d_update(
         x: (batch, channels) or (batch, channels, tokens).
         conv_state: (batch, channels, size) with size >= width - 1, the tokens before, oldest first.
         weight, bias, activation: as in `causal_conv1d`.
-        cache_seqlens: (batch,), how many tokens came before: conv_state then is a ring, in which
-            token t lies at t % size.
+        cache_seqlens: (batch,), the number of tokens so far. With it conv_state is a ring buffer:
+            token t is at t % size.
         conv_state_indices: (batch,), the row of conv_state that belongs to each x; -1 is padding,
             whose y is zero.
     """
@@ -96,7 +100,15 @@ def causal_conv1d_update(
     return y[..., 0] if x.ndim == 2 else y
 
 
-def _update(tokens, conv_state, weight, bias, activation, cache_seqlens, indices) -> Tensor:
+def _update(
+    tokens: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    cache_seqlens: Tensor | None,
+    indices: Tensor | None,
+) -> Tensor:
     """`causal_conv1d_update` of tokens (batch, channels, tokens), none of them padding."""
     size, width = conv_state.shape[-1], weight.shape[-1]
     state = conv_state if indices is None else conv_state[indices]
@@ -110,6 +122,7 @@ def _update(tokens, conv_state, weight, bias, activation, cache_seqlens, indices
         new = min(size, tokens.shape[2])  # older ones are overwritten at once
         state = state.scatter(2, places[..., -new:], tokens[..., -new:].to(state.dtype))
     y = conv.causal_conv1d(tokens, weight, bias, None, history, activation=activation)
+    assert isinstance(y, Tensor)
     if indices is None:
         conv_state.copy_(state)
     else:
@@ -159,15 +172,15 @@ def mamba_chunk_scan_combined(
     """`ysnake_kernels.ssd_scan`, with the states after each packed sequence on request.
 
     Args:
-        seq_idx: as in `ssd_scan`; tokens of -1, at the end, are padding, and their y is zero.
-        cu_seqlens: (sequences + 1,), where the packed sequences of a batch of one begin and end;
-            they do not see each other. Not needed where `seq_idx` says the same.
+        seq_idx: as in `ssd_scan`. Tokens at the end with -1 are padding, and their y is zero.
+        cu_seqlens: (sequences + 1,), where the packed sequences of a batch of one begin and end.
+            They do not see each other. It is not needed where `seq_idx` says the same.
         return_varlen_states: also return the state after each sequence of `cu_seqlens`.
         state_dtype: of the returned states; None means float32 (float64 if an input is).
 
     Returns:
-        y; then, each if asked for, the final states (batch, heads, P, N), and the states after
-        each sequence (sequences, heads, P, N).
+        y, or a tuple of y, the final states (batch, heads, P, N) if asked for, and the states after
+        each sequence (sequences, heads, P, N) if asked for.
     """
     if return_varlen_states and cu_seqlens is None:
         raise ValueError("return_varlen_states: expected cu_seqlens with it, got None")
@@ -196,7 +209,7 @@ def mamba_chunk_scan_combined(
     if padding is not None:
         y = y.masked_fill(padding[..., None, None], 0)
     states = states if state_dtype is None else states.to(state_dtype)
-    out = (y,)
+    out: tuple[Tensor, ...] = (y,)
     if return_final_states:
         out += (states if cu_seqlens is None else states[-1:],)
     if return_varlen_states:
@@ -225,37 +238,43 @@ def mamba_split_conv1d_scan_combined(
     ngroups: int = 1,
     norm_before_gate: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`ysnake_kernels.mamba_split_conv1d_scan_combined`, at a chunk size that it chooses.
+    """`ysnake_kernels.mamba_split_conv1d_scan_combined`, which chooses its own chunk size.
 
-    With `headdim`, the first features may be more than the mixer has use for. They are two halves
-    z0 and x0, and silu(z0) * x0 goes before the mixer's features into the output projection.
-    Tokens whose seq_idx is -1, at the end, are padding; their outputs are zero.
+    With `headdim`, zxbcdt may start with more features than the mixer needs. They are two halves z0
+    and x0. The output projection then gets silu(z0) * x0, followed by the mixer's features. Tokens
+    at the end whose `seq_idx` is -1 are padding. Their outputs are zero.
     """
     seq_idx, padding = _without_padding(seq_idx)
-    options = (None, initial_states, seq_idx, dt_limit, return_final_states, activation)
-    options = (*options, rmsnorm_weight, rmsnorm_eps)
-    projection = (outproj_weight, outproj_bias)
-    shape = (headdim, ngroups, norm_before_gate)
     weights = (conv1d_weight, conv1d_bias, dt_bias, A, D)
-    spare = 0
+    options: dict[str, Any] = {
+        "initial_states": initial_states,
+        "seq_idx": seq_idx,
+        "dt_limit": dt_limit,
+        "return_final_states": return_final_states,
+        "activation": activation,
+        "rmsnorm_weight": rmsnorm_weight,
+        "rmsnorm_eps": rmsnorm_eps,
+        "headdim": headdim,
+        "ngroups": ngroups,
+        "norm_before_gate": norm_before_gate,
+    }
+    spare, gated = 0, None
     if headdim is not None:
         d_inner = headdim * A.shape[0]
         spare = zxbcdt.shape[-1] - d_inner - conv1d_weight.shape[0] - A.shape[0]
     if spare > 0 and spare % 2 == 0:
         gated, zxbcdt = zxbcdt.tensor_split([spare], dim=-1)
-        out = mixer.mamba_split_conv1d_scan_combined(zxbcdt, *weights, *options, None, None, *shape)
-        y, *states = out if return_final_states else (out,)
+    else:
+        options |= {"outproj_weight": outproj_weight, "outproj_bias": outproj_bias}
+    out = mixer.mamba_split_conv1d_scan_combined(zxbcdt, *weights, **options)
+    y, states = out if isinstance(out, tuple) else (out, None)
+    if gated is not None:
         z0, x0 = gated.chunk(2, dim=-1)
         y = torch.cat([F.silu(z0) * x0, y], dim=-1)
-        y = y if outproj_weight is None else F.linear(y, *projection)
-    else:
-        out = mixer.mamba_split_conv1d_scan_combined(
-            zxbcdt, *weights, *options, *projection, *shape
-        )
-        y, *states = out if return_final_states else (out,)
+        y = y if outproj_weight is None else F.linear(y, outproj_weight, outproj_bias)
     if padding is not None:
         y = y.masked_fill(padding[..., None], 0)
-    return (y, *states) if states else y
+    return y if states is None else (y, states)
 
 
 @torch.no_grad()
@@ -277,8 +296,8 @@ def selective_state_update(
     Args:
         state: (batch, heads, P, N); Mamba-1: (batch, channels, N).
         x, z: (batch, heads, P); Mamba-1: (batch, channels).
-        dt: shape of x. Of Mamba-2 every channel of a head has the same, as `expand` repeats it.
-        A: (heads, P, N), likewise; Mamba-1: (channels, N).
+        dt: shape of x. In Mamba-2 all channels of a head share a value, repeated by `expand`.
+        A: (heads, P, N), repeated likewise; Mamba-1: (channels, N).
         B, C: (batch, groups, N); Mamba-1: (batch, N), or with groups.
         D, dt_bias: (heads, P); Mamba-1: (channels,).
         state_batch_indices: (batch,), the row of `state` that belongs to each x; -1 is padding,
@@ -380,7 +399,7 @@ def _check_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices) -> 
 
 
 def _repeats(tensor: Tensor | None, axes: tuple[int, ...]) -> bool:
-    """Whether every value along these axes is the same one in memory."""
+    """Whether the axes repeat one value in memory, as `expand` does."""
     return tensor is None or all(tensor.stride(i) == 0 or tensor.shape[i] == 1 for i in axes)
 
 

@@ -1,8 +1,8 @@
 """The operators as layers of the `kernels` package, under the names that transformers looks up.
 
-`hub/build` has the folder that `kernels.LocalLayerRepository` takes; `mapping` is for
-`kernels.register_kernel_mapping`. A layer's `forward` takes the place of a function's, and has its
-arguments. It cannot know what model it serves.
+`kernels.LocalLayerRepository` takes the folder `hub`, and `kernels.register_kernel_mapping` takes
+`mapping()`. A layer's `forward` replaces a function of a model, and has the function's arguments.
+It does not know which model calls it.
 """
 
 from pathlib import Path
@@ -24,8 +24,9 @@ NAMES = (
 
 
 def mapping() -> dict[str, dict[str, Any]]:
-    """What `kernels.register_kernel_mapping` takes, for a CPU and for a GPU."""
-    from kernels import LocalLayerRepository
+    """The argument of `kernels.register_kernel_mapping`, for a CPU and for a GPU."""
+    # mypy takes our folder of that name for the package
+    from kernels import LocalLayerRepository  # type: ignore[attr-defined]
 
     return {
         name: {device: LocalLayerRepository(FOLDER, layer_name=name) for device in ("cpu", "cuda")}
@@ -44,7 +45,7 @@ class causal_conv1d_fn(nn.Module):
         activation: str | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        if kwargs.get("seq_idx") is not None:  # not every model hands it to its scan
+        if kwargs.get("seq_idx") is not None:  # not every model passes it to its scan too
             raise ValueError(
                 "seq_idx: packed documents need ysnake_kernels.dropin.install() instead of "
                 "use_kernels"
@@ -85,7 +86,7 @@ class mamba_chunk_scan_combined(nn.Module):
         dt_limit: tuple[float, float] = (0.0, float("inf")),
         return_final_states: bool = False,
         **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         return functions.mamba_chunk_scan_combined(
             *(hidden_states, dt, A, B, C, chunk_size, D),
             z=kwargs.get("z"),

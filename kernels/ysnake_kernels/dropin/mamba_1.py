@@ -55,9 +55,15 @@ class Mamba(nn.Module):
         self.activation = "silu"
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **made)
-        shape = (self.d_inner, self.d_inner, d_conv)
-        options = {"groups": self.d_inner, "padding": d_conv - 1, "bias": conv_bias}
-        self.conv1d = nn.Conv1d(*shape, **options, **made)
+        self.conv1d = nn.Conv1d(
+            self.d_inner,
+            self.d_inner,
+            d_conv,
+            groups=self.d_inner,
+            padding=d_conv - 1,
+            bias=conv_bias,
+            **made,
+        )
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **made)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, **made)
         std = dt_scale * self.dt_rank**-0.5
@@ -85,12 +91,13 @@ class Mamba(nn.Module):
             states = self._cached(inference_params.key_value_memory_dict, len(hidden_states))
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, *states)[0]
-        x, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
+        before, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)
         if states is not None:  # the last d_conv tokens
-            last = x[..., -self.d_conv :]
+            last = before[..., -self.d_conv :]
             states[0].copy_(F.pad(last, (self.d_conv - last.shape[-1], 0)))
         taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        x = causal_conv1d_fn(x, taps, bias, activation=self.activation)
+        x = causal_conv1d_fn(before, taps, bias, activation=self.activation)
+        assert isinstance(x, Tensor)
         dt, B, C = self._steps_and_projections(x.transpose(1, 2))
         y, last = selective_scan(
             *(x, dt.transpose(1, 2), self._A(), B.transpose(1, 2), C.transpose(1, 2)),

@@ -25,7 +25,7 @@ from ysnake_kernels.mixer import MixerSizes
 class Mamba2(nn.Module):
     """The Mamba-2 block: projection in, convolution, scan, gated norm, projection out.
 
-    With `d_ssm`, only so many of the expand * d_model features go through the scan, the others
+    With `d_ssm`, only that many of the expand * d_model features go through the scan. The others go
     through a gated linear unit.
 
     Raises:
@@ -79,7 +79,7 @@ class Mamba2(nn.Module):
             raise ValueError(f"ngroups: expected a divisor of {self.nheads} heads, got {ngroups}")
         self._sizes = MixerSizes(self.d_ssm, self.nheads, ngroups, d_state)
         self.d_xbc = self._sizes.channels
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
 
         features = 2 * self.d_mlp + sum(self._sizes.projection)
         self.in_proj = Linear(d_model, features, bias=bias, **made)
@@ -102,7 +102,7 @@ class Mamba2(nn.Module):
         skips = self.d_ssm if D_has_hdim else self.nheads
         self.D = nn.Parameter(torch.ones(skips, device=device))
         for parameter in (self.dt_bias, self.A_log, self.D):
-            parameter._no_weight_decay = True
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
         if rmsnorm:
             size = self.d_ssm // ngroups
             self.norm = RMSNorm(self.d_ssm, 1e-5, size, norm_before_gate, **made)
@@ -156,6 +156,7 @@ class Mamba2(nn.Module):
             ngroups=self.ngroups,
             norm_before_gate=self.norm_before_gate,
         )
+        assert isinstance(out, Tensor)
         return out.view(shape)
 
     def step(
@@ -207,7 +208,7 @@ class Mamba2(nn.Module):
         cu_seqlens: Tensor | None,
         states: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """The block operator by operator, for what the whole one does not cover."""
+        """The block as separate operators, for calls that one function cannot take."""
         z0, x0, z, xBC, dt = self._split(zxbcdt)
         xBC = xBC.transpose(1, 2)
         if cu_seqlens is not None and seq_idx is None:
@@ -221,9 +222,10 @@ class Mamba2(nn.Module):
                 last = xBC[..., max(start, end - self.d_conv) : end]
                 states[0][row] = F.pad(last, (self.d_conv - last.shape[-1], 0))
         taps, bias = self.conv1d.weight[:, 0], self.conv1d.bias
-        xBC = causal_conv1d_fn(xBC, taps, bias, seq_idx, activation=self.activation)
-        x, B, C = self._sizes.split_channels(xBC.transpose(1, 2))
-        y = mamba_chunk_scan_combined(
+        convolved = causal_conv1d_fn(xBC, taps, bias, seq_idx, activation=self.activation)
+        assert isinstance(convolved, Tensor)
+        x, B, C = self._sizes.split_channels(convolved.transpose(1, 2))
+        out = mamba_chunk_scan_combined(
             x,
             dt,
             self._A(),
@@ -240,9 +242,9 @@ class Mamba2(nn.Module):
             return_final_states=states is not None and cu_seqlens is None,
             return_varlen_states=states is not None and cu_seqlens is not None,
         )
+        y, *final = out if isinstance(out, tuple) else (out,)
         if states is not None:
-            y, last = y
-            states[1].copy_(last)
+            states[1].copy_(final[0])
         return self._out(y.flatten(-2), z, z0, x0)
 
     def _split(self, zxbcdt: Tensor) -> tuple[Tensor, ...]:

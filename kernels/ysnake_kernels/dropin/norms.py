@@ -1,8 +1,9 @@
-"""The norms of mamba_ssm: with a gate (`ops.triton.layernorm_gated`) or an addition first
-(`ops.triton.layer_norm`).
+"""The norms of mamba_ssm, RMSNorm by our operator and LayerNorm by torch.
 
-RMSNorm is ours, LayerNorm is torch's.
+Those of `ops.triton.layernorm_gated` have a gate. Those of `ops.triton.layer_norm` add first.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ def layernorm_fn(
     norm_before_gate: bool = True,
     is_rms_norm: bool = False,
 ) -> Tensor:
-    """`rmsnorm_fn`, or the same with the mean taken off each group first."""
+    """LayerNorm of each group, with a gate; or with `is_rms_norm`, `rmsnorm_fn`."""
     if is_rms_norm:
         return rmsnorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate)
     acc = accumulator(x, weight, bias, z)
@@ -54,15 +55,16 @@ def layer_norm_fn(
     is_rms_norm: bool = False,
     return_dropout_mask: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The norm of x + residual, in x's dtype; with `prenorm` also the sum.
+    """The norm of x + residual, in x's dtype. With `prenorm`, also the sum.
 
     The sum has the residual's dtype, or without one x's, or float32 if `residual_in_fp32`.
 
     Raises:
-        NotImplementedError: a second branch, dropout or scaled rows.
+        NotImplementedError: a second branch, dropout or scaled rows are asked for.
     """
-    refused = {"x1": x1, "weight1": weight1, "bias1": bias1, "rowscale": rowscale}
-    refused |= {"dropout_p": dropout_p or None, "return_dropout_mask": return_dropout_mask or None}
+    refused: dict[str, object] = {"x1": x1, "weight1": weight1, "bias1": bias1}
+    refused |= {"rowscale": rowscale, "dropout_p": dropout_p or None}
+    refused |= {"return_dropout_mask": return_dropout_mask or None}
     for name, value in refused.items():
         if value is not None:
             raise NotImplementedError(f"{name}: not offered by ysnake_kernels.dropin")
@@ -92,7 +94,7 @@ def rms_norm_fn(
     residual_in_fp32: bool = False,
     return_dropout_mask: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`layer_norm_fn` by RMSNorm."""
+    """`layer_norm_fn` with RMSNorm."""
     options = (x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, residual_in_fp32, True)
     return layer_norm_fn(x, weight, bias, residual, *options, return_dropout_mask)
 
@@ -102,6 +104,7 @@ class GatedRMSNorm(nn.Module):
 
     norm = staticmethod(rmsnorm_fn)
     has_bias = False
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -114,7 +117,7 @@ class GatedRMSNorm(nn.Module):
     ):
         super().__init__()
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
-        made = {"device": device, "dtype": dtype}
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(hidden_size, **made))
         bias = nn.Parameter(torch.empty(hidden_size, **made)) if self.has_bias else None
         self.register_parameter("bias", bias)
@@ -166,5 +169,5 @@ class RMSNorm(nn.Module):
         prenorm: bool = False,
         residual_in_fp32: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        options = {"prenorm": prenorm, "residual_in_fp32": residual_in_fp32}
-        return rms_norm_fn(x, self.weight, self.bias, residual, eps=self.eps, **options)
+        options: dict[str, Any] = {"prenorm": prenorm, "residual_in_fp32": residual_in_fp32}
+        return rms_norm_fn(x, self.weight, None, residual, eps=self.eps, **options)
