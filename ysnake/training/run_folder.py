@@ -4,6 +4,7 @@ The process holds a lock file beside the hidden folder from before the folder ex
 is renamed. So the next start recognises what a killed process left behind, and removes it.
 """
 
+import errno
 import os
 import secrets
 import shutil
@@ -37,6 +38,8 @@ def make(wanted: Path | None, default: Path, fill: Callable[[Path], Result]) -> 
     remove_leftovers(base.parent)
     new = base.with_name(f".{base.name}.{secrets.token_hex(4)}.new")
     try:
+        if base.parent.exists() and not base.parent.is_dir():  # mkdir would say "File exists"
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         base.parent.mkdir(parents=True, exist_ok=True)
         with run_lock.lock(
             new.with_suffix(".lock"), f"{base}: another process removes this folder"
