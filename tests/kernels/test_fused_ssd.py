@@ -12,7 +12,7 @@ from test_ssd import CASES, EVERYTHING, OPTIONS, inputs
 from ysnake_kernels import backend, ssd_scan
 from ysnake_kernels.ssd import fused, fused_backward, fused_forward, fused_plan
 from ysnake_kernels.ssd.fused_plan import Config, segments
-from ysnake_kernels.ssd.inputs import ScanInputs
+from ysnake_kernels.ssd.inputs import ScanInputs, SequenceGradients
 from ysnake_kernels.triton_launch import Launcher
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -147,8 +147,24 @@ def test_single_tokens_that_are_transposed_in_memory():
     """torch calls them contiguous, with a stride of the batch that is smaller than a token's."""
     tensors = inputs(batch=3, length=1, heads=2)
     for name in ("x", "dt", "B", "C"):
-        tensors[name] = tensors[name].transpose(0, 1).contiguous().transpose(0, 1)
+        t = tensors[name]
+        tensors[name] = t.reshape(1, 3, *t.shape[2:]).transpose(0, 1)
+        assert tensors[name].stride(0) < tensors[name].stride(1)
     check(tensors)
+
+
+def test_gradients_of_single_tokens_go_into_slices_of_a_larger_tensor():
+    """torch gives slices of length 1 other strides than the tensor's."""
+    given = ScanInputs(**inputs(batch=3, length=1, heads=2, dtype=torch.float32))
+    given = ScanInputs(*(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in given))
+    dy = torch.randn_like(given.x)
+    sizes = [16, 6, 6, 2]
+    dx, dB, dC, ddt = torch.full((3, 1, 30), torch.nan, device=DEVICE).split(sizes, 2)
+    shaped = (dx.unflatten(2, (2, 8)), ddt, dB.unflatten(2, (1, 6)), dC.unflatten(2, (1, 6)))
+    fused_backward.backward(dy, None, given, SequenceGradients(*shaped))
+    expected = fused_backward.backward(dy, None, given)
+    for grad, name in zip(shaped, ("x", "dt", "B", "C"), strict=True):
+        assert torch.equal(grad, getattr(expected, name)), name
 
 
 def test_dt_limit():

@@ -39,6 +39,7 @@ from ysnake_kernels.ssd.fused_plan import (
     side_by_side,
     slots,
     strides,
+    token_stride,
 )
 from ysnake_kernels.ssd.inputs import ScanGradients, ScanInputs, SequenceGradients
 from ysnake_kernels.triton_launch import Launcher, launcher
@@ -233,7 +234,7 @@ def _launch_steps(work: Work, through: Tensor, ddt: Tensor) -> tuple[Tensor, Ten
     launcher(steps_kernel, (in_tiles(K, 0, K.CHUNK, 0), at_once))(
         (plan.chunks * ceil_divide(K.HEADS, at_once),),
         (inputs.dt, inputs.A, inputs.dt_bias, work.numbers, inputs.cu_seqlens, ddt, through, *sums),
-        (inputs.dt.stride(1), ddt.stride(1), *work.sizes),
+        (token_stride(inputs.dt), token_stride(ddt), *work.sizes),
     )
     bias = inputs.dt_bias
     ddt_bias = None if bias is None else sums[1].sum(0).to(bias.dtype)

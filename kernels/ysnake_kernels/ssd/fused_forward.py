@@ -28,6 +28,7 @@ from ysnake_kernels.ssd.fused_plan import (
     side_by_side,
     slots,
     strides,
+    token_stride,
 )
 from ysnake_kernels.ssd.fused_tiles import DECAY, SOURCE, STEP
 from ysnake_kernels.ssd.inputs import ScanInputs
@@ -256,7 +257,7 @@ def compute_decays(inputs: ScanInputs, K: Constants, chunk: int, count: int) -> 
     launcher(decays_kernel, (in_tiles(K, 0, chunk, 0), at_once, count))(
         (chunks * ceil_divide(heads, at_once),),
         (dt, inputs.A, inputs.dt_bias, inputs.cu_seqlens, rows),
-        (dt.stride(1), length, padded, sequences),
+        (token_stride(dt), length, padded, sequences),
     )
     return rows, padded
 

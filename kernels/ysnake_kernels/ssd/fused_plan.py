@@ -54,7 +54,8 @@ def side_by_side(t: MaybeTensor) -> MaybeTensor:
         return t
     shape: tuple[int, ...] = t.shape
     stride = t.stride()
-    fits = stride[1] < 2**22 and (shape[0] == 1 or stride[0] == shape[1] * stride[1])
+    fits = token_stride(t) < 2**22
+    fits &= shape[0] == 1 or shape[1] == 1 or stride[0] == shape[1] * stride[1]
     if stride[2:] != ((*shape[3:], 1) if len(shape) == 4 else (1,)):
         expected = 1  # the stride of a dimension of size 1 does not matter
         for i in range(len(shape) - 1, 1, -1):
@@ -63,9 +64,17 @@ def side_by_side(t: MaybeTensor) -> MaybeTensor:
     return t if fits else t.clone(memory_format=torch.contiguous_format)
 
 
+def token_stride(t: Tensor) -> int:
+    """From a token to the next, in the same row of the batch or at the start of the next row.
+
+    torch gives a length of 1 any stride. Then each row has one token, and rows are what counts.
+    """
+    return t.stride(1 if t.shape[1] > 1 else 0)
+
+
 def strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
     """The largest unit up to 16 that divides all strides of tokens, and the strides in the unit."""
-    values = [0 if t is None else t.stride(1) for t in tensors]
+    values = [0 if t is None else token_stride(t) for t in tensors]
     unit = common_unit(*values)
     return unit, [v // unit for v in values]
 
