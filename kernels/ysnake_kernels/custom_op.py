@@ -94,8 +94,8 @@ def with_none(tensors: Sequence[Tensor], given: Sequence[Tensor | None]) -> list
 
 def empty_gradients(*given: Tensor | None) -> list[Tensor]:
     """Contiguous tensors of the shapes of the arguments. One without elements stands for None."""
-    some = next(t for t in given if t is not None)
+    present = next(t for t in given if t is not None)
     return [
-        some.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        present.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
         for t in given
     ]

@@ -22,6 +22,13 @@ FLOORS = {
     "serving": ("shared", "model", "text", "inference", "checkpoints"),
     "training": ("shared", "model", "text", "inference", "checkpoints"),
 }
+LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS = 450, 80, 8
+# Other projects fix the parameters of these, and those of classes and layers in the drop-in.
+SIGNATURES_OF_PEERS = {
+    *("ssd_scan", "ssd_step", "mamba_split_conv1d_scan_combined", "mamba_chunk_scan_combined"),
+    *("selective_state_update", "selective_scan", "selective_scan_fn"),
+    *("layer_norm_fn", "rms_norm_fn"),
+}
 PUBLIC = {
     "ysnake": ["__version__"],
     "ysnake.model": ["Model", "LayerState", "State", "initialise"],
@@ -84,3 +91,25 @@ def test_folders_use_only_the_folders_below_them(folder):
 def test_every_folder_has_its_floor():
     folders = {path.parent.name for path in (ROOT / "ysnake").glob("*/__init__.py")}
     assert folders == FLOORS.keys()
+
+
+def test_files_and_functions_are_short():
+    """Triton kernels are left out: they take their strides one by one and cannot be cut freely."""
+    files = [*(ROOT / "ysnake").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    assert len(files) > 150
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\n") <= LONGEST_FILE, file
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            where = f"{file}:{node.lineno} {node.name}"
+            if any("triton.jit" in ast.unparse(mark) for mark in node.decorator_list):
+                continue
+            assert node.end_lineno - node.lineno < LONGEST_FUNCTION, where
+            names = [a.arg for a in (*node.args.posonlyargs, *node.args.args)]
+            names += [a.arg for a in node.args.kwonlyargs]
+            of_a_peer = node.name in SIGNATURES_OF_PEERS or (
+                "dropin" in file.parts and node.name in ("__init__", "forward")
+            )
+            assert of_a_peer or len(set(names) - {"self", "cls"}) <= MOST_PARAMETERS, where

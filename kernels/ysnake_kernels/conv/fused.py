@@ -132,7 +132,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, weight, bias and initial states. That of x is written to `dx`, if given.
 
-    One that was not given has a gradient of no elements.
+    If bias or initial states were not given, their gradient is an empty tensor.
     """
     x, weight, bias, seq_idx, initial_states, silu = inputs
     batch, channels, length = x.shape

@@ -19,6 +19,9 @@ from ysnake_kernels.numerics import accumulator, step_sizes
 from ysnake_kernels.padding import documents_before_padding, skip_padding
 from ysnake_kernels.ssd import ssd_scan
 from ysnake_kernels.step import ssd_step
+from ysnake_kernels.step.inputs import StepInputs
+
+NO_LIMIT = (-torch.inf, torch.inf)  # of step sizes
 
 
 def causal_conv1d_fn(
@@ -306,7 +309,9 @@ def selective_state_update(
     Returns:
         y with the shape and dtype of x.
     """
-    _check_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices)
+    options = state_batch_indices, dt_softplus, NO_LIMIT
+    inputs = StepInputs(state, x, dt, A, B, C, D, z, dt_bias, *options)
+    _check_update(inputs)
     if x.ndim == 3 and _repeats(A, (1, 2)) and _repeats(dt, (2,)) and _repeats(dt_bias, (1,)):
         contiguous = state.contiguous()
         y = ssd_step(
@@ -327,27 +332,17 @@ def selective_state_update(
         return y
 
     def run(indices, x, dt, B, C, z) -> Tensor:
-        return _update_any(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, indices)
+        tokens = inputs._replace(x=x, dt=dt, B=B, C=C, z=z, indices=indices)
+        return _update_each_channel(tokens)
 
     return skip_padding(run, state_batch_indices, x, dt, B, C, z)
 
 
-def _update_any(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    indices: Tensor | None,
-) -> Tensor:
-    """`selective_state_update` with rates and steps for each channel, without padding."""
+def _update_each_channel(inputs: StepInputs) -> Tensor:
+    """`selective_state_update` with a rate and a step size for each channel, without padding."""
+    state, x, dt, A, B, C, D, z, dt_bias, indices, dt_softplus, dt_limit = inputs
     acc = accumulator(state, x)
-    dt = step_sizes(dt, dt_bias, dt_softplus, (-torch.inf, torch.inf), acc)
+    dt = step_sizes(dt, dt_bias, dt_softplus, dt_limit, acc)
     u, S = x.to(acc), (state if indices is None else state[indices]).to(acc)
     B, C = B.to(acc), C.to(acc)
     if B.ndim == 2:
@@ -369,16 +364,17 @@ def _update_any(
     return y.to(x.dtype)
 
 
-def _check_update(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices) -> None:
+def _check_update(inputs: StepInputs) -> None:
     """The checks of `selective_state_update`."""
+    state, x, dt, A, B, C, D, z, dt_bias, indices, *_ = inputs
     of_heads = isinstance(x, Tensor) and x.ndim == 3
     check_rank("x", x, "batch, heads, P" if of_heads else "batch, channels")
     batch, *features = x.shape
     rows = batch
-    if state_batch_indices is not None:
+    if indices is not None:
         check_rank("state", state, "rows, heads, P, N" if of_heads else "rows, channels, N")
         rows = state.shape[0]
-        check_indices("state_batch_indices", state_batch_indices, x, rows)
+        check_indices("state_batch_indices", indices, x, rows)
     n = state.shape[-1] if isinstance(state, Tensor) and state.ndim else 0
     check("state", state, (rows, *features, n), x)
     check("dt", dt, tuple(x.shape), x)

@@ -36,7 +36,7 @@ def mixer(inputs: MixerInputs) -> tuple[Tensor, Tensor]:
 
 
 class _Mixer(torch.autograd.Function):
-    """Saves its arguments. The output projection's have the dtype in which it multiplies."""
+    """Saves its arguments. Those of the output projection are cast to the dtype of its product."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,9 @@ class AtEdges(NamedTuple):
     S: Tensor | None  # those that enter
     CS: Tensor | None  # what the tokens read of them, C S [k b q r p]
     dentering: Tensor  # memory for the gradient of those that enter
-    dleaving: Tensor | None  # the gradient of those that leave; all but one in dentering's memory
+    # The gradient of those that leave. A chunk's leaving state is the next one's entering state, so
+    # all but the last share memory with dentering.
+    dleaving: Tensor | None
 
 
 class PieceGradients(NamedTuple):
@@ -157,12 +159,14 @@ def backward(
         G = gradient(piece.tokens, partial(outputs, scan, piece, W, CS))
         G = layout.fold(layout.cut(G, len(chunks)).to(scan.dtype))  # [k b q r p]
 
-        found = inside_chunks(scan, piece, Matrices(L, CB, W), G, flows_of[number], dD)
+        gradients = gradients_inside_chunks(
+            scan, piece, Matrices(L, CB, W), G, flows_of[number], dD
+        )
         at_edges = AtEdges(S, CS, *edges.before(dS, chunks))
-        dV = across_edges(scan, piece, at_edges, G, flows_of[number], found)
-        write(layout, dx[number], found.x, dV, piece.exit)
-        write(layout, dB[number], found.B.view(len(chunks), layout.b, -1, 1, layout.n))
-        write(layout, dC[number], found.C.view(len(chunks), layout.b, -1, 1, layout.n))
+        dV = add_gradients_across_edges(scan, piece, at_edges, G, flows_of[number], gradients)
+        write(layout, dx[number], gradients.x, dV, piece.exit)
+        write(layout, dB[number], gradients.B.view(len(chunks), layout.b, -1, 1, layout.n))
+        write(layout, dC[number], gradients.C.view(len(chunks), layout.b, -1, 1, layout.n))
         if S is not None:
             dS = at_edges.dentering[0]
 
@@ -188,7 +192,7 @@ def compute_states(scan: PreparedScan, initial_states: Tensor | None) -> Tensor:
     return states
 
 
-def inside_chunks(
+def gradients_inside_chunks(
     scan: PreparedScan,
     piece: Piece,
     matrices: Matrices,
@@ -219,18 +223,18 @@ def inside_chunks(
     return PieceGradients(dx, dB, dC)
 
 
-def across_edges(
+def add_gradients_across_edges(
     scan: PreparedScan,
     piece: Piece,
     states: AtEdges,
     G: Tensor,
     flows: Flows,
-    found: PieceGradients,
+    gradients: PieceGradients,
 ) -> Tensor | None:
     """The gradients that y_i += entry_i C_i S and S' = whole S + sum_j V_j B_j give.
 
     Writes the gradients of the entering states, and flows.entry, flows.exit and flows.whole. Adds
-    to those of B and C that were `found`. Returns dV [k b q r p], None if it is zero.
+    to `gradients.B` and `gradients.C`. Returns dV [k b q r p], None if it is zero.
     """
     S, CS, dentering, dleaving = states
     layout = scan.layout
@@ -238,7 +242,7 @@ def across_edges(
         sum_products(scan, CS, G, flows.entry)
         dCS = scan.buffers.dCS.shaped(*G.shape)
         dCS = layout.merge_heads(torch.mul(G, piece.entry[..., None], out=dCS))
-        found.C.baddbmm_(dCS, S.flatten(0, 1))
+        gradients.C.baddbmm_(dCS, S.flatten(0, 1))
         torch.bmm(dCS.transpose(1, 2), piece.C, out=dentering.flatten(0, 1))
         if dleaving is not None:
             add_decayed(layout, dleaving[-1], piece.whole[-1], dentering[-1])
@@ -249,7 +253,7 @@ def across_edges(
     rows = dleaving.flatten(0, 1)  # [(k b) (r p) n]
     dV = torch.bmm(piece.B, rows.transpose(1, 2)).view(piece.x.shape)
     sum_products(scan, dV, piece.x, flows.exit)
-    found.B.baddbmm_(weighted_x(scan, piece), rows)
+    gradients.B.baddbmm_(weighted_x(scan, piece), rows)
     if S is not None:
         sum_products(scan, layout.by_head(dleaving), layout.by_head(S), flows.whole)
     return dV

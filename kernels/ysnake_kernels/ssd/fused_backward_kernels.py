@@ -5,6 +5,9 @@ With G = dy silu(z), u = step x, S the entering state, dS the leaving state's gr
     y_i = entry_i C_i S + sum_(j<=i) (C_i . B_j) L_ij u_j        S' = whole S + sum_j exit_j B_j u_j
 
 the flow from token j to token i, the gradient of cs_i - cs_j, is M_ij = (C_i . B_j) L_ij G_i . u_j.
+
+`rows_kernel` computes L from DECAY and SOURCE, so its L includes the step of token j, and it needs
+no u. In `columns_kernel` L is the decay alone.
 """
 
 import triton
@@ -30,8 +33,11 @@ def inner(states, dstates, slot, head, K):
 
 @triton.jit
 def work_of(place, splits, count, K):
-    """What a program of `rows_kernel` or `columns_kernel` owns: a chunk, its slot, a tile of it, a
-    share (`count` heads of a group, which has `splits` shares), their group, the first head."""
+    """Returns (chunk, slot, tile, share, group, first_head) of this program.
+
+    A program of `rows_kernel` or `columns_kernel` takes one tile of one chunk, and one share of the
+    heads. The heads of a group are divided into `splits` shares of `count` heads.
+    """
     TILES: tl.constexpr = K.CHUNK // K.Q
     GROUPS: tl.constexpr = K.HEADS // K.PER_GROUP
     outer = tl.program_id(0) // TILES

@@ -149,7 +149,7 @@ class Config(NamedTuple):
     p_slice: int  # the most channels of a head that one program computes
     warps: int
     stages: int
-    chunk: int = 0  # only for "states": tokens between the states that backward stores
+    chunk: int = 0  # of backward, on the line for "states": tokens between stored states
 
 
 @cache
