@@ -187,7 +187,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     rows = len(x)
     spare = _rounded(rows) - rows
     if spare:
-        x = F.pad(x, (0, 0, 0, spare))
+        x = F.pad(x, (0, 0, 0, spare))  # zero rows at the end
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")[:rows]
 
 

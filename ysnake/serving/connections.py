@@ -40,7 +40,7 @@ def protocol(most: int, whole_within: float = WHOLE_WITHIN) -> type[H11Protocol]
     unfinished: dict[Any, asyncio.TimerHandle] = {}  # by connection, oldest first
 
     class Connection(H11Protocol):
-        stalled: asyncio.TimerHandle | None = None
+        stalled: asyncio.TimerHandle | None = None  # runs while the client takes no data
 
         def connection_made(  # type: ignore[override]  # of a TCP transport, as uvicorn's
             self, transport: asyncio.Transport

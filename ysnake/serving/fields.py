@@ -111,8 +111,8 @@ def sampling_of(body: Body, penalty: str) -> Sampling:
     except InputError as error:
         names = OPTION_FIELDS | {"--repetition-penalty": penalty}
         raise Refused(f"{names[error.field]}: {error.reason}") from error
-    except OverflowError as error:
-        raise Refused(f"temperature, top_p: {error}") from error
+    except OverflowError as error:  # a whole number too large for a float
+        raise Refused(f"temperature, top_p, {penalty}: {error}") from error
     last = take(body, "repeat_last_n", int, -1)
     if last != -1 and sampling.repetition_penalty != 1:
         raise Refused(f"repeat_last_n: expected -1, as the penalty is for all tokens, got {last}")

@@ -125,7 +125,7 @@ def _try(descriptor: int) -> bool | None:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether `path` still leads to the open file. Its last owner removes the file at its end."""
+    """Whether `path` still names the open file. Its last holder may have removed it."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:

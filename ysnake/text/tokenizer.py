@@ -76,7 +76,7 @@ def _train_word(texts: Iterable[str], max_vocab: int) -> Tokenizer:
             f"needs at least {len(characters) + 1}, got {max_vocab}",
             field="vocab_size",
         )
-    entries = dict.fromkeys([EOT, *characters])
+    entries = dict.fromkeys([EOT, *characters])  # an ordered set
     for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0])):
         if len(entries) == max_vocab:
             break

@@ -21,7 +21,7 @@ DECAY_TO = 0.1  # the learning rate ends at this part of its peak
 
 
 def learning_rate(settings: Settings, progress: Progress) -> float:
-    """Linear warm-up, then a cosine down to a tenth, over the steps or over the time limit."""
+    """A cosine down to a tenth, over the steps or the time limit, times a linear warm-up."""
     warm = min(1.0, (progress.step + 1) / max(1, settings.warmup_steps))
     if settings.max_steps is not None:
         done = progress.step / settings.max_steps

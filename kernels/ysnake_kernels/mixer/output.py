@@ -177,5 +177,5 @@ class MergedOutput(Output):
 
 
 def output_of(inputs: MixerInputs, z: Tensor, rstd: Tensor | None) -> Output:
-    """The merged output where there is memory for 1 / rms(v), else the general one."""
+    """`MergedOutput` if the caller passes `rstd`, memory for 1 / rms(v); else `Output`."""
     return Output(inputs, z) if rstd is None else MergedOutput(inputs, z, rstd)

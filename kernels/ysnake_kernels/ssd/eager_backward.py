@@ -42,7 +42,7 @@ from ysnake_kernels.ssd.eager_chunks import (
 from ysnake_kernels.ssd.eager_layout import Layout
 from ysnake_kernels.ssd.inputs import ScanInputs, SequenceGradients
 
-SMALLEST_STEP = 1e-18  # of dt, by which a gradient is divided: as good as zero
+SMALLEST_STEP = 1e-18  # dt is at least this, since the gradient of log dt is divided by dt
 
 
 class ParameterGradients(NamedTuple):

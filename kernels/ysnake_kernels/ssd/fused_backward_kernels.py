@@ -68,7 +68,10 @@ def rows_kernel(
     K,
 ):  # fmt: skip
     """Write dC of a tile, the flow into its tokens (INTO) from the chunk's entering state and the
-    tokens before, and what the tile adds to its chunk's dB. Write y, before the gate, if given."""
+    tokens before, and what the tile adds to its chunk's dB. Write y, before the gate, if given.
+
+    `rows` has numbers of each head and token: DECAY and SOURCE are read, INTO is written.
+    """
     xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
     Cs, Gs = ft.View(C, C_token * K.UNIT), ft.View(G, G_token * K.UNIT)
     numbers = ft.Rows(rows, padded, ft.BACKWARD_ROWS)
@@ -84,8 +87,8 @@ def rows_kernel(
         doc = ft.document(place, tile, ti)
         seen &= doc[:, None] == ft.document(place, tile, tj)[None, :]
         entered = doc == ft.document(place, tile, tl.maximum(chunk.t0 - 1, tile.start))
-    # B and C are loaded where they are used, and again for each head, from the cache: held through
-    # the loop they would push others out of the registers
+    # B and C are loaded here for CB only. The loop loads C again for each head, and B is loaded
+    # again after it, from the cache. Held through the loop they would take registers of others.
     C_i, B_j = ft.load_tile(Cs, tile, group, n, K.N), ft.load_tile(Bs, chunk, group, n, K.N)
     CB = ft.dot(C_i, tl.trans(B_j), K)  # [i, j]
     dCB = tl.zeros([K.Q, K.CHUNK], K.ACC)
