@@ -1,4 +1,8 @@
-"""No GPU: Triton kernels run in the interpreter. Examples that are drawn are always the same."""
+"""What all tests share.
+
+Without a GPU Triton kernels run in the interpreter. Examples that are drawn are always the same.
+The longest files run first, so that parallel workers end at about the same time.
+"""
 
 import os
 
@@ -8,6 +12,23 @@ sleep_soon()  # before torch is imported, as training does
 
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+LONGEST = (
+    *("test_fused_ssd", "test_train", "test_parallel", "test_launches", "test_mixer"),
+    *("test_families", "test_faults", "test_fused_conv", "test_decoding", "test_front_end"),
+    *("test_memory", "test_compile"),
+)
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would sort by number of tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
 
 if not torch.cuda.is_available():  # Triton reads it when it is imported: before any test imports it
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -93,7 +93,7 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 )
 def test_no_step_is_skipped_at_any_batch_size(tmp_path, batch_size, lr):
     options = ("--batch-size", batch_size, "--lr", lr, "--seq-len", 6, "--warmup-steps", 10)
-    run = fit(tmp_path, "--max-steps", 300, "--eval-every", 1000, *options)
+    run = fit(tmp_path, "--max-steps", 150, "--eval-every", 1000, *options)
     losses = [m["train_loss"] for m in metrics(run)]
     assert metrics(run)[-1]["skipped"] == 0
     assert sum(losses[-50:]) < sum(losses[:50])
