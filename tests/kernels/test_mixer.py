@@ -92,7 +92,7 @@ CASES = {
     "everything": ({"initial_states": True}, {}),
     "no norm, the gate in the scan": ({"norm": False, "initial_states": True}, {}),
     "no projection": ({"projection": False}, {}),
-    "no norm, no projection": ({"norm": False, "projection": False}, {}),
+    "no norm, no projection": ({"norm": False, "projection": False}, {"rmsnorm_eps": None}),
     "gate before the norm": ({}, {"norm_before_gate": False}),
     "two groups": ({"groups": 2}, {"ngroups": 2, "norm_before_gate": False}),
     "documents": ({"seq_idx": True, "initial_states": True}, {}),

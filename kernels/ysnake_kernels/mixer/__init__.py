@@ -96,7 +96,8 @@ def check_and_run(inputs: MixerInputs) -> tuple[Tensor, Tensor | None]:
     device, dtype = zxbcdt.device.type, inputs.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    limits, eps = (float(low), float(high)), float(inputs.eps)
+    limits = (float(low), float(high))
+    eps = 0.0 if inputs.norm_weight is None else float(inputs.eps)  # transformers may pass None
     inputs = inputs._replace(dt_limit=limits, eps=eps, dtype=dtype)
     name = choose(zxbcdt)
     with torch.autocast(device, enabled=False):
