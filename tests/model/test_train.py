@@ -158,6 +158,7 @@ def test_weights_that_decay_are_matrices(tmp_path):
     assert not any(names[id(p)].endswith(never) for p in decaying["params"])
 
 
+PARTS = ("accumulating", "carrying states")  # of "carrying and accumulating"
 RESUMED = {
     "plain": [],
     "accumulating": ["--accumulate", "3"],
@@ -168,7 +169,13 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(options, id=name, marks=[pytest.mark.slow] if name in PARTS else [])
+        for name, options in RESUMED.items()
+    ],
+)
 def test_stopped_between_micro_batches_and_resumed_is_the_same(tmp_path, monkeypatch, options):
     """A stop is asked for at a moment inside a step, twice; the run ends as if never stopped."""
     options = ["--max-steps", "9", "--eval-every", "4", *options]

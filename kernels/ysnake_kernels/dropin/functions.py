@@ -385,13 +385,10 @@ def _check_update(inputs: StepInputs) -> None:
         raise ValueError(f"B: expected a number of groups {expected}, got {groups[0]}")
     for name, tensor in (("B", B), ("C", C)):
         check(name, tensor, (batch, *groups, n), x)
-    for name, tensor, shape in (
-        ("D", D, features),
-        ("z", z, x.shape),
-        ("dt_bias", dt_bias, features),
-    ):
-        if tensor is not None:
-            check(name, tensor, tuple(shape), x)
+    optional = (("D", D, features), ("z", z, x.shape), ("dt_bias", dt_bias, features))
+    for name, given, shape in optional:
+        if given is not None:
+            check(name, given, tuple(shape), x)
 
 
 def _repeats(tensor: Tensor | None, axes: tuple[int, ...]) -> bool:
