@@ -40,7 +40,7 @@ async def prompt_of(service: Service, messages: list[dict[str, str]]) -> Prompt:
     try:
         pieces = await asyncio.to_thread(template.render, messages)
     except InputError as error:
-        raise Refused(f"messages: the model's chat template: {error}") from error
+        raise Refused(str(error)) from error
     ids = await service.piece_ids(pieces)
     end = template.end_id
     return Prompt(ids, end_ids=frozenset(() if end is None else (end,)))

@@ -54,7 +54,7 @@ class ChatTemplate:
         said = "".join([*self.special, *(message["content"] for message in messages)])
         mark = next((mark for mark in _MARKS if mark not in said), None)
         if mark is None:
-            raise InputError("expected text, got every one of U+FDD0 to U+FDEF")
+            raise InputError("expected text, got every one of U+FDD0 to U+FDEF", field="messages")
 
         def marked(found: re.Match) -> str:
             return "".join(mark + character for character in found[0])
@@ -63,8 +63,13 @@ class ChatTemplate:
             message | {"content": re.sub(self.pattern, marked, message["content"])}
             for message in messages
         ]
+        variables: dict[str, Any]
         variables = {"messages": marked_messages, "add_generation_prompt": True}
-        text = self.run(variables | {"tools": None, "documents": None} | self.named)
+        variables |= {"tools": None, "documents": None, **self.named}
+        try:
+            text = self.run(variables)
+        except InputError as error:
+            raise InputError(f"the model's chat template: {error}", field="messages") from error
         pieces = re.split(f"(?<!{mark})({self.pattern})", text)
         texts = [piece.replace(mark, "") for piece in pieces[::2]]
         ids = [self.special[piece] for piece in pieces[1::2]]
