@@ -1,6 +1,7 @@
 """A trained model from Python: `ysnake.load("runs/mine").generate("Once")`."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -60,6 +61,9 @@ class LanguageModel:
 
         if max_tokens < 1:
             raise InputError(f"max_tokens: expected at least 1, got {max_tokens}")
+        known = [field.name for field in fields(Sampling)]
+        if unknown := sampling.keys() - set(known):
+            raise TypeError(f"generate: no argument {min(unknown)}; expected {', '.join(known)}")
         options: dict[str, Any] = {**sampling}
         how = Sampling(**options)
         context = Context(self.decoder, self.tokenizer.get_vocab_size())
@@ -73,7 +77,9 @@ class LanguageModel:
 
         Returns:
             A tensor (tokens + 1, vocabulary) on the model's device. Row 0 predicts the first token
-            of the text, row i the token after the first i tokens.
+            of the text, row i the token after the first i tokens. `tokenizer.encode(text).ids` are
+            the tokens. The model's rows beyond the vocabulary, which pad it, are left out; `loss`
+            counts them, as training does.
         """
         import torch
 

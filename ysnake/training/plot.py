@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ysnake.shared import cli, files
+from ysnake.shared.run_files import RECENT
 from ysnake.shared.shown import escape_controls
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ def plot_loss(folder: Path) -> None:
     axes = figure.subplots()
     steps, losses = map(np.array, zip(*train, strict=True))
     axes.plot(steps, losses, color="#9ec9a5", linewidth=0.8, label="training, each step")
-    if len(losses) >= 50:
-        mean = np.convolve(losses, np.full(50, 1 / 50), mode="valid")
-        axes.plot(steps[49:], mean, color="#1b7837", linewidth=1.8, label="training, mean of 50")
+    if len(losses) >= RECENT:
+        mean = np.convolve(losses, np.full(RECENT, 1 / RECENT), mode="valid")
+        label = f"training, mean of {RECENT}"
+        axes.plot(steps[RECENT - 1 :], mean, color="#1b7837", linewidth=1.8, label=label)
         axes.annotate(
             f"{mean[-1]:.2f}", (steps[-1], mean[-1]), xytext=(4, 0), textcoords="offset points"
         )
@@ -55,7 +57,10 @@ def plot_loss(folder: Path) -> None:
 
 
 def plot_two(runs: dict[str, list[dict]], path: Path) -> None:
-    """Draw the losses of runs, by name, from the lines of their metrics.jsonl."""
+    """Draw the losses of runs, by name, from the lines of their metrics.jsonl.
+
+    A point of a training curve is the mean of the last RECENT steps, or of all steps before.
+    """
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -67,9 +72,10 @@ def plot_two(runs: dict[str, list[dict]], path: Path) -> None:
         val = [(x["tokens"], x["val_loss"]) for x in lines if x.get("val_loss") is not None]
         if train:
             tokens, losses = map(np.array, zip(*train, strict=True))
-            width = min(50, len(losses))
-            mean = np.convolve(losses, np.full(width, 1 / width), mode="valid")
-            axes.plot(tokens[width - 1 :], mean, color=color, label=f"{name}, training")
+            sums = np.concatenate(([0.0], losses.cumsum()))
+            first = np.maximum(np.arange(len(losses)) - RECENT + 1, 0)
+            mean = (sums[1:] - sums[first]) / (np.arange(len(losses)) + 1 - first)
+            axes.plot(tokens, mean, color=color, label=f"{name}, training")
         if val:
             axes.plot(*zip(*val, strict=True), "o--", color=color, label=f"{name}, held out")
     axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", ylim=(0, None))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ysnake.shared import cli
 from ysnake.shared.files import read_json
+from ysnake.shared.run_files import RECENT
 from ysnake.training.optimiser import make_optimizer
 from ysnake.training.parallel import Ranks
 from ysnake.training.settings import Settings
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ysnake.training.replay import Replays
 
 KEPT_RECOMPUTING = 1 << 24  # with --recompute, the largest freed block that is kept, in bytes
-MEAN_OVER = 50  # steps over which the training loss is averaged
+MEAN_OVER = RECENT  # steps over which the training loss is averaged
 SHARDS = ".optimizer.new"  # in a run folder: a sharded optimizer that becomes a part of last/
 # what training appends to or replaces
 WRITTEN = ("metrics.jsonl", "samples.txt", "loss.png", "tensorboard", "wandb", "wandb_id.txt")
