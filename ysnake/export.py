@@ -54,8 +54,8 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
     size = f"{options.gguf.stat().st_size / 1e6:.1f} MB"
     create = f"ollama create {shlex.quote(name)} -f {shlex.quote(str(beside))}"
     cli.console().print(
-        f"[bold]{cli.markup(options.gguf)}[/]: {model.n_parameters():,} parameters as "
-        f"{options.type}, {size}\n{cli.markup(create)}"
+        f"[bold]{cli.markup(options.gguf)}[/]: {cli.markup(folder)}, {model.n_parameters():,} "
+        f"parameters as {options.type}, {size}\n{cli.markup(create)}"
     )
     return cli.DONE
 

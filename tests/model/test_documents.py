@@ -30,6 +30,8 @@ def test_text_files(tmp_path):
     assert texts(path) == ["one\nline", "  two\n\nx"]
     path.write_text("a <|endoftext|> inside a line\n<|endoftext|>")
     assert texts(path) == ["a <|endoftext|> inside a line"]
+    path.write_text("one\n<|endoftext|> \t\ntwo")
+    assert texts(path) == ["one", "two"]
 
 
 def test_jsonl_files(tmp_path):

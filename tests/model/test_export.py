@@ -182,6 +182,7 @@ def test_command(tmp_path, monkeypatch):
     code, out, errors = entry(export.main, folder, "--gguf", "a.gguf", "--type", "q8_0")
     assert code == 0, errors
     assert "ollama create model -f Modelfile" in out
+    assert f"a.gguf: {folder}, " in out
     lines = (tmp_path / "Modelfile").read_text().splitlines()
     assert lines[:3] == [modelfile.WRITTEN_BY_US, "FROM ./a.gguf", 'TEMPLATE "{{ .Prompt }}"']
     assert 'PARAMETER stop "<|endoftext|>"' in lines

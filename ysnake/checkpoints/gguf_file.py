@@ -97,7 +97,7 @@ def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: "Tokeni
     ):
         raise InputError(
             "llama.cpp has no such tokenizer as this model's; "
-            "it has that of models trained with --tokenizer bpe",
+            "train a new run with --tokenizer bpe, the default",
             field="--gguf",
         )
     if not model["merges"]:

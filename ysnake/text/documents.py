@@ -195,7 +195,7 @@ def _text_pieces(file: TextIO, path: Path) -> Iterator[Piece]:
     while line := file.readline(PIECE):
         if "\0" in line:
             raise InputError(f"{path}: a binary file, or text that needs --encoding utf-16")
-        if line.rstrip("\n") == EOT:
+        if line.rstrip() == EOT:
             yield "".join(lines), True
             lines, size = [], 0
             continue
