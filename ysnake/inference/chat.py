@@ -123,15 +123,19 @@ class Chat:
             print(HELP, file=sys.stderr)
         elif name == "clear":
             self.context, self.before = self.new_context(), []
+            print("the conversation is forgotten", file=sys.stderr)
         elif name == "undo":
             if not self.before:
                 raise InputError("/undo: there is nothing to take back")
             self.context = self.before.pop()
+            print("the last line and its reply are forgotten", file=sys.stderr)
         elif name == "set" and not values:
             for setting, value in self.settings().items():
                 print(f"  {setting} {value}", file=sys.stderr)
         elif name == "set":
             self.set(values[0], " ".join(values[1:]))
+            name = values[0].replace("-", "_")
+            print(f"{name} is now {self.settings()[name]}", file=sys.stderr)
         elif name in ("save", "load"):
             if len(values) != 1:
                 raise InputError(f"/{name}: expected the name of a file")
@@ -175,6 +179,7 @@ class Chat:
             context.load(path)
             self.before = [*self.before, self.context][-MOST_UNDONE:]
             self.context = context
+            print(f"loaded {path}; /undo returns to the conversation before", file=sys.stderr)
         elif self.context.logits is None:
             raise InputError("/save: the conversation is still empty")
         else:
