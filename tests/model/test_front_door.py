@@ -18,6 +18,7 @@ from ysnake.inference.generate import Context
 from ysnake.inference.sampling import Sampling
 from ysnake.shared import run_files, run_lock
 from ysnake.shared.errors import InputError
+from ysnake.training.plot import recent_means
 
 
 @pytest.fixture
@@ -190,6 +191,11 @@ def test_runs_are_listed(two_runs, monkeypatch, capsys):
     assert "runs/second" in capsys.readouterr().out
     with run_lock.lock(two_runs / "runs/first" / run_lock.TRAINING, "busy"):
         assert run_files.state(two_runs / "runs/first") == "in training"
+
+
+def test_curves_of_short_runs_begin_at_their_first_step():
+    assert recent_means([4.0, 2.0, 3.0]) == [4.0, 3.0, 3.0]
+    assert recent_means([9.0, *[1.0] * 50])[-1] == 1.0  # the first is 51 steps back
 
 
 def test_two_runs_are_compared(two_runs, monkeypatch, capsys):

@@ -46,7 +46,7 @@ def test_wrong_arguments(model, tmp_path):
         model.generate("a", 0)
     with pytest.raises(InputError, match="temperature"):
         model.generate("a", temperature=-1)
-    with pytest.raises(TypeError, match="mood"):
+    with pytest.raises(TypeError, match="generate: no argument mood"):
         model.generate("a", mood=1)
     with pytest.raises(InputError, match="nowhere"):
         ysnake.load(tmp_path / "nowhere")

@@ -2,7 +2,9 @@
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ysnake.shared import cli, files
@@ -56,12 +58,14 @@ def plot_loss(folder: Path) -> None:
         figure.savefig(new, dpi=150, format="png")
 
 
-def plot_two(runs: dict[str, list[dict]], path: Path) -> None:
-    """Draw the losses of runs, by name, from the lines of their metrics.jsonl.
+def recent_means(losses: Sequence[float]) -> list[float]:
+    """For each step the mean of the last RECENT losses, or of all so far where these are fewer."""
+    ends = range(1, len(losses) + 1)
+    return [fmean(losses[max(0, end - RECENT) : end]) for end in ends]
 
-    A point of a training curve is the mean of the last RECENT steps, or of all steps before.
-    """
-    import numpy as np
+
+def plot_two(runs: dict[str, list[dict]], path: Path) -> None:
+    """Draw the losses of runs, by name, from the lines of their metrics.jsonl."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -71,11 +75,8 @@ def plot_two(runs: dict[str, list[dict]], path: Path) -> None:
         train = [(x["tokens"], x["train_loss"]) for x in lines if x["train_loss"] is not None]
         val = [(x["tokens"], x["val_loss"]) for x in lines if x.get("val_loss") is not None]
         if train:
-            tokens, losses = map(np.array, zip(*train, strict=True))
-            sums = np.concatenate(([0.0], losses.cumsum()))
-            first = np.maximum(np.arange(len(losses)) - RECENT + 1, 0)
-            mean = (sums[1:] - sums[first]) / (np.arange(len(losses)) + 1 - first)
-            axes.plot(tokens, mean, color=color, label=f"{name}, training")
+            tokens, losses = zip(*train, strict=True)
+            axes.plot(tokens, recent_means(losses), color=color, label=f"{name}, training")
         if val:
             axes.plot(*zip(*val, strict=True), "o--", color=color, label=f"{name}, held out")
     axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", ylim=(0, None))
