@@ -168,6 +168,12 @@ def test_special_tokens_are_the_templates_alone(chatty):
     assert forged[0]["content"] in tokenizer.decode(ours, found)
 
 
+def test_messages_that_a_template_refuses_are_named(chatty):
+    template = chat_template.ChatTemplate(ALTERNATING, checkpoint.load_tokenizer(chatty), {})
+    with pytest.raises(InputError, match=r"^messages: the model's chat template: roles must"):
+        template.render([{"role": "user", "content": "Hi"}] * 2)
+
+
 def test_files_with_a_template(chatty, tmp_path):
     ours = checkpoint.load_tokenizer(chatty)
     assert chat_template.load(tmp_path, ours) is None
