@@ -64,9 +64,10 @@ def measured(row: tuple, folder: Path) -> float:
 def predicted(row: tuple) -> memory.Plan:
     preset, vocabulary, seq_len, batch_size, chunk_size, recompute, _ = row
     settings = Settings(**PRESETS[preset].settings)
-    settings.chunk_size = chunk_size
+    settings.chunk_size, settings.recompute = chunk_size, recompute
+    settings.seq_len, settings.batch_size = seq_len, batch_size
     config = model_config(settings, vocabulary, 0)
-    return memory.predict(config, batch_size, seq_len, recompute)
+    return memory.predict(config, settings)
 
 
 def writable(text: str) -> Path:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ SIZES = {"vocab_size": 1024, "d_model": 256, "n_layers": 3, "d_state": 64}
 )
 def test_parameters_are_counted_exactly(sizes):
     m = model(**sizes)
-    assert memory.predict(m.config, 1, 8, False).parameters == m.n_parameters()
+    assert memory.predict(m.config, Settings()).parameters == m.n_parameters()
 
 
 PEAK = """
@@ -49,12 +50,12 @@ def peak():  # resident kilobytes; ru_maxrss would begin with the parent's
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 batch, length = int(sys.argv[1]), int(sys.argv[2])
-recompute, carry_state = (argument == "True" for argument in sys.argv[3:])
+recompute, carry_state = (argument == "True" for argument in sys.argv[3:5])
 keep_freed_memory(KEPT_RECOMPUTING) if recompute else keep_freed_memory()
 torch.set_num_threads(1)
 model = Model(ModelConfig(vocab_size=1024, d_model=256, n_layers=3, d_state=64))
 model.backbone.recompute = recompute
-optimizer = make_optimizer(model, 0.1)
+optimizer = make_optimizer(model, 0.1, sys.argv[5])
 before = peak()
 make_moments(optimizer)
 carried = model.empty_state(batch) if carry_state else None
@@ -89,23 +90,30 @@ assert "THP_MEM_ALLOC_ENABLE" not in os.environ
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted as on Linux")
 @pytest.mark.parametrize(
-    "case", [(24, 128, False, False), (24, 128, True, False), (24, 128, False, True)]
+    "case",
+    [
+        (24, 128, False, False, "adamw"),
+        (24, 128, True, False, "adamw"),
+        (24, 128, False, True, "muon"),
+    ],
 )
 def test_what_a_step_adds_is_foreseen(case):
     command = [sys.executable, "-c", PEAK, *map(str, case)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    plan = memory.predict(ModelConfig(**SIZES), *case)
-    expected = plan.kept + plan.working + 0.75 * plan.weights  # gradients and AdamW's moments
+    names = ("batch_size", "seq_len", "recompute", "carry_state", "optimizer")
+    plan = memory.predict(ModelConfig(**SIZES), Settings(**dict(zip(names, case, strict=True))))
+    weights = 4 * plan.parameters  # which were there before
+    expected = plan.kept + plan.working + plan.weights - weights
     assert abs(int(done.stdout) * 1024 / expected - 1) < 0.25
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():
-    config = ModelConfig(**SIZES)
+    config, settings = ModelConfig(**SIZES), Settings(seq_len=256)
     for limit in (0.6e9, 2e9):
-        size = memory.largest_batch(config, 256, False, limit)
-        assert memory.predict(config, size, 256, False).peak <= limit
-        assert memory.predict(config, size + 1, 256, False).peak > limit
-    assert memory.largest_batch(config, 256, False, 1e8) == 0
+        size = memory.largest_batch(config, settings, limit)
+        assert memory.predict(config, replace(settings, batch_size=size)).peak <= limit
+        assert memory.predict(config, replace(settings, batch_size=size + 1)).peak > limit
+    assert memory.largest_batch(config, settings, 1e8) == 0
 
 
 def test_a_step_keeps_its_windows_whatever_fits():
@@ -114,7 +122,7 @@ def test_a_step_keeps_its_windows_whatever_fits():
         settings = Settings(batch_size=24, accumulate=2, seq_len=512, memory=f"{gigabytes}GB")
         memory.fit(settings, config)
         assert settings.batch_size * settings.accumulate == 48
-        plan = memory.predict(config, settings.batch_size, 512, settings.recompute)
+        plan = memory.predict(config, settings)
         assert plan.peak <= gigabytes * 1e9
     assert settings.batch_size == 48
     with pytest.raises(InputError, match=r"--memory: 0.10 GB are not enough, .* takes 0\.\d\d GB"):
@@ -154,7 +162,11 @@ def test_less_memory_gives_the_same_weights(tmp_path):
 
     plain, again = train("plain"), train("again", "--recompute")
     config = checkpoint.load_config(tmp_path / "plain/last")
-    small = train("small", "--memory", str(int(memory.predict(config, 2, 24, False).peak)))
+    small = train(
+        "small",
+        "--memory",
+        str(int(memory.predict(config, Settings(batch_size=2, seq_len=24)).peak)),
+    )
     settings = json.loads((tmp_path / "small/settings.json").read_text())
     assert (settings["batch_size"], settings["accumulate"]) == (2, 2)
     for name, tensor in plain.items():

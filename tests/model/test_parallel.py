@@ -26,7 +26,7 @@ from ysnake.training import launch, parallel
 from ysnake.training.optimiser import make_moments, make_optimizer
 
 STEPS = ["--max-steps", "20", "--eval-every", "20", "--vocab-size", "300"]
-OTHER = ["--carry-state", "--accumulate", "2", "--output-size", "16"]
+OTHER = ["--carry-state", "--accumulate", "2", "--output-size", "16", "--optimizer", "muon"]
 
 
 def torchrun(processes, *arguments, cwd, **options):

@@ -135,6 +135,9 @@ def test_learning_rate():
     assert rate[55] == pytest.approx(
         0.1 + 0.9 * 0.5 * (1 + torch.cos(torch.tensor(0.55 * torch.pi)))
     )
+    options.schedule = "linear"
+    rate = [step.learning_rate(options, training_run.Progress(step=s)) for s in (4, 55, 100)]
+    assert rate == pytest.approx([0.5 * 0.96, 0.45, 0])
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
@@ -164,7 +167,7 @@ RESUMED = {
     "accumulating": ["--accumulate", "3"],
     "carrying states": ["--carry-state"],
     "carrying and accumulating": ["--carry-state", "--accumulate", "2"],
-    "factorised head": ["--output-size", "16"],
+    "factorised head, Muon": ["--output-size", "16", "--optimizer", "muon"],
     "patience": ["--patience", "3", "--eval-every", "2", "--lr", "0.05"],
 }
 

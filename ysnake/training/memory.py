@@ -5,7 +5,7 @@ pass through the last layer. `python -m benchmarks.memory` compares it with meas
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ class Plan:
     """The predicted peak memory of a training process in bytes, and its parts."""
 
     parameters: int  # a number, not bytes
-    weights: float  # with gradients and the two moments of AdamW
+    weights: float  # with gradients and the moments of the optimizer
     kept: float  # what the forward pass stores for the backward pass
     working: float  # temporary tensors of a layer and of the loss
     process: float = PROCESS
@@ -37,10 +37,8 @@ class Plan:
         return self.weights + self.kept + self.working + self.process
 
 
-def predict(
-    config: ModelConfig, batch_size: int, seq_len: int, recompute: bool, carry_state: bool = False
-) -> Plan:
-    """Predict the memory for training on batch_size windows of seq_len tokens, in float32."""
+def predict(config: ModelConfig, settings: Settings) -> Plan:
+    """Predict the memory for training with these settings in one process, in float32."""
     from ysnake_kernels.mixer.eager import CHUNK_ELEMENTS
     from ysnake_kernels.ssd.eager_layout import CPU_CHUNK
 
@@ -49,7 +47,8 @@ def predict(
     c = config
     head = c.vocab_size * c.d_model
     projected = 2 * c.d_inner + 2 * c.n_groups * c.d_state + c.n_heads
-    layer = c.d_model * (projected + c.d_inner + 1) + c.d_inner
+    projections = c.d_model * (projected + c.d_inner)
+    layer = projections + c.d_model + c.d_inner
     layer += c.d_conv * (c.conv_width + c.conv_bias) + 3 * c.n_heads
     untied = 0
     if c.output_size is not None:
@@ -57,13 +56,17 @@ def predict(
     elif not c.tied:
         untied = head
     parameters = head + untied + c.n_layers * layer + c.d_model
+    numbers = 4 * parameters  # each with its gradient and two moments
+    if settings.optimizer == "muon":
+        numbers -= c.n_layers * projections  # Muon has one moment
 
+    batch_size, seq_len = settings.batch_size, settings.seq_len
     tokens = batch_size * seq_len
     block = tokens * (c.d_model + projected)  # the input of a block and of its mixer
     kept = c.n_layers * block
-    if recompute:  # freed inputs make room for the gradients
+    if settings.recompute:  # freed inputs make room for the gradients
         kept = max(0, c.n_layers * tokens * c.d_model - parameters) + block
-    if carry_state:  # before the window and after it
+    if settings.carry_state:  # before the window and after it
         kept += 2 * c.n_layers * batch_size * (c.d_inner * c.d_state + c.d_conv * c.conv_width)
 
     # The backward pass of the mixer: all its gradients, and recomputed tensors of a group of rows.
@@ -75,16 +78,14 @@ def predict(
     working = tokens * (projected + 3 * c.d_model) + group + chunk
     logits = min(slice_rows(c.vocab_size, "cpu"), tokens) * c.vocab_size  # of a slice
     working += 2 * logits + head  # and the head's gradient
-    return Plan(parameters, 16.0 * parameters, FLOAT * kept, FLOAT * working)
+    return Plan(parameters, FLOAT * numbers, FLOAT * kept, FLOAT * working)
 
 
-def largest_batch(
-    config: ModelConfig, seq_len: int, recompute: bool, limit: float, carry_state: bool = False
-) -> int:
+def largest_batch(config: ModelConfig, settings: Settings, limit: float) -> int:
     """The largest batch that takes at most `limit` bytes; 0 if a single window takes more."""
     size = 0
     for step in (1 << k for k in range(24, -1, -1)):
-        if predict(config, size + step, seq_len, recompute, carry_state).peak <= limit:
+        if predict(config, replace(settings, batch_size=size + step)).peak <= limit:
             size += step
     return size
 
@@ -102,13 +103,13 @@ def fit(settings: Settings, config: ModelConfig) -> None:
     limit = parse_size(settings.memory)
     windows = settings.batch_size * settings.accumulate
     for recompute in sorted({settings.recompute, True}):
-        largest = largest_batch(config, settings.seq_len, recompute, limit, settings.carry_state)
+        largest = largest_batch(config, replace(settings, recompute=recompute), limit)
         if largest:
             size = max(n for n in range(1, min(largest, windows) + 1) if windows % n == 0)
             settings.batch_size, settings.accumulate = size, windows // size
             settings.recompute = recompute
             return
-    least = predict(config, 1, settings.seq_len, True, settings.carry_state).peak
+    least = predict(config, replace(settings, batch_size=1, recompute=True)).peak
     raise InputError(
         f"{limit / 1e9:.2f} GB are not enough, one window of {settings.seq_len} tokens "
         f"takes {least / 1e9:.2f} GB; a shorter --seq-len or a smaller model takes less",
@@ -125,11 +126,11 @@ def check(settings: Settings, config: ModelConfig, device: str) -> None:
     if device != "cpu" or limit is None or settings.shard:
         return
     windows, length = share(settings)
-    how = (settings.recompute, settings.carry_state)
-    peak = predict(config, windows, length, *how).peak
+    own = replace(settings, batch_size=windows, seq_len=length)
+    peak = predict(config, own).peak
     if peak <= PREDICTED_TOO_HIGH * limit:
         return
-    fits = largest_batch(config, length, settings.recompute, limit, settings.carry_state)
+    fits = largest_batch(config, own, limit)
     remedy = "a shorter --seq-len or a smaller model takes less"
     if fits:
         fits *= -(-settings.batch_size // windows)  # of all processes
@@ -157,12 +158,11 @@ def table(config: ModelConfig, settings: Settings) -> "Table":
     """A table of the prediction for these settings, and of the largest batch that fits."""
     from rich.table import Table
 
-    length, carry = settings.seq_len, settings.carry_state
-    plan = predict(config, settings.batch_size, length, settings.recompute, carry)
+    plan = predict(config, settings)
     out = Table(box=None, show_header=False, padding=(0, 2))
     out.add_column(justify="right")
     rows = {
-        "weights, gradients, AdamW": plan.weights,
+        "weights, gradients, optimizer": plan.weights,
         "kept for the backward pass": plan.kept,
         "working memory of a step": plan.working,
         "Python and torch": plan.process,
@@ -174,8 +174,8 @@ def table(config: ModelConfig, settings: Settings) -> "Table":
     limit = available() if settings.memory is None else parse_size(settings.memory)
     if limit is not None:
         where = "this machine" if settings.memory is None else "--memory"
-        fits = largest_batch(config, length, settings.recompute, limit, carry)
-        more = largest_batch(config, length, True, limit, carry)
+        fits = largest_batch(config, settings, limit)
+        more = largest_batch(config, replace(settings, recompute=True), limit)
         out.add_row(f"{limit / 1e9:.2f} GB", where)
         out.add_row(f"{fits:,}", f"largest --batch-size that fits, {more:,} with --recompute")
     return out

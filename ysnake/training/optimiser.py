@@ -1,35 +1,66 @@
-"""The optimiser of training: AdamW, and the memory that it keeps of each parameter."""
+"""The optimiser of training: AdamW or Muon, and the memory that it keeps of each parameter."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ysnake.training.settings import Optimizer
 
 if TYPE_CHECKING:
     import torch
 
     from ysnake.model.network import Model
 
+BETAS = (0.9, 0.95)  # of AdamW
 
-def make_optimizer(model: "Model", weight_decay: float) -> "torch.optim.Optimizer":
-    """AdamW with weight decay for matrices only, not for A_log, D, dt_bias, norms and biases."""
+
+def make_optimizer(
+    model: "Model", weight_decay: float, kind: Optimizer = "adamw"
+) -> "torch.optim.Optimizer":
+    """AdamW; or Muon for the projections of the mixers, and AdamW for the other weights.
+
+    Weight decay is for matrices only, not for A_log, D, dt_bias, norms and biases.
+    """
     import torch
 
-    groups = [
-        {
-            "params": [p for p in model.parameters() if (p.ndim >= 2) == matrices],
-            "weight_decay": weight_decay if matrices else 0.0,
-        }
-        for matrices in (True, False)
-    ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    from ysnake.training.muon import Muon
+
+    groups: list[dict[str, Any]] = []
+    if kind == "muon":
+        mixers = [layer.mixer for layer in model.backbone.layers]
+        sizes = mixers[0].sizes
+        parts = [sizes.d_inner, *sizes.mixed, sizes.heads]  # of in_proj: z, x, B, C and dt
+        ins, outs = ([getattr(m, name).weight for m in mixers] for name in ("in_proj", "out_proj"))
+        groups.append({"params": ins, "rows": parts, "weight_decay": weight_decay})
+        groups.append({"params": outs, "rows": [len(outs[0])], "weight_decay": weight_decay})
+    taken = {id(p) for group in groups for p in group["params"]}
+    for matrices in (True, False):
+        others = [p for p in model.parameters() if (p.ndim >= 2) == matrices and id(p) not in taken]
+        groups.append({"params": others, "weight_decay": weight_decay if matrices else 0.0})
+    if kind == "muon":
+        return Muon(groups, BETAS)
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
 
 
 def make_moments(optimizer: "torch.optim.Optimizer") -> None:
-    """Allocate AdamW's moments before the first step, so that they fragment no memory later."""
+    """Allocate the moments before the first step, so that they fragment no memory later."""
     import torch
 
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        if not optimizer.state[parameter]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    for group in optimizer.param_groups:
+        names = ("momentum",) if group.get("rows") else ("exp_avg", "exp_avg_sq")
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    **{name: torch.zeros_like(parameter) for name in names},
+                }
+
+
+def moments_by_name(
+    model: "Model", optimizer: "torch.optim.Optimizer"
+) -> "dict[str, torch.Tensor]":
+    """All moments, under the names of the moment and of its parameter. They are not copied."""
+    return {
+        f"{moment}.{name}": tensor
+        for name, parameter in model.named_parameters()
+        for moment, tensor in optimizer.state[parameter].items()
+        if moment != "step"
+    }

@@ -20,6 +20,7 @@ from ysnake.model.config import IGNORED
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 from ysnake.training.launch import RESTARTS, end_after_failed_rank, launched, printed_once
+from ysnake.training.optimiser import make_moments, moments_by_name
 from ysnake.training.split_sequences import SequenceNeighbours
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 STUCK_AFTER = timedelta(minutes=10)  # an exchange between processes that takes longer fails
 FOR_EVER = timedelta(days=30)  # the time limit while the others wait for the first rank
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW stores for each parameter
 
 
 @contextmanager
@@ -300,11 +300,7 @@ class Ranks:
         self.on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
         if not optimizer.state:  # before the first step
             return {"steps": 0}
-        moments = {
-            f"{moment}.{name}": optimizer.state[parameter][moment]
-            for name, parameter in model.named_parameters()
-            for moment in MOMENTS
-        }
+        moments = moments_by_name(model, optimizer)
         # safetensors: torch's own format would be read with pickle
         writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)
 
@@ -322,7 +318,6 @@ class Ranks:
         if "state" in saved and not self.sharded:
             optimizer.load_state_dict(saved)
             return
-        import torch
         from torch.distributed import checkpoint
         from torch.distributed.tensor import distribute_tensor
 
@@ -331,18 +326,16 @@ class Ranks:
             for i, memory in saved["state"].items():
                 p = parameters[i]
                 spread = {
-                    m: distribute_tensor(
-                        memory[m].to(p.device), p.device_mesh, p.placements, src_data_rank=None
+                    moment: distribute_tensor(
+                        tensor.to(p.device), p.device_mesh, p.placements, src_data_rank=None
                     )
-                    for m in MOMENTS
+                    for moment, tensor in memory.items()
+                    if moment != "step"
                 }
                 optimizer.state[p] = spread | {"step": memory["step"].to(p.device)}
         elif saved["steps"]:
-            moments = {
-                f"{m}.{name}": torch.zeros_like(p, requires_grad=False)
-                for name, p in model.named_parameters()
-                for m in MOMENTS
-            }
+            make_moments(optimizer)
+            moments = moments_by_name(model, optimizer)
             reader = checkpoint.HuggingFaceStorageReader(str(folder))
 
             def read() -> None:
@@ -353,9 +346,8 @@ class Ranks:
                     )
 
             self.on_all(read)
-            for name, p in model.named_parameters():
-                optimizer.state[p] = {m: moments[f"{m}.{name}"] for m in MOMENTS}
-                optimizer.state[p]["step"] = torch.tensor(saved["steps"], device=p.device)
+            for state in optimizer.state.values():
+                state["step"].fill_(saved["steps"])
 
 
 @contextmanager

@@ -103,7 +103,7 @@ def assemble(
     progress.threads, progress.processes = torch.get_num_threads(), ranks.size
     model.backbone.recompute = settings.recompute
     loss = ranks.distribute(model, cli.pick_device(settings.device))
-    optimizer = make_optimizer(model, settings.weight_decay)
+    optimizer = make_optimizer(model, settings.weight_decay, settings.optimizer)
     run = Run(settings, model, tokenizer, optimizer, train, val, progress, ranks, loss)
     forget_carried(run)
     return run

@@ -20,6 +20,8 @@ from ysnake.shared.field_types import is_a, name_of
 from ysnake.shared.files import read_json
 from ysnake.training import settings_file
 
+Optimizer = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "linear"]
 SHIPPED = Path(__file__).parents[2] / "training_data"
 
 
@@ -86,11 +88,16 @@ class Settings:
     """Initial decay rates: hippo means A_n = -(n + 1) over the heads, uniform -A in [1, 16]."""
 
     lr: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate."""
+    optimizer: Optimizer = "adamw"
+    """adamw, or muon: Muon for the projections of each layer and AdamW for the other weights. A
+    step with Muon learns more and takes longer. The same --lr suits both."""
     weight_decay: float = 0.1
     """Weight decay of matrices. There is none for A_log, D, dt_bias, norms and biases."""
     warmup_steps: int = 100
-    """Steps until the learning rate reaches its peak. Then it falls along a cosine to a tenth."""
+    """Steps until the learning rate reaches its peak."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after its peak: along a cosine to a tenth, or in a line to 0."""
     max_steps: int | None = None
     """Stop after this many steps; by default those of the preset, or none with --max-minutes."""
     max_minutes: float | None = None

@@ -21,14 +21,17 @@ DECAY_TO = 0.1  # the learning rate ends at this part of its peak
 
 
 def learning_rate(settings: Settings, progress: Progress) -> float:
-    """A cosine down to a tenth, over the steps or the time limit, times a linear warm-up."""
+    """The rate of --schedule over the steps or the time limit, times a linear warm-up."""
     warm = min(1.0, (progress.step + 1) / max(1, settings.warmup_steps))
     if settings.max_steps is not None:
         done = progress.step / settings.max_steps
     else:
         assert settings.max_minutes is not None  # one of the two is set
         done = progress.elapsed / (60 * settings.max_minutes)
-    cosine = (1 + math.cos(math.pi * min(done, 1.0))) / 2
+    done = min(done, 1.0)
+    if settings.schedule == "linear":
+        return settings.lr * warm * (1 - done)
+    cosine = (1 + math.cos(math.pi * done)) / 2
     return settings.lr * warm * (DECAY_TO + (1 - DECAY_TO) * cosine)
 
 

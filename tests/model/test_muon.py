@@ -1,0 +1,83 @@
+"""Muon updates a matrix as torch's does, each part of a projection apart; AdamW does the rest."""
+
+import pytest
+import torch
+from small import model
+
+from ysnake.training.muon import Muon, orthogonal
+from ysnake.training.optimiser import make_moments, make_optimizer
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (24, 80)])
+def test_a_matrix_gets_the_update_of_torch(shape):
+    own, expected = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    optimizer = Muon([{"params": [own], "rows": [shape[0]], "weight_decay": 0.1}], (0.9, 0.95))
+    make_moments(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.01
+    theirs = torch.optim.Muon(
+        [expected], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        own.grad = torch.randn(shape, generator=generator)
+        expected.grad = own.grad.clone()
+        optimizer.step()
+        theirs.step()
+    moved = (expected - 1).norm()
+    assert (own - expected).norm() < 0.02 * moved  # torch computes in bfloat16
+
+
+def test_singular_values_are_near_one():
+    values = torch.linalg.svdvals(orthogonal(torch.randn(40, 96)))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    assert orthogonal(torch.zeros(4, 8)).abs().max() == 0
+
+
+@pytest.fixture
+def trained():
+    """A model, its weights before, and its Muon after one step with random gradients."""
+    m = model(n_groups=2)
+    optimizer = make_optimizer(m, 0.1, "muon")
+    make_moments(optimizer)
+    before = {name: p.detach().clone() for name, p in m.named_parameters()}
+    for p in m.parameters():
+        p.grad = torch.randn_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+        group["weight_decay"] = 0.0
+    optimizer.step()
+    return m, before, optimizer
+
+
+def test_each_part_of_a_projection_is_made_orthogonal(trained):
+    m, before, _ = trained
+    sizes = m.backbone.layers[0].mixer.sizes
+    for name, parts in {
+        "in_proj": [sizes.d_inner, *sizes.mixed, sizes.heads],
+        "out_proj": [m.config.d_model],
+    }.items():
+        name = f"backbone.layers.1.mixer.{name}.weight"
+        moved = dict(m.named_parameters())[name].detach() - before[name]
+        for part in moved.split(parts):
+            values = torch.linalg.svdvals(part) / (0.2 * max(part.shape) ** 0.5)
+            assert values.min() > 0.6
+            assert values.max() < 1.3
+
+
+def test_adamw_updates_the_other_weights(trained):
+    m, before, optimizer = trained
+    twin = model(n_groups=2)
+    adamw = make_optimizer(twin, 0.0)
+    for p, own in zip(twin.parameters(), m.parameters(), strict=True):
+        p.grad = own.grad
+    for group in adamw.param_groups:
+        group["lr"] = 1.0
+    with torch.no_grad():
+        for p, old in zip(twin.parameters(), before.values(), strict=True):
+            p.copy_(old)
+    adamw.step()
+    for (name, own), theirs in zip(m.named_parameters(), twin.parameters(), strict=True):
+        muon = name.endswith("_proj.weight")
+        assert torch.equal(own, theirs) is not muon, name
+        assert ("momentum" in optimizer.state[own]) is muon, name
