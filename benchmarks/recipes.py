@@ -1,0 +1,162 @@
+"""How training settings change what is learnt: `python -m benchmarks.recipes --text FILE`.
+
+A recipe is a set of options of `ysnake.train`. Each recipe trains with each learning rate and each
+seed, with the same batches in the same order. What counts is the held-out loss per byte. Runs that
+are there already are not repeated, and runs that were stopped continue.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.recipes_report import LN2, Trained, draw, markdown
+from ysnake.doctor import processor
+from ysnake.shared.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+BATCH = {"seq_len": 256, "batch_size": 8}
+SIZES: dict[str, dict[str, object]] = {
+    "3M": {"d_model": 256, "n_layers": 4, "d_state": 64, "vocab_size": 4096},
+    "24M": {"d_model": 512, "n_layers": 10, "vocab_size": 13_183},
+    "71M": {"d_model": 768, "n_layers": 13, "vocab_size": 28_590},
+}
+# In the first report "baseline" is what the others are compared with.
+RECIPES: dict[str, dict[str, object]] = {
+    "baseline": {"optimizer": "adamw", "schedule": "cosine", "init": "hippo"},
+    "linear": {"schedule": "linear"},
+    "uniform": {"init": "uniform"},
+    "linear-uniform": {"schedule": "linear", "init": "uniform"},
+    "muon": {"optimizer": "muon"},
+    "muon-linear-uniform": {"optimizer": "muon", "schedule": "linear", "init": "uniform"},
+    "no-decay": {"weight_decay": 0.0},
+    "short-warmup": {"warmup_steps": 20},
+    "carry-state": {"carry_state": True},
+    "half-batch": {"batch_size": 4},
+    "small-heads": {"head_dim": 32},
+    "large-state": {"d_state": 128},
+}
+
+
+@dataclass
+class Options:
+    """Train each recipe with each learning rate and seed, and report the held-out losses."""
+
+    text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH...")]
+    """Files and folders to train on, as for `ysnake.train --data`."""
+    size: Literal["3M", "24M", "71M"] = "3M"
+    """Parameters of the model, about."""
+    recipe: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ("baseline",)
+    """Which recipes: any of those in benchmarks/recipes.py, or all."""
+    lr: tuple[float, ...] = (3e-3, 6e-3, 12e-3)
+    """Peak learning rates. The best should not be the first or the last."""
+    seed: tuple[int, ...] = (0, 1, 2)
+    """Seeds: first weights and order of the batches."""
+    steps: int | None = 300
+    """Steps of a training."""
+    minutes: float | None = None
+    """Train for this long instead."""
+    warmup_steps: int = 50
+    """Steps until the learning rate reaches its peak."""
+    runs: Path = Path("runs/recipes")
+    """Where the trainings are kept."""
+    out: Path = ROOT / "benchmarks/results/recipes"
+    """Where the table, the picture and the curves are written."""
+
+
+def main(argv: list[str]) -> int:
+    """Train what is missing, and write the report after each training."""
+    options = tyro.cli(Options, prog="python -m benchmarks.recipes", args=argv)
+    names = tuple(RECIPES) if options.recipe == ("all",) else options.recipe
+    unknown = set(names) - set(RECIPES)
+    if unknown:
+        raise InputError(
+            f"--recipe: expected some of {', '.join(RECIPES)}, got {', '.join(sorted(unknown))}"
+        )
+    console = Console()
+    wanted = [(n, lr, seed) for seed, n, lr in product(options.seed, names, options.lr)]
+    for name, lr, seed in track(wanted, "training", console=console):
+        run = folder(options, name, lr, seed)
+        if not ended(run):
+            train(options, run, RECIPES[name] | {"lr": lr, "seed": seed})
+        report(options, console)
+    return 0
+
+
+def folder(options: Options, name: str, lr: float, seed: int) -> Path:
+    """The folder of a training. Its path holds all that this program varies."""
+    long = f"{options.minutes:g}-minutes" if options.minutes else f"{options.steps}-steps"
+    return options.runs / f"{options.size}-{long}" / name / f"lr-{lr:g}-seed-{seed}"
+
+
+def ended(run: Path) -> bool:
+    """Whether this training has come to its end."""
+    path = run / "last/progress.json"
+    return path.is_file() and json.loads(path.read_text())["ended"] in ("steps", "time")
+
+
+def train(options: Options, run: Path, recipe: dict[str, object]) -> None:
+    """Start or continue a training, in a process of its own."""
+    command = [sys.executable, "-m", "ysnake.train", "--run", str(run)]
+    if (run / "last").is_dir():
+        command.append("--resume")
+    else:
+        steps = options.steps or 10**6
+        values = SIZES[options.size] | BATCH | {"warmup_steps": options.warmup_steps}
+        values |= {"eval_every": max(1, min(steps // 10, 100)), "checkpoint_every": 100} | recipe
+        end = {"max_minutes": options.minutes} if options.minutes else {"max_steps": steps}
+        command += ["--preset", "ys-24m", "--data", *map(str, options.text)]
+        for name, value in (values | end).items():
+            flag = "--" + name.replace("_", "-")
+            command += [flag] if value is True else [flag, str(value)]
+    run.parent.mkdir(parents=True, exist_ok=True)
+    path = run.parent / f"{run.name}.log"
+    with path.open("a") as log:
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise InputError(f"{run}: the training failed, {path} says why")
+
+
+def trained(options: Options) -> Iterator[Trained]:
+    """What was trained with these sizes and this length, also in earlier executions."""
+    for path in sorted(folder(options, "*", 0, 0).parent.parent.glob("*/lr-*-seed-*")):
+        if not path.is_dir() or not ended(path):
+            continue
+        settings = json.loads((path / "settings.json").read_text())
+        lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+        curve = [
+            (line["tokens"], line["seconds"], line["bits_per_byte"] * LN2)
+            for line in lines
+            if line.get("bits_per_byte") is not None
+        ]
+        yield Trained(path.parent.name, settings["lr"], settings["seed"], curve)
+
+
+def report(options: Options, console: Console) -> None:
+    """Write the curves, the table and the picture of everything that is trained."""
+    found = list(trained(options))
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = folder(options, "", 0, 0).parent.name
+    text = ", ".join(path.name for path in options.text)
+    where = f"{platform.system()}, {processor()}"
+    title = f"{name} on {text}, {BATCH['batch_size']} x {BATCH['seq_len']} tokens a step ({where})"
+    curves = {"title": title, "runs": [vars(each) for each in found]}
+    (options.out / f"{name}.json").write_text(json.dumps(curves) + "\n")
+    (options.out / f"{name}.md").write_text(markdown(found, title))
+    draw(found, title, options.out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except InputError as error:
+        sys.exit(f"error: {error}")

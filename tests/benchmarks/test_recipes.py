@@ -1,0 +1,66 @@
+"""Recipes are trained once, and compared at their best learning rates."""
+
+import json
+
+import pytest
+
+from benchmarks import recipes
+from benchmarks.recipes_report import Trained, best_rate, by_recipe, markdown
+from ysnake.shared.errors import InputError
+
+
+def run(recipe, lr, seed, *losses):
+    return Trained(recipe, lr, seed, [(100 * k, 10.0 * k, loss) for k, loss in enumerate(losses)])
+
+
+RUNS = [
+    *(run("baseline", 1e-3, seed, 9, 5, 4.2 + seed / 10) for seed in (0, 1)),
+    *(run("baseline", 2e-3, seed, 9, 5, 4.0 + seed / 10) for seed in (0, 1)),
+    *(run("baseline", 4e-3, seed, 9, 6, 5.0) for seed in (0, 1)),
+    run("baseline", 8e-3, 0, 9, 3, 2),  # the other seed is missing
+    *(run("other", 1e-3, seed, 9, 4.1, 3) for seed in (0, 1)),
+    *(run("other", 2e-3, seed, 9, 4, 2) for seed in (0, 1)),
+]
+
+
+def test_the_best_rate_is_one_that_all_seeds_have():
+    rates = by_recipe(RUNS)
+    assert best_rate(rates["baseline"]) == 2e-3
+    assert best_rate(rates["other"]) == 2e-3
+
+
+def test_the_table_says_what_a_recipe_takes_to_reach_the_baseline():
+    rows = {}
+    for line in markdown(RUNS, "title").splitlines():
+        if line.startswith(("| baseline", "| other")):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            rows.setdefault(cells[0], cells)
+    assert rows["baseline"][1:4] == ["0.002", "4.0500", "4.0000 to 4.1000 (2)"]
+    assert rows["other"][1] == "0.002 (edge)"
+    # 9 falls to 4 in 100 tokens, so 4.05 is reached after 99, and the baseline takes 200
+    assert rows["other"][5:] == ["0.49", "0.49"]
+
+
+def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("A snake has no legs, and the hedge has no snake. " * 400)
+    tiny = {"d_model": 32, "n_layers": 1, "d_state": 8, "head_dim": 8, "vocab_size": 270}
+    monkeypatch.setitem(recipes.SIZES, "3M", tiny)
+    options = ["--text", str(text), "--steps", "2", "--lr", "0.01", "--seed", "0"]
+    options += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert recipes.main(options) == 0
+    metrics = next((tmp_path / "runs").rglob("metrics.jsonl"))
+    written = metrics.stat().st_mtime_ns
+    assert recipes.main(options) == 0
+    assert metrics.stat().st_mtime_ns == written
+    files = {path.suffix for path in (tmp_path / "out").iterdir()}
+    assert files == {".json", ".md", ".png"}
+    (result,) = json.loads(next((tmp_path / "out").glob("*.json")).read_text())["runs"]
+    assert (result["recipe"], result["lr"], result["seed"]) == ("baseline", 0.01, 0)
+    assert [point[0] for point in result["curve"]] == [2048, 4096]
+    assert 0 < result["curve"][1][2] < 10
+
+
+def test_an_unknown_recipe_is_named():
+    with pytest.raises(InputError, match=r"--recipe: expected some of baseline, .*, got no-such"):
+        recipes.main(["--text", "x", "--recipe", "no-such"])
