@@ -5,6 +5,7 @@ The longest files run first, so that parallel workers end at about the same time
 """
 
 import os
+from importlib.util import find_spec
 
 from ysnake.shared.waiting import sleep_soon
 
@@ -12,6 +13,7 @@ sleep_soon()  # before torch is imported, as training does
 
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from quick_interpreter import quicken_interpreter  # noqa: E402
 
 LONGEST = (
     *("test_fused_ssd", "test_train", "test_parallel", "test_launches", "test_mixer"),
@@ -32,6 +34,8 @@ def pytest_collection_modifyitems(items):
 
 if not torch.cuda.is_available():  # Triton reads it when it is imported: before any test imports it
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
+        quicken_interpreter()
 
 settings.register_profile(
     "the same everywhere",
