@@ -45,7 +45,7 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
             if run.ranks.first:
                 os.fsync(metrics.fileno())
 
-        resumed = settings.resume
+        resumed, evaluated = settings.resume, False
         show(metrics_of.part_done(run), "starting")
         while progress.ended is None:
             began = time.perf_counter()
@@ -85,4 +85,5 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
         run.ranks.on_first(lambda: keep_good(run))
     else:
         save_last(run)
-    run.ranks.on_first(lambda: draw_loss(run.folder, console))
+    if not evaluated:  # else the picture shows all steps already
+        run.ranks.on_first(lambda: draw_loss(run.folder, console))
