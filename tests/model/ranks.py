@@ -1,13 +1,14 @@
 """What each rank of the tests of many processes does.
 
-torchrun starts it with a list of tasks in JSON. Without torchrun the number of ranks comes before
-the list, and the ranks are forked: then only one process imports torch. Each task leaves a file of
-JSON per rank, or the run folder that a training leaves.
+torchrun starts it with a list of tasks in JSON. Without torchrun it is given a list of groups, each
+a number of ranks and their tasks. It forks the ranks of one group after the other, so only one
+process imports torch. Each task leaves a file of JSON per rank, or a run folder.
 """
 
 import copy
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -22,7 +23,7 @@ from torch.profiler import profile
 from ysnake import train
 from ysnake.model.config import IGNORED
 from ysnake.text.data import Batch
-from ysnake.training import step
+from ysnake.training import evaluation, step
 from ysnake.training.parallel import Ranks
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
@@ -52,6 +53,11 @@ def trained(rank, size, argv, stop_after=None, poisoned=None, killed_after=None)
     finally:
         step.batch_loss = real
     assert code == (0 if stop_after is None else 130)
+
+
+def copied(rank, size, run, copy):
+    """Copy a run folder, before others go on with it."""
+    shutil.copytree(run, copy)
 
 
 def gradients(rank, size, out, context, documents, length, sharded=False, counted=False, **sizes):
@@ -150,15 +156,21 @@ def write(out, rank, content):
 
 
 def work(tasks):
+    evaluation.SAMPLE_TOKENS = 8
     dist.init_process_group("gloo")
     for task, arguments in tasks:
-        does = {"trained": trained, "gradients": gradients, "memory": memory}[task]
-        does(dist.get_rank(), dist.get_world_size(), **arguments)
+        does = {"trained": trained, "copied": copied, "gradients": gradients, "memory": memory}
+        does[task](dist.get_rank(), dist.get_world_size(), **arguments)
     dist.destroy_process_group()
 
 
 def fork(size, tasks):
-    """Fork the ranks with the variables that torchrun sets. Returns whether all succeeded."""
+    """Fork the ranks with the variables that torchrun sets. Returns whether all succeeded.
+
+    What a training imports while it runs is imported before, once for all.
+    """
+    import matplotlib.figure  # noqa: F401
+    import rich.progress  # noqa: F401
     import torch._dynamo
     import torch.distributed.checkpoint
     import torch.distributed.fsdp  # noqa: F401
@@ -174,14 +186,14 @@ def fork(size, tasks):
         if child == 0:
             os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
             work(tasks)
-            return True
+            sys.exit()
         children.append(child)
     return not any([os.waitpid(child, 0)[1] for child in children])
 
 
 if __name__ == "__main__":
-    tasks = json.loads(sys.argv[-1])
+    given = json.loads(sys.argv[1])
     if "RANK" in os.environ:
-        work(tasks)
-    elif not fork(int(sys.argv[1]), tasks):
+        work(given)
+    elif not all(fork(size, tasks) for size, tasks in given):
         sys.exit(1)
