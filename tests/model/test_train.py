@@ -84,6 +84,13 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture
+def short_samples(monkeypatch):
+    """For runs of this process alone: they write samples of the same length."""
+    monkeypatch.setattr(evaluation, "SAMPLE_TOKENS", 8)
+
+
+@pytest.mark.usefixtures("short_samples")
 @pytest.mark.parametrize(
     ("lr", "batch_size"),
     [
@@ -93,10 +100,10 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 )
 def test_no_step_is_skipped_at_any_batch_size(tmp_path, batch_size, lr):
     options = ("--batch-size", batch_size, "--lr", lr, "--seq-len", 6, "--warmup-steps", 10)
-    run = fit(tmp_path, "--max-steps", 150, "--eval-every", 1000, *options)
+    run = fit(tmp_path, "--max-steps", 90, "--eval-every", 1000, *options)
     losses = [m["train_loss"] for m in metrics(run)]
     assert metrics(run)[-1]["skipped"] == 0
-    assert sum(losses[-50:]) < sum(losses[:50])
+    assert sum(losses[-30:]) < sum(losses[:30])
     model = checkpoint.load(run / "last")
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -108,6 +115,7 @@ def test_it_stops_at_a_loss(tmp_path):
     assert sum(losses[-50:]) / 50 <= 3.5 < sum(losses[-51:-1]) / 50
 
 
+@pytest.mark.usefixtures("short_samples")
 def test_it_stops_when_the_held_out_loss_gets_no_better(tmp_path):
     run = fit(tmp_path, "--max-steps", 400, "--patience", 2, "--eval-every", 10, "--lr", 0.02)
     val = [m["val_loss"] for m in metrics(run) if "val_loss" in m]
@@ -140,6 +148,7 @@ def test_learning_rate():
     assert rate == pytest.approx([0.5 * 0.96, 0.45, 0])
 
 
+@pytest.mark.usefixtures("short_samples")
 def test_accumulation_equals_a_larger_batch(tmp_path):
     one = fit(tmp_path, "--max-steps", 3, "--batch-size", 6)
     two = fit(tmp_path, "--max-steps", 3, "--batch-size", 2, "--accumulate", 3)
@@ -172,6 +181,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.usefixtures("short_samples")
 @pytest.mark.parametrize(
     "options",
     [
@@ -202,14 +212,22 @@ def test_stopped_between_micro_batches_and_resumed_is_the_same(tmp_path, monkeyp
     assert same_training(whole, stopped)
 
 
+OF_PROCESSES = ["--max-steps", "60", "--eval-every", "30", "--checkpoint-every", "7"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that a process makes which nothing happens to."""
+    return fit(tmp_path_factory.mktemp("whole"), *OF_PROCESSES)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
-def test_interrupted_process_resumes_bit_for_bit(tmp_path, name):
+def test_interrupted_process_resumes_bit_for_bit(tmp_path, whole, name):
     """With SIGHUP, as a terminal that is closed, nobody reads its output any more."""
     if not hasattr(signal, name):
         pytest.skip(f"no {name} here")
-    options = ["--max-steps", "60", "--eval-every", "30"]
-    whole = fit(tmp_path, *options)
-    command = [*COMMAND, *options, "--run"]
+    corpus(tmp_path)
+    command = [*COMMAND, *OF_PROCESSES, "--run"]
     process = subprocess.Popen(
         [sys.executable, "-m", *command, "stopped"],
         cwd=tmp_path,
@@ -229,10 +247,9 @@ def test_interrupted_process_resumes_bit_for_bit(tmp_path, name):
     assert same_training(whole, tmp_path / "stopped")
 
 
-def test_killed_process_resumes_from_its_last_checkpoint(tmp_path):
-    options = ["--max-steps", "40", "--checkpoint-every", "7"]
-    whole = fit(tmp_path, *options)
-    command = [*COMMAND, *options, "--run"]
+def test_killed_process_resumes_from_its_last_checkpoint(tmp_path, whole):
+    corpus(tmp_path)
+    command = [*COMMAND, *OF_PROCESSES, "--run"]
     process = subprocess.Popen(
         [sys.executable, "-m", *command, "killed"],
         cwd=tmp_path,
