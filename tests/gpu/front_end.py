@@ -26,10 +26,8 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
 SCAN = {
     "dtype": FLOATS,
-    "sizes": (  # heads, groups, P, N
-        *((4, 1, 64, 128), (4, 2, 64, 64), (2, 2, 64, 256), (2, 1, 128, 128), (2, 2, 20, 17)),
-        (1, 1, 1, 1),
-    ),
+    # heads, groups, P, N
+    "sizes": ((4, 1, 64, 128), (4, 2, 64, 256), (2, 1, 128, 128), (2, 2, 20, 17), (1, 1, 1, 1)),
     "ends": ("neither", "initial states", "final gradient", "both"),
     "gate": ("none", "contiguous", "slice"),
     "D": ("none", "head", "channel"),
@@ -43,7 +41,7 @@ SCAN = {
     "parameters": (torch.float32, None),
     "index": INDICES,
 }
-MORE_SIZES = ((4, 1, 80, 96), (4, 2, 32, 16), (2, 1, 256, 256), (3, 3, 33, 100))
+MORE_SIZES = ((4, 2, 64, 64), (4, 1, 80, 96), (4, 2, 32, 16), (2, 1, 256, 256), (3, 3, 33, 100))
 PRESENCE = ("ends", "gate", "D", "sequences", "load", "dt_bias")
 CONV = {
     "dtype": FLOATS,
