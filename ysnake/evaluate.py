@@ -4,11 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
+from ysnake.inference.model_options import (
+    DeviceOption,
+    PathOption,
+    ThreadsOption,
+    read_model,
+)
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 from ysnake.shared.progress import counted, progress
+from ysnake.shared.shown import amount
 from ysnake.shared.waiting import sleep_soon
 
 
@@ -16,8 +23,7 @@ from ysnake.shared.waiting import sleep_soon
 class Options:
     """Measure the loss per token and the bits per byte of a model on documents."""
 
-    path: Positional[Annotated[Path | None, arg(metavar="PATH")]] = None
-    """A run or a checkpoint folder; by default the newest run."""
+    path: PathOption = None
     data: Annotated[tuple[Path, ...], arg(metavar="PATH...")] = ()
     """Files and folders of documents, as for training."""
     max_documents: int | None = None
@@ -28,10 +34,8 @@ class Options:
     """Field of a .jsonl line that holds the document."""
     weights: Literal["float32", "int8"] = "float32"
     """int8: measure the weights that `ysnake.run --weights int8` uses."""
-    device: str = "auto"
-    """auto (CUDA if available, else CPU), cpu, cuda or mps."""
-    threads: int | None = None
-    """CPU threads; by default one for each core."""
+    device: DeviceOption = "auto"
+    threads: ThreadsOption = None
 
 
 def main(argv: list[str], program: str = cli.MODULES) -> int:
@@ -48,14 +52,10 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         )
     corpus = data.open_corpus(options)
 
-    from ysnake.checkpoints import checkpoint
     from ysnake.inference.decoding import Decoder
     from ysnake.inference.score import score
 
-    cli.tune_memory()
-    cli.use_threads(options.threads)
-    path, device = options.path or cli.newest_run(), cli.pick_device(options.device)
-    folder, tokenizer, model = checkpoint.load_all(path, device=device)
+    folder, tokenizer, model = read_model(options.path, None, options.device, options.threads)
     model.config.check_frame()
     decoder = Decoder(model, options.weights)
     console = cli.console()
@@ -70,7 +70,8 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
     console.print(
         f"{folder}: {total.loss_per_token:.4f} nats per token, "
         f"{total.bits_per_byte:.4f} bits per byte "
-        f"({total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes)"
+        f"({amount(total.documents, 'document')}, {amount(total.tokens, 'token')}, "
+        f"{amount(total.bytes, 'byte')})"
     )
     return cli.DONE
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
 from ysnake.checkpoints.gguf_file import write_gguf
 from ysnake.checkpoints.modelfile import check, modelfile
+from ysnake.inference.model_options import CheckpointOption, PathOption
 from ysnake.inference.sampling import Sampling
 from ysnake.shared import cli, files
 
@@ -20,10 +21,8 @@ from ysnake.shared import cli, files
 class Options:
     """Write a model as a GGUF file, and a Modelfile beside it."""
 
-    path: Positional[Annotated[Path | None, arg(metavar="PATH")]] = None
-    """A run or a checkpoint folder; by default the newest run."""
-    checkpoint: Literal["best", "last"] | None = None
-    """The checkpoint of the run; by default best if --patience ended training, else last."""
+    path: PathOption = None
+    checkpoint: CheckpointOption = None
     gguf: Annotated[Path, arg(metavar="FILE")]
     """The file to write. An existing one is replaced."""
     type: Literal["f32", "f16", "q8_0"] = "f32"

@@ -57,17 +57,18 @@ class LanguageModel:
         from ysnake.inference.generate import Context
         from ysnake.inference.sampling import Sampling
         from ysnake.inference.text_stream import texts, until
-        from ysnake.shared.errors import InputError
+        from ysnake.shared.errors import InputError, named_as_in_python
 
         if max_tokens < 1:
-            raise InputError(f"max_tokens: expected at least 1, got {max_tokens}")
+            raise InputError(f"expected at least 1, got {max_tokens}", field="max_tokens")
         known = [field.name for field in fields(Sampling)]
         if unknown := sampling.keys() - set(known):
             raise TypeError(f"generate: no argument {min(unknown)}; expected {', '.join(known)}")
         options: dict[str, Any] = {**sampling}
-        how = Sampling(**options)
         context = Context(self.decoder, self.tokenizer.get_vocab_size())
-        read(context, self.tokenizer, prompt)
+        with named_as_in_python([*known, "prompt"]):
+            how = Sampling(**options)
+            read(context, self.tokenizer, prompt)
         tokens = context.generate(how, max_tokens)
         pieces = until(texts(self.tokenizer, tokens), tuple(stop))
         return pieces if stream else "".join(pieces)
@@ -121,7 +122,9 @@ def load(
     from ysnake.checkpoints import checkpoint as checkpoints
     from ysnake.inference.decoding import Decoder
     from ysnake.shared import cli
+    from ysnake.shared.errors import named_as_in_python
 
     folder = cli.newest_run() if path is None else path
-    _, tokenizer, model = checkpoints.load_all(folder, checkpoint, cli.pick_device(device))
-    return LanguageModel(Decoder(model, weights), tokenizer)
+    with named_as_in_python(["checkpoint", "device", "weights"]):
+        _, tokenizer, model = checkpoints.load_all(folder, checkpoint, cli.pick_device(device))
+        return LanguageModel(Decoder(model, weights), tokenizer)

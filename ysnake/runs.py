@@ -13,6 +13,7 @@ from ysnake.shared import cli, run_files
 from ysnake.shared.errors import InputError
 from ysnake.shared.files import read_json
 from ysnake.shared.shown import escape_controls
+from ysnake.training.settings import OF_A_LAUNCH
 
 FORMATS = {
     "parameters": "{:,}",
@@ -84,7 +85,7 @@ def comparison(first: Path, second: Path) -> list[list[str]]:
     a, b = (read_json(folder / run_files.SETTINGS) for folder in (first, second))
     rows = [["", str(first), str(second)]]
     for name in dict.fromkeys([*a, *b]):
-        if name != "run" and a.get(name) != b.get(name):
+        if name not in ("run", *OF_A_LAUNCH) and a.get(name) != b.get(name):
             rows.append([name, str(a.get(name)), str(b.get(name))])
     results = [summary(folder) for folder in (first, second)]
     return rows + [[name, *(r[name] for r in results)] for name in results[0] if name != "run"]

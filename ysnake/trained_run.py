@@ -1,7 +1,7 @@
 """Training from Python: `ysnake.train(data=["my_book.txt"])`, and the run that it returns."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -78,20 +78,23 @@ def train(
         InputError: a setting is unknown or wrong, or the data cannot be used.
     """
     from ysnake.shared import cli
-    from ysnake.shared.errors import InputError
+    from ysnake.shared.errors import InputError, named_as_in_python
     from ysnake.shared.waiting import sleep_soon
     from ysnake.training import session, sharing
     from ysnake.training import settings as settings_of
 
     named = {"data": data, "preset": preset, "run": run, "config": config}
     given = {name: value for name, value in named.items() if value is not None} | settings
-    chosen = settings_of.from_values(given | {"resume": resume})
+    names = [field.name for field in fields(settings_of.Settings)]
+    with named_as_in_python(names):
+        chosen = settings_of.from_values(given | {"resume": resume})
     if chosen.plan:
         raise InputError("expected the command line: ysnake train --plan", field="plan")
     sleep_soon()
-    sharing.check(chosen)
-    cli.use_threads(chosen.threads)
     console = cli.console()
     console.quiet = quiet
-    progress = session.train(chosen, console)
+    with named_as_in_python(names):
+        sharing.check(chosen)
+        cli.use_threads(chosen.threads)
+        progress = session.train(chosen, console)
     return TrainedRun(chosen.folder, progress.ended or "")

@@ -31,6 +31,10 @@ class Watch:
         self.over = resource is None or any(name in os.environ for name in CHOICES)
         self.seconds, self.losses = self._used()
 
+    def silence(self) -> None:
+        """Do not warn from now on."""
+        self.over = True
+
     def look(self) -> None:
         """Warn if threads lost their cores often since the last look. A Watch warns once."""
         if self.over or time.process_time() - self.seconds < self.window:

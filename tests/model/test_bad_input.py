@@ -269,6 +269,15 @@ def test_what_does_not_fit_in_memory(folder, tmp_path):
     assert "a smaller model takes less" in errors
 
 
+def test_memory_that_torch_cannot_have():
+    def command(argv):
+        torch.empty(1 << 50)
+
+    code, _, errors = entry(command)
+    assert (code, errors.count("\n")) == (1, 1)
+    assert errors.startswith("error: not enough memory")
+
+
 def test_a_model_without_tokens_that_frame_a_document(folder, tmp_path):
     other = shutil.copytree(folder / "model", tmp_path / "model")
     (other / "manifest.json").unlink()

@@ -12,6 +12,7 @@ from ysnake import serve
 from ysnake.checkpoints import checkpoint
 from ysnake.inference.batch import Batch, Job
 from ysnake.inference.decoding import Decoder
+from ysnake.inference.model_options import ModelOptions
 from ysnake.inference.sampling import Sampling
 from ysnake.serve import Options
 from ysnake.serving.chat import STOP, prompt_of
@@ -211,12 +212,12 @@ def test_a_template_that_cannot_be_used_is_told_at_the_start(tmp_path):
 
 
 def test_a_server_asks_the_model_by_the_template(chatty):
-    service = load(Options(path=chatty, threads=1))
+    service = load(Options(ModelOptions(chatty, threads=1)))
     prompt = asyncio.run(prompt_of(service, TALK))
     start, end = (service.tokenizer.token_to_id(token) for token in SPECIAL)
     assert [prompt.ids.count(token) for token in (start, end)] == [5, 4]
     assert prompt.end_ids == {end}
-    service = load(Options(path=chatty, threads=1, plain_chat=True))
+    service = load(Options(ModelOptions(chatty, threads=1), plain_chat=True))
     prompt = asyncio.run(prompt_of(service, TALK))
     assert not {start, end} & {*prompt.ids, *prompt.end_ids}
     assert prompt.stops == (STOP,)

@@ -7,14 +7,16 @@ import sys
 import pytest
 import torch
 from small import TINY, corpus, entry, python, saved
+from ysnake_kernels import preemption
 
 from ysnake import __main__ as front
-from ysnake import __version__, doctor, run, runs, train
+from ysnake import __version__, doctor, language_model, run, runs, train
 from ysnake.checkpoints import checkpoint
 from ysnake.inference.chat import Chat
 from ysnake.inference.conversation import read
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.generate import Context
+from ysnake.inference.model_options import ModelOptions
 from ysnake.inference.sampling import Sampling
 from ysnake.shared import run_files, run_lock
 from ysnake.shared.errors import InputError
@@ -83,6 +85,19 @@ def test_it_remembers_what_was_said(chat, loaded, capsys):
         if text != "\n":
             list(whole.generate(Sampling(temperature=0), 5))
     torch.testing.assert_close(chat.context.logits, whole.logits)
+
+
+def test_a_busy_machine_does_not_interrupt_it(tmp_path, monkeypatch, recwarn):
+    for name in preemption.CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(preemption, "MOST", -1)  # any machine counts as busy
+    monkeypatch.setattr(preemption, "watch", preemption.Watch(window=0))
+    folder = saved(tmp_path)
+    Chat(*ModelOptions(folder).load(), Sampling(), 5, ()).answer("The adder")
+    assert not recwarn.list
+    monkeypatch.setattr(preemption, "watch", preemption.Watch(window=0))
+    language_model.load(folder).loss("The adder")
+    assert str(recwarn.pop().message) == preemption.ADVICE
 
 
 def test_undo_and_clear(chat):
@@ -186,7 +201,7 @@ def test_runs_are_listed(two_runs, monkeypatch, capsys):
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith("run,state,parameters,data,steps,loss")
     assert {line.split(",")[0] for line in lines} == {"runs/first", "runs/second"}
-    assert all(line.split(",")[1] == "steps" for line in lines)
+    assert all(line.split(",")[1] == "all steps done" for line in lines)
     assert runs.main([]) == 0
     assert "runs/second" in capsys.readouterr().out
     with run_lock.lock(two_runs / "runs/first" / run_lock.TRAINING, "busy"):
@@ -200,9 +215,12 @@ def test_curves_of_short_runs_begin_at_their_first_step():
 
 def test_two_runs_are_compared(two_runs, monkeypatch, capsys):
     monkeypatch.chdir(two_runs)
+    stored = two_runs / "runs/second/settings.json"
+    stored.write_text(stored.read_text().replace('"resume": false', '"resume": true'))
     assert runs.main(["--compare", "runs/first", "runs/second"]) == 0
     out = capsys.readouterr().out
     assert "0.002" in out
+    assert "resume" not in out  # how the last start was made is no setting of the run
     assert "d_model" not in out  # the same in both
     assert (two_runs / "compare.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="--compare: expected two different runs"):

@@ -12,6 +12,7 @@ import torch
 from running_server import NAME, options
 
 from ysnake.checkpoints import checkpoint
+from ysnake.inference.model_options import ModelOptions
 from ysnake.serve import Options
 from ysnake.serving import chat
 from ysnake.serving.fields import Refused
@@ -136,7 +137,7 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states(post, client, served)
 
 
 def test_a_model_without_a_first_token_needs_text(served):
-    service = load(Options(path=served, threads=1))
+    service = load(Options(ModelOptions(served, threads=1)))
     model = service.decoder.model
     model.use_config(replace(model.config, bos_id=None))
     assert len(asyncio.run(service.prompt_ids("x"))) == 1

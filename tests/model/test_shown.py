@@ -8,7 +8,7 @@ from small import entry, saved
 from ysnake import run
 from ysnake.inference import conversation
 from ysnake.shared.errors import InputError
-from ysnake.shared.shown import escape_controls
+from ysnake.shared.shown import amount, escape_controls
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,11 @@ def test_a_completion_cannot_steer_the_terminal(tmp_path, monkeypatch):
     code, out, _ = entry(run.main, folder, "--prompt", "x")
     assert code == 0
     assert out == "one\n\\x1b]0;title\\x07\ttwo\n"
+
+
+def test_amounts():
+    shown = [amount(number, "document") for number in (0, 1, 2000)]
+    assert shown == ["0 documents", "1 document", "2,000 documents"]
 
 
 def test_an_error_is_one_line_whatever_a_file_holds():

@@ -149,6 +149,16 @@ def test_learning_rate():
 
 
 @pytest.mark.usefixtures("short_samples")
+def test_a_warm_up_that_does_not_end_is_a_warning(tmp_path, capsys):
+    fit(tmp_path, "--max-steps", 1, "--warmup-steps", 1)
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 1
+    assert "--max-steps 1 is not above --warmup-steps 1" in said
+    assert step.warm_up_warning(settings.Settings(max_steps=2, warmup_steps=1)) is None
+    assert step.warm_up_warning(settings.Settings(max_minutes=1.0)) is None
+
+
+@pytest.mark.usefixtures("short_samples")
 def test_accumulation_equals_a_larger_batch(tmp_path):
     one = fit(tmp_path, "--max-steps", 3, "--batch-size", 6)
     two = fit(tmp_path, "--max-steps", 3, "--batch-size", 2, "--accumulate", 3)

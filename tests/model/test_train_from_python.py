@@ -78,8 +78,11 @@ def test_it_trains_in_another_thread(here):
         ({"learning_rate": 1, "step": 2}, "ysnake.train: unknown settings: learning_rate, step"),
         ({"lr": "fast"}, "ysnake.train: lr: expected a number, got 'fast'"),
         ({"data": 3}, "ysnake.train: data: expected a list of paths, got"),
-        ({"lr": -1.0}, "--lr: expected at least 0"),
-        ({"preset": "huge"}, "--preset: expected one of"),
+        ({"lr": -1.0}, "lr: expected at least 0"),
+        ({"max_steps": -1}, "max_steps: expected at least 1"),
+        ({"preset": "huge"}, "preset: expected one of"),
+        ({"stop_at_loss": -1.0, "max_steps": 9}, "stop_at_loss: expected at least 0"),
+        ({"accumulate": 2**20}, "accumulate, batch_size, seq_len: expected at most"),
         ({"plan": True}, "ysnake train --plan"),
         ({"data": "nowhere"}, "nowhere"),
     ],
@@ -88,6 +91,7 @@ def test_wrong_settings(here, wrong, said):
     with pytest.raises(InputError) as error:
         ysnake.train(**wrong)
     assert said in str(error.value)
+    assert said.endswith("--plan") or "--" not in str(error.value).replace("train --help", "")
     assert not Path("runs").exists()
 
 

@@ -74,7 +74,7 @@ def add(run, *steps, **more):
 def test_runs_and_what_is_new_in_one(address, second):
     listed = httpx.get(f"{address}/runs").json()["runs"]
     assert {run["name"] for run in listed} == {"first <b>", "second"}
-    assert {run["state"] for run in listed} == {"steps"}
+    assert {run["state"] for run in listed} == {"all steps done"}
     found = httpx.get(f"{address}/runs/second").json()
     assert [line["step"] for line in found["lines"]] == [1, 2, 3, 4]
     assert found["lines"][3]["val_loss"] > 0

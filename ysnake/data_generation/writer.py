@@ -14,6 +14,7 @@ from ysnake.data_generation.document_store import DocumentStore, next_task
 from ysnake.data_generation.ledger import DROPPED, KEPT
 from ysnake.data_generation.options import Options
 from ysnake.data_generation.questions import SYSTEM
+from ysnake.shared.shown import amount
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,8 +107,8 @@ def report(stores: list[DocumentStore], console: "Console") -> None:
     """Print how many documents there are, and how many answers were dropped."""
     for store in stores:
         console.print(
-            f"{store.path}: {store.counts[KEPT]:,} of {store.count:,} documents, "
-            f"{store.words:,} words",
+            f"{store.path}: {store.counts[KEPT]:,} of {amount(store.count, 'document')}, "
+            f"{amount(store.words, 'word')}",
             markup=False,
         )
     total = sum((store.counts for store in stores), Counter())

@@ -20,7 +20,7 @@ from ysnake.inference.sampling import Sampling
 from ysnake.inference.text_stream import texts, until
 from ysnake.shared import terminal
 from ysnake.shared.errors import InputError
-from ysnake.shared.shown import escape_controls
+from ysnake.shared.shown import amount, escape_controls
 
 HELP = """\
   an empty line       let the model continue
@@ -113,7 +113,7 @@ class Chat:
             print(" [stopped]", end="")
         seconds = max(time.perf_counter() - began, 1e-9)
         print(flush=True)
-        print(f"[{written} tokens, {written / seconds:.0f} a second]", file=sys.stderr)
+        print(f"[{amount(written, 'token')}, {written / seconds:.0f} a second]", file=sys.stderr)
         if written:
             read(self.context, self.tokenizer, "\n")
 

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ysnake.shared.shown import amount
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -39,8 +41,8 @@ class Score:
             return None
         return (
             f"warning: the tokenizer drops {self.dropped / self.bytes:.1%} of the text "
-            f"({self.dropped:,} of {self.bytes:,} bytes), characters that it does not know; in "
-            f"bits per byte each such byte counts as {DROPPED}"
+            f"({self.dropped:,} of {amount(self.bytes, 'byte')}), characters that it does not "
+            f"know; in bits per byte each such byte counts as {DROPPED}"
         )
 
 

@@ -148,7 +148,7 @@ def tags(service: Service) -> list[Body]:
     details: Body = {"parent_model": "", "format": "safetensors", "family": "mamba2"}
     details |= {"families": ["mamba2"], "parameter_size": f"{n / 1e6:.1f}M"}
     dtype = str(service.decoder.model.backbone.embeddings.weight.dtype).removeprefix("torch.")
-    weights = service.options.weights
+    weights = service.options.model.weights
     details |= {"quantization_level": dtype if weights == "float32" else weights}
     name, when = f"{service.name}:latest", service.modified.isoformat()
     about: Body = {"name": name, "model": name, "modified_at": when, "size": service.size}

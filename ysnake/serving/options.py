@@ -1,11 +1,11 @@
 """The options of `python -m ysnake.serve`, and their checks."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
+from ysnake.inference.model_options import ModelOptions
 from ysnake.shared.errors import InputError
 
 KEY_VARIABLE = "YSNAKE_API_KEY"
@@ -15,10 +15,7 @@ KEY_VARIABLE = "YSNAKE_API_KEY"
 class Options:
     """Serve a trained model: Ollama's API, OpenAI's API, and a web page."""
 
-    path: Positional[Annotated[Path | None, arg(metavar="PATH")]] = None
-    """A run or a checkpoint folder; by default the newest run."""
-    checkpoint: Literal["best", "last"] | None = None
-    """The checkpoint of the run; by default best if --patience ended training, else last."""
+    model: ModelOptions = field(default_factory=ModelOptions)
     host: str = "127.0.0.1"
     """The address to listen at. 0.0.0.0 or :: lets other machines in, which need a key."""
     port: int = 11435
@@ -51,14 +48,6 @@ class Options:
     """Largest number of bytes in a request."""
     plain_chat: bool = False
     """Write a chat as a transcript, also where the checkpoint has a chat template."""
-    weights: Literal["float32", "int8"] = "float32"
-    """int8 generates faster on a CPU. The output is nearly identical."""
-    compile: bool = False
-    """Generate faster on a CPU, after some seconds of compiling. Needs a C++ compiler."""
-    device: str = "auto"
-    """auto (CUDA if available, else CPU), cpu, cuda or mps."""
-    threads: int | None = None
-    """CPU threads; by default one for each core."""
 
 
 def check(options: Options) -> None:

@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 
-from ysnake.checkpoints import checkpoint
 from ysnake.inference.batch import Batch, Job, News
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.sampling import Sampling
 from ysnake.serving.fields import Body, Refused, take
-from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 from ysnake.text import chat_template
 from ysnake.text.chat_template import ChatTemplate
@@ -170,11 +168,7 @@ class Service:
 
 def load(options: "Options") -> Service:
     """Load the model, and what the APIs say about it."""
-    path = options.path or cli.newest_run()
-    cli.tune_memory()
-    cli.use_threads(options.threads)
-    device = cli.pick_device(options.device)
-    folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint, device)
+    folder, tokenizer, model = options.model.read()
     template = None if options.plain_chat else load_template(folder, tokenizer)
     digest = sha256()
     for weight in model.parameters():
@@ -183,8 +177,8 @@ def load(options: "Options") -> Service:
     own_name = full.parent.name if full.name in ("best", "last") else full.name
     n_parameters = model.n_parameters()  # before the decoder lays out other weights
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    decoder = Decoder(model, options.weights, options.compile)
-    if options.compile:  # compile for two and for more rows before the first request
+    decoder = Decoder(model, options.model.weights, options.model.compile)
+    if options.model.compile:  # compile for two and for more rows before the first request
         for rows in range(2, min(options.parallel, 3) + 1):
             decoder.step(torch.zeros(rows, dtype=torch.int64))
     return Service(

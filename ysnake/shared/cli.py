@@ -81,7 +81,8 @@ def run(command: Callable[[list[str]], int]) -> None:
         print(f"error: {message}", file=sys.stderr)
         code = FAILED
     except (MemoryError, RuntimeError) as error:
-        said = ("allocate memory", "out of memory")  # by torch, on a CPU and on a GPU
+        # Only for its allocator on CUDA has torch a type of error. Elsewhere the text has to tell.
+        said = ("DefaultCPUAllocator", "out of memory")
         if not (isinstance(error, MemoryError) or any(text in str(error) for text in said)):
             raise
         print(

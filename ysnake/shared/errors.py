@@ -1,5 +1,9 @@
 """The error of every command for input that cannot work."""
 
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 from ysnake.shared.shown import escape_controls
 
 
@@ -17,3 +21,28 @@ class InputError(ValueError):
     def __init__(self, reason: str, field: str = ""):
         super().__init__(escape_controls(f"{field}: {reason}" if field else reason))
         self.reason, self.field = escape_controls(reason), field
+
+
+def option(name: str) -> str:
+    """The command-line option of a setting."""
+    return "--" + name.rstrip("_").replace("_", "-")
+
+
+@contextmanager
+def named_as_in_python(names: Iterable[str]) -> Iterator[None]:
+    """Let an InputError in this block say max_steps instead of --max-steps.
+
+    Args:
+        names: the arguments that the caller has.
+    """
+    python = {option(name): name for name in names}
+
+    def respelled(text: str) -> str:
+        return re.sub(r"--[a-z-]+", lambda found: python.get(found[0], found[0]), text)
+
+    try:
+        yield
+    except InputError as error:
+        error.reason, error.field = respelled(error.reason), respelled(error.field)
+        error.args = (respelled(str(error)),)
+        raise

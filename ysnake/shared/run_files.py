@@ -11,6 +11,14 @@ from ysnake.shared.files import read_json
 
 SETTINGS, METRICS, SAMPLES = "settings.json", "metrics.jsonl", "samples.txt"
 RECENT = 50  # steps over which the training loss is averaged
+STATES = {  # why the run ended -> what a user reads
+    "steps": "all steps done",
+    "time": "out of time",
+    "loss": "target loss reached",
+    "patience": "stopped improving",
+    "interrupted": "interrupted",
+    "diverged": "diverged",
+}
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -37,13 +45,14 @@ def changed(folder: Path) -> float:
 
 
 def state(folder: Path) -> str:
-    """Either "in training", why the run ended, or "can be resumed"."""
+    """Either "in training", one of STATES, "can be resumed" after a kill, or "no checkpoint"."""
     if run_lock.held(folder / run_lock.TRAINING):
         return "in training"
     path = folder / "last" / "progress.json"
     if not path.exists():
         return "no checkpoint"
-    return read_json(path).get("ended") or "can be resumed"
+    ended = read_json(path).get("ended")
+    return STATES.get(str(ended), str(ended)) if ended else "can be resumed"
 
 
 def parameters(folder: Path) -> int | None:

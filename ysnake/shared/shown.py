@@ -1,4 +1,4 @@
-"""Making foreign text safe to print: the terminal shows control characters, and obeys none."""
+"""How messages show foreign text, whose control characters no terminal may obey, and numbers."""
 
 import re
 
@@ -19,3 +19,8 @@ def escape_controls(text: str, keep: str = "") -> str:
         return character if character in keep else character.encode("unicode_escape").decode()
 
     return _CONTROLS.sub(escape, text)
+
+
+def amount(number: int, noun: str) -> str:
+    """A number of things: "1 document", "2,000 documents"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from ysnake.model.config import IGNORED
 from ysnake.shared.errors import InputError
+from ysnake.shared.shown import amount
 from ysnake.text.documents import Corpus, Piece, find_files, open_corpus, read_file
 from ysnake.text.held_out import Part, split
 from ysnake.text.tokenizer import dropped_bytes, encode
@@ -42,10 +43,10 @@ class Counts:
         if self.val_documents or not parts:
             parts.insert(0, f"{self.val_documents:,}")
         share = self.val_tokens / max(1, self.val_tokens + self.train_tokens)
-        learnt = f"{self.train_words:,} words, {self.train_tokens:,} tokens"
+        learnt = f"{amount(self.train_words, 'word')}, {amount(self.train_tokens, 'token')}"
         lines = [
-            f"{self.train_documents:,} documents to learn ({learnt}), "
-            f"{' and '.join(parts)} held out ({self.val_tokens:,} tokens, {share:.1%})"
+            f"{amount(self.train_documents, 'document')} to learn ({learnt}), "
+            f"{' and '.join(parts)} held out ({amount(self.val_tokens, 'token')}, {share:.1%})"
         ]
         if not self.val_tokens:
             lines.append(
@@ -54,8 +55,8 @@ class Counts:
             )
         if self.dropped:
             lines.append(
-                f"left out: characters that the tokenizer does not know: {self.dropped:,} bytes "
-                f"({self.dropped / self.bytes:.1%})"
+                "left out: characters that the tokenizer does not know: "
+                f"{amount(self.dropped, 'byte')} ({self.dropped / self.bytes:.1%})"
             )
         return lines
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ysnake.model.config import ModelConfig
 from ysnake.shared.errors import InputError
+from ysnake.shared.shown import amount
 from ysnake.training.settings import Settings, parse_size
 from ysnake.training.sharing import share
 
@@ -111,7 +112,7 @@ def fit(settings: Settings, config: ModelConfig) -> None:
             return
     least = predict(config, replace(settings, batch_size=1, recompute=True)).peak
     raise InputError(
-        f"{limit / 1e9:.2f} GB are not enough, one window of {settings.seq_len} tokens "
+        f"{limit / 1e9:.2f} GB are not enough, one window of {amount(settings.seq_len, 'token')} "
         f"takes {least / 1e9:.2f} GB; a shorter --seq-len or a smaller model takes less",
         field="--memory",
     )
@@ -136,8 +137,8 @@ def check(settings: Settings, config: ModelConfig, device: str) -> None:
         fits *= -(-settings.batch_size // windows)  # of all processes
         remedy = f"--batch-size {fits} fits, and --memory chooses one"
     raise InputError(
-        f"{windows} windows of {length} tokens take {peak / 1e9:,.1f} GB, and this "
-        f"machine has {limit / 1e9:.1f} GB; {remedy}",
+        f"a batch with {amount(windows, 'window')} of {amount(length, 'token')} takes "
+        f"{peak / 1e9:,.1f} GB, and this machine has {limit / 1e9:.1f} GB; {remedy}",
         field="--batch-size",
     )
 

@@ -10,7 +10,7 @@ from ysnake.model.config import PRESETS, ModelConfig, model_config
 from ysnake.shared import cli, manifest
 from ysnake.shared.errors import InputError
 from ysnake.shared.progress import counted, progress
-from ysnake.shared.shown import escape_controls
+from ysnake.shared.shown import amount, escape_controls
 from ysnake.training import launch, memory, run_folder
 from ysnake.training import settings as settings_of
 from ysnake.training.parallel import Ranks
@@ -62,7 +62,7 @@ def start(settings: Settings, console: "Console") -> Run:
         counts = _tokenise(corpus, tokenizer, model.config, tokens, console)
         if counts.train_tokens <= settings.seq_len:
             raise InputError(
-                f"all documents together have {counts.train_tokens} tokens to train on, "
+                f"all documents together have {amount(counts.train_tokens, 'token')} to train on, "
                 f"fewer than a window of {settings.seq_len} and the token after it",
                 field="--seq-len",
             )

@@ -95,9 +95,10 @@ def _connect(backend: str) -> None:
 
 
 def lost_contact(error: BaseException) -> bool:
-    """Whether an exchange with another process failed. Gloo raises a plain RuntimeError."""
+    """Whether an exchange with another process failed."""
     import torch.distributed as dist
 
+    # Gloo raises a plain RuntimeError, so the text has to tell: it names a source file of gloo.
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 

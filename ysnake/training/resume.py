@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ysnake.shared import cli, files, manifest
 from ysnake.shared.errors import InputError
+from ysnake.shared.shown import amount
 from ysnake.training import memory, parallel
 from ysnake.training import settings as settings_of
 from ysnake.training.parallel import Ranks
@@ -121,7 +122,7 @@ def _resumed(
 def _workers(processes: int, threads: int | None = None) -> str:
     import torch
 
-    of_each = f"{threads or torch.get_num_threads()} threads"
+    of_each = amount(threads or torch.get_num_threads(), "thread")
     return of_each if processes == 1 else f"{processes} processes of {of_each}"
 
 

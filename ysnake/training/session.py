@@ -10,6 +10,7 @@ from ysnake.training.precision import rounded_products
 from ysnake.training.run import Progress
 from ysnake.training.settings import Settings
 from ysnake.training.signals import Stop
+from ysnake.training.step import warm_up_warning
 from ysnake.training.stopping import reason_to_end, summary
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def train(settings: Settings, console: "Console", program: str = cli.MODULES) ->
         with open_run(settings, ranks, console) as run, stop.listening():
             if settings.resume:
                 run.progress.ended = run.progress.ended and reason_to_end(run)
+            if line := warm_up_warning(settings):
+                console.print(line)
             with rounded_products(settings.precision, run.device, console):
                 fit(run, stop, console)
         console.print(summary(run, program))

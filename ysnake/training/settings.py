@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from tyro.conf import arg
 
+from ysnake.inference.model_options import DeviceOption, ThreadsOption
 from ysnake.model.config import PRESETS
 from ysnake.shared import cli, files
-from ysnake.shared.errors import InputError
+from ysnake.shared.errors import InputError, option
 from ysnake.shared.field_types import is_a, name_of
 from ysnake.shared.files import read_json
 from ysnake.training import settings_file
@@ -125,8 +126,7 @@ class Settings:
 
     seed: int = 0
     """Determines the first weights and the order of the windows."""
-    device: str = "auto"
-    """auto (CUDA if available, else CPU), cpu, cuda or mps."""
+    device: DeviceOption = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 computes matrix products in 16 bits: on a GPU by autocast, on a CPU by rounding the
     factors. On a CPU that is faster with AMX or AVX512-BF16 only. auto is bfloat16 on CUDA and
@@ -134,8 +134,7 @@ class Settings:
     no_graphs: bool = False
     """On one GPU: launch the kernels of a step one by one. By default a CUDA graph launches all of
     them at once. Small models then train several times as fast."""
-    threads: int | None = None
-    """CPU threads; by default one for each core."""
+    threads: ThreadsOption = None
     shard: bool = False
     """With torchrun: spread weights, gradients and optimizer over the processes (FSDP2). Repeat the
     option with --resume."""
@@ -354,11 +353,6 @@ def check(settings: Settings) -> None:
     if settings.from_ and (settings.vocab_size or settings.output_size):
         name = "vocab_size" if settings.vocab_size else "output_size"
         raise InputError("fixed by the checkpoint that --from names", field=option(name))
-
-
-def option(name: str) -> str:
-    """The command-line option of a setting."""
-    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def write(settings: Settings) -> None:

@@ -43,6 +43,16 @@ def batch_loss(
         return run.loss(ids, targets, seq_idx, state)
 
 
+def warm_up_warning(settings: Settings) -> str | None:
+    """A line for the user if the learning rate cannot reach its peak."""
+    if settings.max_steps is None or settings.max_steps > settings.warmup_steps:
+        return None
+    return (
+        f"warning: the learning rate does not reach its peak, since --max-steps "
+        f"{settings.max_steps} is not above --warmup-steps {settings.warmup_steps}"
+    )
+
+
 def windows(run: Run, batch: "Batch") -> "tuple[Tensor, Tensor, Tensor | None]":
     """ids, targets and seq_idx of this rank's part of a batch, on the run's device."""
     import torch

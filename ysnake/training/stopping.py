@@ -3,11 +3,12 @@
 import shlex
 
 from ysnake.shared import cli
+from ysnake.shared.shown import amount
 from ysnake.training.run import MEAN_OVER, Run, saved_step
 
 GIVE_UP_AFTER = 10  # steps in a row without a finite loss
 ENDINGS = {
-    "steps": "all {step} steps are done",
+    "steps": "step {step}, the last one, is done",
     "time": "the time is up",
     "loss": "the training loss is down to {loss:.3f}",
     "patience": "the held-out loss has stopped getting better",
@@ -42,7 +43,7 @@ def summary(run: Run, program: str = cli.MODULES) -> str:
     why = ENDINGS[progress.ended].format(step=progress.step, loss=progress.mean_loss, kept=kept)
     lines = [
         f"[bold]{cli.markup(run.folder)}[/]: {why} ({progress.elapsed / 60:.1f} minutes of "
-        f"training, {progress.skipped} steps skipped)",
+        f"training, {amount(progress.skipped, 'step')} skipped)",
         f"picture: {cli.markup(run.folder / 'loss.png')}",
         f'next: {cli.command_line("run", program)} {folder} --prompt "..."',
     ]
