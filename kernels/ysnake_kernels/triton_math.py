@@ -27,3 +27,16 @@ def clamp(v, LOW: tl.constexpr, HIGH: tl.constexpr):
 def finite(A):
     """A with a huge negative number instead of -inf, so that a step of size zero has no decay."""
     return tl.where(A < -1e30, tl.full([], -1e30, A.dtype), A)
+
+
+@triton.jit
+def silu(v):
+    """v sigmoid(v)."""
+    return v * tl.sigmoid(v)
+
+
+@triton.jit
+def silu_slope(v):
+    """The derivative of silu at v."""
+    sigmoid = tl.sigmoid(v)
+    return sigmoid * (1 + v * (1 - sigmoid))

@@ -12,8 +12,52 @@ In the shape comments I is the lanes, C the channels and J the tokens of the his
 # mypy: ignore-errors
 # The bodies are in Triton's language, in which a tuple may grow in a loop.
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+from ysnake_kernels.triton_math import silu_slope
+
+
+class Block(NamedTuple):
+    """What a program owns: of sequence `batch`, RUN tokens of each lane, and channels c."""
+
+    batch: Any
+    start: Any  # the first token of the first lane
+    run: Any  # [I] the first token of each lane, counted from start
+    lane: Any  # [I] the first token of each lane
+    c: Any  # [C]
+    inside: Any  # [1 C] which of the channels exist
+
+
+@triton.jit
+def _block(first, length, channels, LANES: tl.constexpr, RUN: tl.constexpr, CHANNELS: tl.constexpr):
+    """This program's block of sequences with the tokens from `first` to `length`."""
+    blocks = tl.cdiv(length - first, LANES * RUN)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    start = first + tl.program_id(0) % blocks * (LANES * RUN)
+    c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)
+    inside = (c < channels)[None, :]
+    run = tl.arange(0, LANES) * RUN
+    return Block(batch, start, run, start + run, c, inside)
+
+
+@triton.jit
+def _taps(weight, c, channels, W: tl.constexpr, ACC: tl.constexpr):
+    """The weights of each tap, [1 C]."""
+    taps = ()
+    for k in tl.static_range(W):
+        taps += (tl.load(weight + c * W + k, c < channels, other=0.0).to(ACC)[None, :],)
+    return taps
+
+
+@triton.jit
+def _lanes(pointer, block, batch_stride, channel_stride, token_stride, UNIT: tl.constexpr):
+    """Pointers [I C] to the channels of the first token of each lane."""
+    pointer += block.batch * batch_stride * UNIT + block.start.to(tl.int64) * token_stride * UNIT
+    pointer += block.c[None, :] * channel_stride + block.run[:, None] * token_stride * UNIT
+    return pointer
 
 
 @triton.jit
@@ -29,7 +73,7 @@ def _token(x, history, history_token, t, length, inside, W: tl.constexpr, ACC: t
 
 @triton.jit
 def _sum(xs, docs, s, taps, bias, c, channels, W: tl.constexpr, ACC: tl.constexpr):
-    """The convolution at token s of each lane before the activation, [I C]."""
+    """The convolution at token s of each lane, before the activation, [I C]."""
     v = xs[s + W - 1] * taps[W - 1]
     if bias is not None:
         v += tl.load(bias + c, c < channels, other=0.0).to(ACC)[None, :]
@@ -76,13 +120,8 @@ def forward_kernel(
     UNIT: tl.constexpr,  # of the strides of x and y over batch and tokens
     ACC: tl.constexpr,
 ):
-    blocks = tl.cdiv(length, LANES * RUN)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    start = tl.program_id(0) % blocks * (LANES * RUN)
-    c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)  # [C]
-    inside = (c < channels)[None, :]
-    run = tl.arange(0, LANES) * RUN
-    lane = start + run  # [I] the first token of each lane
+    block = _block(0, length, channels, LANES, RUN, CHANNELS)
+    batch, start, run, lane, c, inside = block
     x0 = x + batch * x_batch * UNIT + c[None, :] * x_channel  # [1 C] the sequence's first token
     x = x0 + start.to(tl.int64) * x_token * UNIT + run[:, None] * x_token * UNIT  # [I C]
     y += batch * y_batch * UNIT + c[None, :] * y_channel
@@ -91,9 +130,7 @@ def forward_kernel(
         history += batch * history_batch + c[None, :] * history_channel
     if seq is not None:
         seq += batch * length
-    taps = ()
-    for k in tl.static_range(W):
-        taps += (tl.load(weight + c * W + k, c < channels, other=0.0).to(ACC)[None, :],)
+    taps = _taps(weight, c, channels, W, ACC)
 
     xs, docs = (), ()  # of the tokens from lane - (W - 1) on
     for s in tl.static_range(1 - W, RUN):
@@ -118,6 +155,50 @@ def forward_kernel(
             last = tl.where(same[:, None], last, 0)
         state = final + (batch * channels + c[None, :]) * (W - 1) + j[:, None]
         tl.store(state, last.to(final.dtype.element_ty), inside & (j < W - 1)[:, None])
+
+
+@triton.jit
+def _add_to_sums(sums, g, xs, docs, s, W: tl.constexpr):
+    """The sums for weights and bias, with what token s of each lane adds.
+
+    g is the gradient of the token's output before the activation.
+    """
+    bias = sums[W] + g
+    total = ()
+    for k in tl.static_range(W):
+        term = g * xs[s + k]
+        if len(docs) > 0 and k < W - 1:
+            term = tl.where((docs[s + k] == docs[s + W - 1])[:, None], term, 0)
+        total += (sums[k] + term,)
+    total += (bias,)
+    return total
+
+
+@triton.jit
+def _gradient_of_token(gs, docs, s, taps, W: tl.constexpr):
+    """The gradient of token s of each lane, [I C].
+
+    gs are the gradients of the outputs of tokens s to s + W - 1 before the activation.
+    """
+    d = gs[s] * taps[W - 1]
+    for k in tl.static_range(1, W):
+        term = gs[s + k] * taps[W - 1 - k]
+        if len(docs) > 0:
+            term = tl.where((docs[s + W - 1] == docs[s + W - 1 + k])[:, None], term, 0)
+        d += term
+    return d
+
+
+@triton.jit
+def _is_in_final_state(j, seq, docs, s, length, W: tl.constexpr):
+    """Whether the final state has a token j [I 1], and each lane's token s belongs to it, [I 1].
+
+    It belongs to it if its document is that of the last token.
+    """
+    last = (j >= 0) & (j < W - 1)
+    if seq is not None:
+        last &= (docs[s] == tl.load(seq + length - 1))[:, None]
+    return last
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -155,29 +236,18 @@ def backward_kernel(
     ACC: tl.constexpr,
 ):
     first = 0 if history is None else 1 - W  # the history's tokens are tokens like the others
-    blocks = tl.cdiv(length - first, LANES * RUN)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    start = first + tl.program_id(0) % blocks * (LANES * RUN)
-    c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)  # [C]
-    inside = (c < channels)[None, :]
-    run = tl.arange(0, LANES) * RUN
-    lane = start + run  # [I] the first token of each lane
-    x += batch * x_batch * UNIT + start.to(tl.int64) * x_token * UNIT
-    x += c[None, :] * x_channel + run[:, None] * x_token * UNIT  # [I C]
-    dy += batch * dy_batch * UNIT + start.to(tl.int64) * dy_token * UNIT
-    dy += c[None, :] * dy_channel + run[:, None] * dy_token * UNIT
-    dx += batch * dx_batch * UNIT + start.to(tl.int64) * dx_token * UNIT
-    dx += c[None, :] * dx_channel + run[:, None] * dx_token * UNIT
+    block = _block(first, length, channels, LANES, RUN, CHANNELS)
+    batch, _, _, lane, c, inside = block
+    x = _lanes(x, block, x_batch, x_channel, x_token, UNIT)
+    dy = _lanes(dy, block, dy_batch, dy_channel, dy_token, UNIT)
+    dx = _lanes(dx, block, dx_batch, dx_channel, dx_token, UNIT)
     state = (batch * channels + c[None, :]) * (W - 1)
     if history is not None:
         history += batch * history_batch + c[None, :] * history_channel
     if seq is not None:
         seq += batch * length
-    taps, dtaps = (), ()
-    for k in tl.static_range(W):
-        taps += (tl.load(weight + c * W + k, c < channels, other=0.0).to(ACC)[None, :],)
-        dtaps += (tl.zeros([LANES, CHANNELS], ACC),)
-    dbias = tl.zeros([LANES, CHANNELS], ACC)
+    taps = _taps(weight, c, channels, W, ACC)
+    sums = (tl.zeros([LANES, CHANNELS], ACC),) * (W + 1)  # of the weights, then the bias
 
     xs, docs, gs = (), (), ()  # of the tokens from lane - (W - 1), and from lane on
     for s in tl.static_range(1 - W, RUN + W - 1):
@@ -192,32 +262,16 @@ def backward_kernel(
     for s in tl.static_range(RUN + W - 1):
         g = gs[s]
         if SILU:
-            v = _sum(xs, docs, s, taps, bias, c, channels, W, ACC)
-            sigmoid = tl.sigmoid(v)
-            g *= sigmoid * (1 + v * (1 - sigmoid))
+            g *= silu_slope(_sum(xs, docs, s, taps, bias, c, channels, W, ACC))
         done += (g,)
         if s < RUN:
-            dbias += g
-            total = ()
-            for k in tl.static_range(W):
-                term = g * xs[s + k]
-                if seq is not None and k < W - 1:
-                    term = tl.where((docs[s + k] == docs[s + W - 1])[:, None], term, 0)
-                total += (dtaps[k] + term,)
-            dtaps = total
+            sums = _add_to_sums(sums, g, xs, docs, s, W)
         if s >= W - 1:  # the token W - 1 places before has all it gets
-            d = done[s - W + 1] * taps[W - 1]
-            for k in tl.static_range(1, W):
-                term = done[s - W + 1 + k] * taps[W - 1 - k]
-                if seq is not None:
-                    term = tl.where((docs[s] == docs[s + k])[:, None], term, 0)
-                d += term
+            d = _gradient_of_token(done, docs, s - W + 1, taps, W)
             t = lane[:, None] + (s - W + 1)
             if dfinal is not None:
                 j = t - (length - W + 1)  # [I 1]
-                last = (j >= 0) & (j < W - 1)
-                if seq is not None:
-                    last &= (docs[s] == tl.load(seq + length - 1))[:, None]
+                last = _is_in_final_state(j, seq, docs, s, length, W)
                 d += tl.load(dfinal + state + j, inside & last, other=0.0).to(ACC)
             here = inside & (t >= 0) & (t < length)
             tl.store(dx + (s - W + 1) * dx_token * UNIT, d.to(dx.dtype.element_ty), here)
@@ -226,9 +280,8 @@ def backward_kernel(
                 tl.store(dhistory + state + j, d.to(dhistory.dtype.element_ty), inside & (t < 0))
 
     partial += tl.program_id(0).to(tl.int64) * ((W + 1) * channels) + c
-    for k in tl.static_range(W):
-        tl.store(partial + k * channels, tl.sum(dtaps[k], 0), c < channels)
-    tl.store(partial + W * channels, tl.sum(dbias, 0), c < channels)
+    for k in tl.static_range(W + 1):
+        tl.store(partial + k * channels, tl.sum(sums[k], 0), c < channels)
 
 
 @triton.jit

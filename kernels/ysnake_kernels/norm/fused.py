@@ -17,6 +17,7 @@ from ysnake_kernels.custom_op import Differentiable
 from ysnake_kernels.norm.inputs import NormInputs
 from ysnake_kernels.numerics import accumulator, ceil_divide, common_unit, next_power_of_2
 from ysnake_kernels.triton_launch import Launcher, launcher
+from ysnake_kernels.triton_math import silu, silu_slope
 
 MAX_GROUP = 16384  # features that a program holds in registers
 TILE = 2048  # elements that a program works on at once, if a group is not larger
@@ -51,6 +52,24 @@ def _load(
     row = start + tl.arange(0, ROWS).to(tl.int64)
     offsets = row[:, None] * row_stride * UNIT + (tl.program_id(1) * GROUP + col)[None, :]
     return tl.load(pointer + offsets, (row < rows)[:, None] & (col < GROUP)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_parameter(pointer, feature, col, GROUP: tl.constexpr, ACC: tl.constexpr):
+    """Weight or bias of this program's group, [1 F]."""
+    return tl.load(pointer + feature, col < GROUP, other=0.0).to(ACC)[None, :]
+
+
+@triton.jit
+def _rstd(v, GROUP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr):
+    """1 / rms(v) of each row, [R 1]."""
+    return tl.rsqrt(tl.sum(v * v, 1) / GROUP + tl.full([], EPS, ACC))[:, None]
+
+
+@triton.jit
+def _through_rms(grad, unit, rstd, GROUP: tl.constexpr):
+    """The gradient of v from `grad`, that of unit = v rstd. It has no part along v."""
+    return (grad - unit * (tl.sum(grad * unit, 1) / GROUP)[:, None]) * rstd
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -89,13 +108,12 @@ def _forward_kernel(
         v = v.to(ACC)
     if z is not None:
         zs = _load(z, start, rows, z_row, col, GROUP, ROWS, UNIT).to(ACC)
-        gate = zs * tl.sigmoid(zs)
+        gate = silu(zs)
         if not NORM_FIRST:
             v *= gate
-    rstd = tl.rsqrt(tl.sum(v * v, 1) / GROUP + tl.full([], EPS, ACC))  # [R]
-    v *= rstd[:, None] * tl.load(weight + feature, col < GROUP, other=0.0).to(ACC)[None, :]
+    v *= _rstd(v, GROUP, EPS, ACC) * _load_parameter(weight, feature, col, GROUP, ACC)
     if bias is not None:
-        v += tl.load(bias + feature, col < GROUP, other=0.0).to(ACC)[None, :]
+        v += _load_parameter(bias, feature, col, GROUP, ACC)
     if z is not None and NORM_FIRST:
         v *= gate
     tl.store(y + offsets, v.to(y.dtype.element_ty), inside)
@@ -131,7 +149,7 @@ def _backward_kernel(
 ):
     col = tl.arange(0, COLS)
     feature = tl.program_id(1) * GROUP + col
-    w = tl.load(weight + feature, col < GROUP, other=0.0).to(ACC)[None, :]  # [1 F]
+    w = _load_parameter(weight, feature, col, GROUP, ACC)
     dw = tl.zeros([ROWS, COLS], ACC)
     db = tl.zeros([ROWS, COLS], ACC)
     # The next rows are loaded while these are computed.
@@ -154,25 +172,21 @@ def _backward_kernel(
         if z is not None:
             zs = next_z.to(ACC)
             next_z = _load(z, following, rows, z_row, col, GROUP, ROWS, UNIT)
-            sigmoid = tl.sigmoid(zs)
-            gate = zs * sigmoid
-            slope = sigmoid * (1 + zs * (1 - sigmoid))  # of silu
+            gate, slope = silu(zs), silu_slope(zs)
             if not NORM_FIRST:
                 v = xs * gate
-        rstd = tl.rsqrt(tl.sum(v * v, 1) / GROUP + tl.full([], EPS, ACC))[:, None]
+        rstd = _rstd(v, GROUP, EPS, ACC)
         unit = v * rstd
         if z is not None and NORM_FIRST:
             affine = unit * w
             if bias is not None:
-                affine += tl.load(bias + feature, col < GROUP, other=0.0).to(ACC)[None, :]
+                affine += _load_parameter(bias, feature, col, GROUP, ACC)
             tl.store(at_dz, (grad * affine * slope).to(dz.dtype.element_ty), inside)
             grad *= gate
         dw += grad * unit
         if bias is not None:
             db += grad
-        # through v / rms(v): remove the part of the gradient along v
-        grad *= w
-        dv = (grad - unit * (tl.sum(grad * unit, 1) / GROUP)[:, None]) * rstd
+        dv = _through_rms(grad * w, unit, rstd, GROUP)
         if z is not None and not NORM_FIRST:
             tl.store(at_dz, (dv * xs * slope).to(dz.dtype.element_ty), inside)
             dv *= gate

@@ -56,6 +56,18 @@ def within(dB_within, number, splits, tokens, K):
     return ft.View(dB_within + tl.cast(number, tl.int64) * tokens * token, token)
 
 
+@triton.jit
+def add_within(
+    dB, dB_within, chunk, tile, share, splits, tokens, K, ROW_TILE: tl.constexpr
+):  # fmt: skip
+    """dB of a tile with what the row tiles of its chunk add. `rows_kernel` wrote it."""
+    n = tl.arange(0, K.N2)
+    for t0 in range(0, tl.minimum(K.CHUNK, chunk.end - chunk.t0), ROW_TILE):
+        part = within(dB_within, t0 // ROW_TILE, splits, tokens, K)
+        dB += ft.load_tile(part, tile, share, n, K.N)
+    return dB
+
+
 @triton.jit(
     do_not_specialize=[
         *("x_token", "B_token", "C_token", "G_token", "dC_token"),
@@ -129,6 +141,35 @@ def rows_kernel(
     ft.store_tile(ft.dot(tl.trans(dCB), C_, K), part, chunk, share, n, K.N)
 
 
+@triton.jit
+def store_no_dD(dD, at_tile, first_head, count, K):
+    """Write zeros as dD of a tile without tokens, for `count` heads."""
+    for r in range(count):
+        if K.D_PER_CHANNEL:
+            p = tl.arange(0, K.P2)
+            at_channel = dD + (at_tile + first_head + r) * K.P + p
+            tl.store(at_channel, tl.zeros([K.P2], K.ACC), mask=p < K.P)
+        else:
+            tl.store(dD + at_tile + first_head + r, 0.0)
+
+
+@triton.jit
+def add_skip(dX, X, D, Gs, dD, at_tile, tile, head, p, K):
+    """dX with what D of each channel adds. Writes dD of the tile."""
+    Gt = ft.load_tile(Gs, tile, head, p, K.P).to(K.ACC)
+    dX += Gt * ft.load_skip(D, head, p, K)
+    at_channel = dD + (at_tile + head) * K.P + p
+    tl.store(at_channel, tl.sum(Gt * X.to(K.ACC), 0), mask=p < K.P)
+    return dX
+
+
+@triton.jit
+def flow_through(states, dstates, slot, numbers, last, head, K):
+    """The flow from a chunk's entering to its leaving state, if no document ends between them."""
+    total = ft.load_decay_of_last(numbers, last, head, K)
+    return inner(states, dstates, slot, head, K) * tl.exp2(total)
+
+
 @triton.jit(
     do_not_specialize=[
         *("x_token", "B_token", "C_token", "G_token", "dx_token", "dB_token"),
@@ -150,14 +191,8 @@ def columns_kernel(
     at_tile = slot * (K.CHUNK // K.Q) + (tile.t0 - chunk.t0) // K.Q
     at_tile = at_tile.to(tl.int64) * K.HEADS
     if tile.t0 >= tile.end:
-        if D is not None:  # nothing to add
-            for r in range(count):
-                if K.D_PER_CHANNEL:
-                    p = tl.arange(0, K.P2)
-                    at_channel = dD + (at_tile + first_head + r) * K.P + p
-                    tl.store(at_channel, tl.zeros([K.P2], K.ACC), mask=p < K.P)
-                else:
-                    tl.store(dD + at_tile + first_head + r, 0.0)
+        if D is not None:
+            store_no_dD(dD, at_tile, first_head, count, K)
         return
     n = tl.arange(0, K.N2)
     tj, ti = tile.t0 + tile.q, chunk.t0 + chunk.q
@@ -202,10 +237,7 @@ def columns_kernel(
             onward += tl.sum(X.to(K.ACC) * du, 1)
             dX += du * step[:, None]
             if D is not None and K.D_PER_CHANNEL:
-                Gt = ft.load_tile(Gs, tile, head, p, K.P).to(K.ACC)
-                dX += Gt * ft.load_skip(D, head, p, K)
-                at_channel = dD + (at_tile + head) * K.P + p
-                tl.store(at_channel, tl.sum(Gt * X.to(K.ACC), 0), mask=p < K.P)
+                dX = add_skip(dX, X, D, Gs, dD, at_tile, tile, head, p, K)
             ft.store_tile(dX, ft.View(dx, dx_token * K.UNIT), tile, head, p, K.P)
             dB_ = ft.dot(X.to(K.ACC) * (step * exit)[:, None], dS, K, dB_)
         ft.store_row(sent * step, numbers, tile, head, K, SENT)
@@ -213,16 +245,13 @@ def columns_kernel(
         ft.store_row(sent + own * itself + onward, numbers, tile, head, K, DSTEP)
         if D is not None and not K.D_PER_CHANNEL:
             tl.store(dD + at_tile + head, tl.sum(own, 0))
-    for t0 in range(0, tl.minimum(K.CHUNK, chunk.end - chunk.t0), ROW_TILE):
-        part = within(dB_within, t0 // ROW_TILE, splits, tokens, K)
-        dB_ += ft.load_tile(part, tile, share, n, K.N)
+    dB_ = add_within(dB_, dB_within, chunk, tile, share, splits, tokens, K, ROW_TILE)
     ft.store_tile(dB_, ft.View(dB, dB_token * K.UNIT), tile, share, n, K.N)
 
     if tile.t0 == chunk.t0:
         for r in range(count):
             head = first_head + r
-            total = ft.load_decay_of_last(numbers, last, head, K)
-            flow = inner(states, dstates, slot, head, K) * tl.exp2(total)
+            flow = flow_through(states, dstates, slot, numbers, last, head, K)
             if place.seq_idx is not None:
                 flow = tl.where(entered == left, flow, 0.0)
             tl.store(through + slot.to(tl.int64) * K.HEADS + head, flow)

@@ -33,6 +33,7 @@ from ysnake_kernels.ssd.fused_plan import (
 from ysnake_kernels.ssd.fused_tiles import DECAY, SOURCE, STEP
 from ysnake_kernels.ssd.inputs import ScanInputs
 from ysnake_kernels.triton_launch import launcher
+from ysnake_kernels.triton_math import silu
 
 
 def heads_at_once(heads: int) -> int:
@@ -138,7 +139,7 @@ def forward_kernel(
         if D is not None:
             out += X.to(K.ACC) * ft.load_skip(D, head, p, K)
         if z is not None:
-            out *= ft.silu(ft.load_tile(zs, tile, head, p, K.P).to(K.ACC))
+            out *= silu(ft.load_tile(zs, tile, head, p, K.P).to(K.ACC))
         ft.store_tile(out, ys, tile, head, p, K.P)
 
     if seg == SEGMENTS - 1:

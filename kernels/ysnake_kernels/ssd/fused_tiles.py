@@ -176,11 +176,6 @@ def dot(a, b, K, acc=None):
 
 
 @triton.jit
-def silu(v):
-    return v * tl.sigmoid(v)
-
-
-@triton.jit
 def step_sizes(raw, bias, used, K):
     """clamp(softplus(raw + bias)) and its derivative; zero where not `used`."""
     step = raw.to(K.ACC) + bias
