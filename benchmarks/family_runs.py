@@ -7,7 +7,7 @@ with 1 if anything differs. `--families` and `--modes` choose some.
 
 import argparse
 import logging
-import subprocess
+import multiprocessing
 import sys
 import tempfile
 import warnings
@@ -203,16 +203,21 @@ def _result(run: Callable[[str], Results], name: str) -> Results:
 
 def run(ways: list[str], names: list[str], modes: list[str]) -> list[dict]:
     """What `worker` gives in each of the ways, all at the same time."""
+    forked = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if forked else "spawn")
+    if forked:  # from a process that has imported what transformers imports of torch
+        context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor"])
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.family_runs"]
-        chosen = ["--families", *names, "--modes", *modes, "--worker"]
         running = {
-            way: subprocess.Popen([*command, *chosen, way, "--out", str(Path(folder, way))])
+            way: context.Process(target=worker, args=(names, modes, way, str(Path(folder, way))))
             for way in ways
         }
+        for process in running.values():
+            process.start()
         for way, process in running.items():
-            if process.wait() != 0:
-                raise RuntimeError(f"family_runs: {way} ended with exit code {process.returncode}")
+            process.join()
+            if process.exitcode != 0:
+                raise RuntimeError(f"family_runs: {way} ended with exit code {process.exitcode}")
         return [torch.load(Path(folder, way)) for way in ways]
 
 
@@ -272,15 +277,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", nargs="*", default=[*FAMILIES, *VARIANTS])
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--worker", choices=list(WAYS), help=argparse.SUPPRESS)
-    parser.add_argument("--out", help=argparse.SUPPRESS)
     options = parser.parse_args()
     unknown = set(options.families) - {*FAMILIES, *VARIANTS}
     if unknown:
         parser.error(f"--families: unknown {', '.join(sorted(unknown))}")
-    if options.worker:
-        worker(options.families, options.modes, options.worker, options.out)
-        return 0
     plain, ours = run(["plain", "drop-in"], options.families, options.modes)
     good, text = table(options.families, options.modes, plain, ours)
     print(text)
