@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-QUICK = (KINDS[1], KINDS[6])  # one process and four
+QUICK = (KINDS[1], KINDS[3])  # one process and two
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def trainings(tmp_path_factory, request):
 
 @pytest.mark.parametrize("trainings", [QUICK], indirect=True)
 def test_trainings_end_as_if_nothing_had_happened(trainings):
-    """Each fault once, to a training of one process; kills, to one of four."""
+    """Each fault once, to a training of one process; kills, to one of two."""
     for kind in QUICK:
         run = kills.Run(trainings.bench, kind, seed="0")
         faults = run.faults() if kind.processes == 1 else [run.kill, run.kill_in_save]

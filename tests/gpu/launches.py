@@ -171,11 +171,11 @@ def model_cases(sizes: Sizes, thorough: bool) -> Iterator[Case]:
     yield "mixer", partial(mixer, sizes, BF16)
     yield "training", partial(train, model)
     yield "training, recomputed", partial(train, model, recompute=True)
-    yield "training, documents", partial(train, model, with_documents=True)
-    yield "training, carried state", partial(train, model, carry=True)
+    both = {"with_documents": True, "carry": True}
+    yield "training, documents, carried state", partial(train, model, **both)
     if thorough:
-        both = {"with_documents": True, "carry": True}
-        yield "training, documents, carried state", partial(train, model, **both)
+        yield "training, documents", partial(train, model, with_documents=True)
+        yield "training, carried state", partial(train, model, carry=True)
         yield "decoding, float32", partial(decode, model, torch.float32)
     yield "decoding", partial(decode, model, BF16)
 

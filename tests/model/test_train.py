@@ -117,7 +117,7 @@ def test_it_stops_at_a_loss(tmp_path):
 
 @pytest.mark.usefixtures("short_samples")
 def test_it_stops_when_the_held_out_loss_gets_no_better(tmp_path):
-    run = fit(tmp_path, "--max-steps", 400, "--patience", 2, "--eval-every", 10, "--lr", 0.02)
+    run = fit(tmp_path, "--max-steps", 400, "--patience", 2, "--eval-every", 8, "--lr", 0.1)
     val = [m["val_loss"] for m in metrics(run) if "val_loss" in m]
     assert len(metrics(run)) < 400
     assert min(val[-2:]) >= min(val[:-2])
