@@ -1,6 +1,6 @@
-"""Two import packages in one distribution: `ysnake`, and `ysnake_kernels` from kernels/.
+"""One distribution of two import packages: `ysnake`, and `ysnake_kernels` from kernels/.
 
-kernels/setup.py makes a distribution of the operators alone. It says what both have in common.
+kernels/setup.py builds the operators alone. It holds what both distributions share.
 """
 
 import runpy
@@ -12,17 +12,17 @@ from setuptools.command.build_py import build_py
 SERVE = ["starlette>=1.7", "uvicorn>=0.54"]
 GGUF = ["gguf>=0.17"]
 DOCS = ["pdoc>=15"]
-# `train --log` writes to each
+# the tools of `train --log`
 LOGS = {
     "tensorboard": ["tensorboard>=2.18"],
     "wandb": ["wandb>=0.19"],
     "trackio": ["trackio>=0.20"],
 }
-# Programs that people run over the drop-in.
+# programs that the tests run with the drop-in
 PEERS = ["transformers>=5", "accelerate>=1.1", "peft>=0.18", "trl>=0.24", "lm-eval>=0.4.9"]
 PEERS += ["joblib>=1.4", "scipy>=1.14"]
-# Torch for GPUs brings the Triton that it needs. Torch for CPUs brings none, and only tests and
-# benchmarks need one there.
+# Torch for GPUs installs the Triton that it needs. Torch for CPUs installs none. Only tests and
+# benchmarks need Triton on a CPU.
 KERNELS = runpy.run_path("kernels/setup.py")
 TRITON = KERNELS["TRITON"]
 
@@ -31,7 +31,7 @@ HOOK = "import os; os.environ.get('YSNAKE_DROPIN') and __import__('ysnake_dropin
 
 
 class BuildWithHook(build_py):
-    """Also puts the hook beside the packages. An editable install goes without."""
+    """Also installs the hook, except for an editable install."""
 
     def run(self):
         super().run()

@@ -2,8 +2,8 @@
 """Check that the README's two install lines can be resolved, without installing anything.
 
 uv reads the metadata of the public package index for every supported Python and system. It accepts
-wheels only, so a pinned version that some Python has no wheel for is an error as well. The check is
-skipped where the index cannot be reached.
+only wheels. So it is also an error if a pinned version has no wheel for one of them. Without a
+connection to the index the check is skipped.
 """
 
 import os
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 INDEX = os.environ.get("UV_DEFAULT_INDEX", "https://pypi.org/simple")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-apple-darwin", "x86_64-pc-windows-msvc")
-OLDEST_MACOS = "14.0"  # torch has no wheels for an older one
+OLDEST_MACOS = "14.0"  # torch has no wheels for older systems
 LINE = re.compile(r"^pip install (?P<packages>-c .*) && (?:pytest|python) .*$", re.MULTILINE)
 
 
@@ -44,7 +44,7 @@ def install_uv(folder: str) -> None:
 
 
 def resolve(uv_folder: str, packages: str, platform: str, python: str) -> bool:
-    """Resolve one line for one Python and system; print uv's reason where it cannot."""
+    """Resolve one line for one Python and system. Prints uv's reason if that fails."""
     command = [
         sys.executable,
         "-m",
@@ -74,7 +74,7 @@ def resolve(uv_folder: str, packages: str, platform: str, python: str) -> bool:
 
 
 def main() -> int:
-    """Resolve both lines everywhere; the exit code says whether all of them could be."""
+    """Resolve both lines for every Python and system. Returns 0 if all succeed, else 1."""
     reason = why_unreachable()
     if reason:
         print(f"skipped: the package index {INDEX} cannot be reached: {reason}")

@@ -1,1 +1,1 @@
-"""Measurements and models of them. Run each as `python -m benchmarks.<name>`."""
+"""Measurements, and estimates to compare them with. Run each as `python -m benchmarks.<name>`."""

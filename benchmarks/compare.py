@@ -1,9 +1,9 @@
-"""`python -m benchmarks.compare [CASE...]`: ours and every peer that is installed, on this machine.
+"""`python -m benchmarks.compare [CASE...]`: the speed of ysnake and of the installed peers, here.
 
-Each contestant is a process of its own, with the same shapes and the same weights. They take turns,
-so that what disturbs the machine disturbs all: each does its work once to warm up, and once more
-for the time that counts; a ratio is taken of the two times of one turn. The matrix-product limit,
-the time that the products of a task would take by themselves, is one more contestant. Results,
+Each contestant runs in a process of its own, with the same shapes and the same weights. They take
+turns, so other programs on this machine slow all of them alike. In its turn a contestant does its
+work twice: the first time warms it up, the second time is measured. A ratio compares two times of
+the same turn. One more contestant computes only the matrix products of a task, as a limit. Results,
 tables and pictures go to benchmarks/results/.
 """
 
@@ -38,7 +38,7 @@ from ysnake.training.settings import MODEL_SIZES, Settings
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 Case = Literal["scan", "step", "lengths", "prefill", "decode", "context", "quality"]
-DISAGREE = 1e-3  # relative difference of results that are the same but for rounding
+DISAGREE = 1e-3  # a larger relative difference of results is more than rounding
 LLAMA = "llama.cpp"
 
 
@@ -47,9 +47,9 @@ class Options:
     """Compare ysnake with its peers on this machine, and with the speed of matrix products."""
 
     cases: Positional[Annotated[tuple[Case, ...], arg(metavar="CASE...")]] = ()
-    """scan, step (of training), lengths (the same at more sequence lengths), prefill, decode,
-    context (how speed and memory depend on it); by default all of these. Only by name: quality (the
-    same minutes of training on the same text)."""
+    """Cases: scan, step (a training step), lengths (the same at more sequence lengths), prefill,
+    decode, context (speed and memory by length of the context). By default all of these. The case
+    quality (training for the same time on the same text) runs only if it is named."""
     repeat: int = 5
     """Timed repetitions of each contestant."""
     threads: int = (
@@ -57,9 +57,9 @@ class Options:
     )
     """Threads of each contestant; by default as many as there are cores."""
     quick: bool = False
-    """Tiny shapes, to see that it runs; its figures say nothing. Kept only with --out."""
+    """Tiny shapes, to see whether it runs. The figures mean nothing, and only --out keeps them."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
-    """Where results go; by default benchmarks/results. Cases that are not run keep theirs."""
+    """Folder of the results; by default benchmarks/results. Cases that do not run keep theirs."""
     text: Annotated[Path | None, arg(metavar="FILE")] = None
     """For quality: a text of several megabytes."""
     minutes: float = 10.0
@@ -74,24 +74,24 @@ class Contestant:
 
     name: str
     function: str
-    tokens: int  # of a repetition
+    tokens: int  # in a repetition
     arguments: dict
-    needs: tuple[str, ...] = ()  # modules
+    needs: tuple[str, ...] = ()  # modules that must be installed
 
 
 @dataclass(frozen=True)
 class Group:
-    """Contestants that take turns. Those in `bases` are what the others are compared with."""
+    """Contestants that take turns. The others are compared with those in `bases`."""
 
     title: str
     contestants: list[Contestant]
     bases: tuple[str, ...] = (YSNAKE,)
-    memory: str = "peak"  # or "extra": without what was there before the first repetition
+    memory: str = "peak"  # or "extra": without the memory in use before the first repetition
     shape: dict[str, int] = field(default_factory=dict)
 
 
 def preset(name: str) -> dict[str, int]:
-    """Sizes of a preset's model with all the vocabulary that it may have."""
+    """Sizes of a preset's model with the largest vocabulary that the preset allows."""
     settings = Settings(**PRESETS[name].settings)
     config = model_config(settings, PRESETS[name].max_vocab, 0)
     return {size: getattr(config, size) for size in ("vocab_size", *MODEL_SIZES)}
@@ -146,7 +146,7 @@ def _training(folder: Path, options: Options, batch: int, length: int) -> Group:
 
 
 def prefill(folder: Path, options: Options) -> Iterator[Group]:
-    """A prompt's last logits."""
+    """Reading a prompt, to its last logits."""
     length, sizes = (32, TINY) if options.quick else (512, preset("ys-71m"))
     here = {"folder": str(folder / "large"), "sizes": sizes, "length": length}
     contestants = [
@@ -162,7 +162,7 @@ def prefill(folder: Path, options: Options) -> Iterator[Group]:
 
 
 def decode(folder: Path, options: Options) -> Iterator[Group]:
-    """Token by token; ours also with int8 weights, and many sequences at once."""
+    """Generation token by token; ours also with int8 weights, and for many sequences at once."""
     count, sizes = (4, TINY) if options.quick else (32, preset("ys-71m"))
     here = {"folder": str(folder / "large"), "sizes": sizes, "count": count, "context": 10}
     llama = here | {"threads": options.threads}
@@ -191,7 +191,7 @@ def decode(folder: Path, options: Options) -> Iterator[Group]:
 
 
 def context(folder: Path, options: Options) -> Iterator[Group]:
-    """How speed and memory depend on what was read before."""
+    """How speed and memory depend on the length of the context."""
     sizes = TINY if options.quick else preset("quick")
     here = {"folder": str(folder / "context"), "sizes": sizes}
     read = [64, 128] if options.quick else [1024 * 4**k for k in range(5)]
@@ -224,11 +224,11 @@ def context(folder: Path, options: Options) -> Iterator[Group]:
 
 
 class Failed(RuntimeError):
-    """A contestant has ended before its time; the message says why."""
+    """A contestant has ended too early. The message says why."""
 
 
 class Worker:
-    """A process that answers in lines of JSON."""
+    """A process that answers each line of its input with a line of JSON."""
 
     def __init__(self, module: str, job: dict, threads: int):
         paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
@@ -242,22 +242,22 @@ class Worker:
         )
 
     def answer(self) -> dict:
-        """What it says next."""
+        """Its next answer."""
         if line := self.process.stdout.readline():
             return json.loads(line)
         code = self.process.wait()
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines()
-        reason = "killed, perhaps for want of memory" if code == -9 else "".join(lines[-1:])
+        reason = "killed, perhaps because memory ran out" if code == -9 else "".join(lines[-1:])
         raise Failed(f"{reason or 'no reason given'} (exit code {code})")
 
     def repeat(self) -> dict:
-        """Have it do one repetition."""
+        """Ask for one repetition."""
         try:
             self.process.stdin.write("\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended, and answer() says why
+            pass  # it has ended; answer() says why
         return self.answer()
 
     def end(self) -> None:
@@ -280,7 +280,7 @@ def measure(group: Group, options: Options, show: Callable[[str], None]) -> list
             show(f"starting {each.name}")
             job = {"function": each.function, "arguments": each.arguments}
             workers[i] = Worker("benchmarks.contestants", job, options.threads)
-            if i == 0:  # it writes the weights that the others read
+            if i == 0:  # it writes the weights, which the others read
                 _ask(workers, i, row, workers[i].answer)
         for i in list(workers):
             if i:
@@ -298,7 +298,7 @@ def measure(group: Group, options: Options, show: Callable[[str], None]) -> list
 
 
 def _ask(workers: dict[int, Worker], i: int, row: dict, question: Callable[[], dict]) -> None:
-    """Put the answer into the row; a contestant that fails is out and does not stop the others."""
+    """Put the answer into the row. A contestant that fails is left out; the others go on."""
     try:
         answer = question()
     except Failed as error:
@@ -311,7 +311,7 @@ def _ask(workers: dict[int, Worker], i: int, row: dict, question: Callable[[], d
 
 
 def _compare(rows: list[dict], bases: tuple[str, ...]) -> None:
-    """Add to each row how many times faster each base is, and whether results differ."""
+    """Add to each row how many times as fast each base is, and whether the results differ."""
     by_name = {row["by"]: row for row in rows if "failed" not in row and "absent" not in row}
     for row in by_name.values():
         row["tokens_per_s"] = row["tokens"] / statistics.median(row["seconds"])
@@ -327,11 +327,11 @@ def _compare(rows: list[dict], bases: tuple[str, ...]) -> None:
             row["ratios"][base] = [statistics.median(ratios), min(ratios), max(ratios)]
         if row["norms"] and (expected := rows[0].get("norms")):
             far = [abs(a - b) / b for a, b in zip(row["norms"], expected, strict=True) if b]
-            row["differs"] = any(not each <= DISAGREE for each in far)  # NaN too
+            row["differs"] = any(not each <= DISAGREE for each in far)  # a NaN differs too
 
 
 def machine(threads: int) -> dict:
-    """What the figures belong to."""
+    """The machine and the versions to which the figures belong."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -363,7 +363,7 @@ def main(argv: list[str]) -> int:
     names = options.cases or get_args(Case)[:-1]
     console, failed = cli.console(), False
     if not console.is_terminal:
-        console.width = 140  # tables whole, whatever shows the file
+        console.width = 140  # no table is cut, whatever shows the file
     results = compare_report.read(out) if out else {}
     bar = Progress(
         *("{task.description}", TimeElapsedColumn()),

@@ -1,5 +1,5 @@
-"""What `benchmarks.compare` leaves behind: compare.json, the same as tables in compare.md, and
-pictures of speed and memory by sequence length and of decoding by context.
+"""The results of `benchmarks.compare` as files: compare.json, the same as tables in compare.md, and
+pictures. They show speed and memory by sequence length, and decoding by context.
 """
 
 import json
@@ -18,13 +18,13 @@ COLOURS |= {LIMIT: "#888888", LIMIT_ONEDNN: "#bbbbbb"}
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """The results that are in a folder, by case."""
+    """The results in a folder, by case."""
     path = folder / "compare.json"
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write(results: dict[str, dict], folder: Path) -> None:
-    """Write everything anew."""
+    """Write all files anew."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
     (folder / "compare.md").write_text(markdown(results))
@@ -53,7 +53,7 @@ def cells(group: dict) -> list[list[str]]:
             out[-1] += [f"{row['steps']:,}", speed, size]
             continue
         if row["by"].startswith(LIMIT):
-            size = ""  # that of its operands, which says nothing
+            size = ""  # the memory of its operands has no meaning here
         milliseconds = 1e3 * statistics.median(row["seconds"])
         name = row["by"] + (" (ANOTHER RESULT)" if row.get("differs") else "")
         out.append([name, speed, f"{milliseconds:,.{1 if milliseconds < 100 else 0}f}", size])
@@ -155,7 +155,7 @@ def memory(results: dict[str, dict]) -> Any:
 
 
 def decoding(results: dict[str, dict]) -> Any:
-    """Tokens a second written after a context, and read, by the number of tokens before."""
+    """Speed of writing and reading, in tokens a second, by the number of tokens before."""
     groups = results.get("context", {}).get("groups", [])
     if not groups:
         return None
@@ -170,7 +170,7 @@ def decoding(results: dict[str, dict]) -> Any:
         for name, points in lines.items():
             points = list(zip(*points, strict=True))
             axes.plot(*points, style, color=COLOURS[name], label=f"{name} {verb}", markersize=5)
-    title = "The quick model: speed by what was read before"
+    title = "The quick model: speed by length of the context"
     axes.set(xlabel="context, tokens", ylabel="tokens/s", title=title, xscale="log", yscale="log")
     axes.legend(frameon=False)
     return figure

@@ -1,7 +1,7 @@
-"""What Triton makes of every kernel for each architecture, without a GPU.
+"""Compile every kernel for each architecture, without a GPU: `python -m benchmarks.compile`.
 
-Registers, spilled bytes, shared memory, instructions and compile time of each kernel: `python -m
-benchmarks.compile` prints the table and writes it to benchmarks/results/compile.md.
+It prints a table with the registers, spilled bytes, shared memory, instructions and compile time of
+each kernel, and writes it to benchmarks/results/compile.md.
 """
 
 import argparse
@@ -42,7 +42,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 HEADS = 24
-MULTIPROCESSORS = 132  # of a card that a single sequence does not fill: it is cut into segments
+MULTIPROCESSORS = 132  # a single sequence does not fill such a card, so it is cut into segments
 PRODUCTION = [("bfloat16", 64, 128, False), ("bfloat16", 64, 64, False)]  # dtype, P, N, z
 ALL = PRODUCTION + [
     (dtype, head, state, z)
@@ -70,7 +70,7 @@ class Compiled:
 
 
 def recorded(call: Callable[[], object]) -> list[tuple]:
-    """(kernel, args, options) of all launches of a call, without running them."""
+    """(kernel, args, options) of each launch of a call. Nothing is launched."""
     log: list[tuple] = []
 
     def record(self: Launcher, programs: tuple, tensors: Sequence, integers: Sequence) -> None:
@@ -114,7 +114,7 @@ def scan_launches(
 
 
 def other_launches(dtype: str, head_dim: int, state: int) -> list[tuple]:
-    """Launches of the other operators of a layer, on slices of one projection, then of a step."""
+    """Launches of a layer's other operators on slices of one projection, then of a step."""
     d_inner = HEADS * head_dim
     channels = d_inner + 2 * state
     zxbcdt = torch.empty(2, 256, d_inner + channels + HEADS, dtype=getattr(torch, dtype))
@@ -139,7 +139,7 @@ def other_launches(dtype: str, head_dim: int, state: int) -> list[tuple]:
 
 
 def compile_launch(kernel, args: tuple, kwargs: dict, target: GPUTarget):
-    """What a launch with these arguments would compile on a machine with this GPU."""
+    """The kernel as a launch with these arguments would compile it for this GPU."""
     backend = make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*args, **kwargs)
@@ -151,7 +151,7 @@ def compile_launch(kernel, args: tuple, kwargs: dict, target: GPUTarget):
 
 
 def tool(name: str) -> Path:
-    """One of the programs for CUDA binaries that Triton brings along."""
+    """A program for CUDA binaries. Triton's package contains some."""
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
@@ -224,7 +224,7 @@ def compile_job(job: tuple) -> list[Compiled]:
 
 
 def compile_all(jobs: list[tuple], processes: int) -> list[Compiled]:
-    """What each job gives, in order; Triton's cache keeps kernels from being compiled twice."""
+    """The rows of all jobs, in order. Triton's cache avoids compiling a kernel twice."""
     if processes == 1:
         return [row for job in jobs for row in compile_job(job)]
     with ProcessPoolExecutor(processes) as pool:
@@ -240,7 +240,7 @@ def programs(r: Compiled) -> int | None:
 
 
 def table(rows: list[Compiled]) -> str:
-    """A Markdown table, and the kernels of each first forward and backward, with compile time."""
+    """A Markdown table, then the compile time of a first forward and backward of each shape."""
     lines = [
         "| kernel | target | dtype | head | state | z | form | registers | spilled bytes "
         "| shared memory | programs | instructions | compile s |",
@@ -271,8 +271,8 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every configuration of the table")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--states", nargs="+", type=int, help="only these state sizes")
-    parser.add_argument("--processes", type=int, default=1, help="how many compile at once")
-    parser.add_argument("--json", type=Path, help="write the figures here, and no table")
+    parser.add_argument("--processes", type=int, default=1, help="how many compile at a time")
+    parser.add_argument("--json", type=Path, help="write a file of figures, not a table")
     args = parser.parse_args()
     shapes = [
         s for s in (ALL if args.all else PRODUCTION) if not args.states or s[2] in args.states

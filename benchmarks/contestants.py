@@ -1,8 +1,8 @@
-"""The contestants of `benchmarks.compare`, each to be run in a process of its own.
+"""The contestants of `benchmarks.compare`. Each runs in a process of its own.
 
-Each function prepares one of them and returns a repetition: a call that does the work once and
-returns tensors to compare with the others', or None. `python -m benchmarks.contestants JOB` then
-times one repetition for each line it reads, so a contestant takes no time while others have a turn.
+A function here prepares a contestant and returns a repetition: a call that does the work once. The
+call returns tensors to compare with the others', or None. `python -m benchmarks.contestants JOB`
+times one repetition for each line that it reads. So a contestant is idle while others have a turn.
 """
 
 import json
@@ -22,14 +22,14 @@ Repetition = Callable[[], Any]
 STATUS = Path("/proc/self/status")
 
 
-# The scan: forward and backward, inputs as a layer of the model has them.
+# The scan, forward and backward. The inputs are those of a layer of the model.
 
 
 def scan_ysnake(**shape: int) -> Repetition:
     from ysnake_kernels import ssd_scan
     from ysnake_kernels.allocator import keep_freed_memory
 
-    keep_freed_memory()  # as ysnake.train does, and the drop-in
+    keep_freed_memory()  # as ysnake.train and the drop-in do
     return _scan(ssd_scan, {}, **shape)
 
 
@@ -57,7 +57,7 @@ def _scan(
         y = scan(*tokens[:2], A, *tokens[2:], D=D, dt_bias=dt_bias, dt_softplus=True, **options)
         return [y, *torch.autograd.grad(y, leaves, dy[:, :length])]
 
-    call(8)  # what libraries set up once does not count as memory of the scan
+    call(8)  # so that memory of the libraries does not count as memory of the scan
     return lambda: call(None)
 
 
@@ -66,7 +66,7 @@ def scan_limit(batch: int, length: int, **shape: int) -> Repetition:
 
 
 def _scan_products(tokens: int, heads: int, head_dim: int, d_state: int) -> list[Repetition]:
-    """C B^T, its product with x, C S and B^T x of every chunk of 64 tokens."""
+    """The products C B^T, (C B^T) x, C S and B^T x of every chunk of 64 tokens."""
     q, inner = min(64, tokens), heads * head_dim
     chunks = tokens // q
     return [
@@ -78,7 +78,7 @@ def _scan_products(tokens: int, heads: int, head_dim: int, d_state: int) -> list
 
 
 def _products(batch: int, rows: int, inner: int, columns: int) -> Repetition:
-    """A matrix product and the two of its gradients, with outputs that are reused."""
+    """A matrix product and the two products of its gradients. They reuse their outputs."""
     import torch
 
     x, w = torch.randn(batch, rows, inner), torch.randn(batch, inner, columns)
@@ -141,11 +141,11 @@ def step_gpt2(sizes: dict, batch: int, length: int) -> Repetition:
     model = gpt2(sizes, length).train()
     ids = _ids(batch, length, sizes)
     repetition = _step(model, lambda: model(ids, labels=ids, use_cache=False).loss)
-    return lambda: repetition() and None  # another model: nothing to compare
+    return lambda: repetition() and None  # another model: there is nothing to compare
 
 
 def gpt2(sizes: dict, length: int, **more: int) -> Any:
-    """GPT-2 with as many layers of the same width. Without dropout, which would cost it time."""
+    """GPT-2 with the same number and width of layers. Dropout is off, since it costs time."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -161,7 +161,7 @@ def gpt2(sizes: dict, length: int, **more: int) -> Any:
 
 
 def step_limit(sizes: dict, batch: int, length: int, onednn: bool = False) -> Repetition:
-    """Every linear layer, the head, and the scan of every layer; the layers share operands."""
+    """The products of all linear layers, of the head and of all scans. Layers share operands."""
     from ysnake.model.config import ModelConfig
 
     c, tokens = ModelConfig(**sizes), batch * length
@@ -175,7 +175,7 @@ def step_limit(sizes: dict, batch: int, length: int, onednn: bool = False) -> Re
 
 
 def _linear_products(rows: int, inner: int, columns: int) -> Repetition:
-    """`_products` as a linear layer of ysnake has them, whose outputs are new."""
+    """Those of `_products` as linear layers of ysnake compute them, with new outputs."""
     import torch
     from ysnake_kernels.allocator import keep_freed_memory
     from ysnake_kernels.linear import product
@@ -202,7 +202,7 @@ def _step(model: Any, loss_of: Callable[[], "Tensor"]) -> Repetition:
     return repetition
 
 
-# Prefill: a prompt read at once, the logits of its last token.
+# Prefill: read a prompt at once, up to the logits of its last token.
 
 
 def prefill_ysnake(folder: str, sizes: dict, length: int) -> Repetition:
@@ -239,7 +239,7 @@ def prefill_llama(folder: str, sizes: dict, length: int, threads: int) -> Repeti
     return repetition
 
 
-# Decoding: the likeliest token, one after another, after a context read in pieces.
+# Decoding: read a context in parts, then write the likeliest token again and again.
 
 
 def decode_ysnake(
@@ -292,7 +292,7 @@ def decode_llama(
 
 
 def read_ysnake(folder: str, sizes: dict, context: int, times: int) -> Repetition:
-    """A long prompt in pieces, a few times over if it is short."""
+    """Read a long prompt in parts. A shorter one is read several times."""
     decoder = _decoder(saved(folder, sizes))
 
     def repetition() -> None:
@@ -306,14 +306,14 @@ def _read(decoder: Any, sizes: dict, context: int) -> Any:
     from ysnake.inference.generate import Context
 
     reader = Context(decoder, sizes["vocab_size"])
-    piece = _ids(1, min(context, 1024), sizes)[0].tolist()
-    for i in range(0, context, len(piece)):
-        reader.feed(piece[: context - i])
+    part = _ids(1, min(context, 1024), sizes)[0].tolist()
+    for i in range(0, context, len(part)):
+        reader.feed(part[: context - i])
     return reader
 
 
 def _decoder(folder: Path, **more: Any) -> Any:
-    """A checkpoint ready to read and write as `ysnake.run` does."""
+    """A checkpoint that reads and writes as in `ysnake.run`."""
     from ysnake.checkpoints import checkpoint
     from ysnake.inference.decoding import Decoder
     from ysnake.shared import cli
@@ -323,7 +323,7 @@ def _decoder(folder: Path, **more: Any) -> Any:
 
 
 def _llama(folder: str, type: str, threads: int) -> Any:
-    """The checkpoint as a GGUF, exported by another process, in llama.cpp."""
+    """The checkpoint in llama.cpp. Another process exports it to GGUF."""
     file = Path(f"{folder}-{type}") / "model.gguf"
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
@@ -336,18 +336,18 @@ def _llama(folder: str, type: str, threads: int) -> Any:
 
 
 def _llama_logits(llm: Any) -> Any:
-    """The logits of the last token read, as NumPy sees them."""
+    """The logits of the last token, as a NumPy array."""
     import llama_cpp
     import numpy as np
 
     return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), (llm.n_vocab(),))
 
 
-# What they share.
+# What the contestants share.
 
 
 def saved(folder: str, sizes: dict) -> Path:
-    """The checkpoint folder of a model with random weights, written if it is not there yet."""
+    """A checkpoint folder with random weights. It is written if it does not exist."""
     path = Path(folder)
     if not path.exists():
         import torch
@@ -361,7 +361,7 @@ def saved(folder: str, sizes: dict) -> Path:
         text = ["a model of random weights has nothing to say"] * 2  # llama.cpp needs merges
         learnt = tokenizer.train("bpe", text, 300)
         missing = sizes["vocab_size"] - learnt.get_vocab_size()
-        learnt.add_tokens([f"filler {i}" for i in range(missing)])  # one for each row
+        learnt.add_tokens([f"filler {i}" for i in range(missing)])  # a token for each row
         checkpoint.save(path, Model(ModelConfig(**sizes)), learnt)
     return path
 
@@ -374,7 +374,7 @@ def _ids(batch: int, length: int, sizes: dict) -> "Tensor":
 
 
 def norms(tensors: list["Tensor"] | None) -> list[float] | None:
-    """Of the result, and of all gradients together: the same for equal models."""
+    """The norms of the result and of all gradients together. Equal models have equal ones."""
     if tensors is None:
         return None
     first, *gradients = (t.detach().double().norm().item() for t in tensors)
@@ -382,10 +382,10 @@ def norms(tensors: list["Tensor"] | None) -> list[float] | None:
 
 
 def memory(key: str) -> int:
-    """Bytes of this process: VmRSS, resident now, or VmHWM, the most so far.
+    """Bytes of memory of this process: VmRSS, resident now, or VmHWM, the peak so far.
 
-    Where the system does not say, the most so far. `ru_maxrss` alone would not do on Linux: a
-    process begins with that of the one which started it.
+    Without Linux's /proc it is always the peak. On Linux `ru_maxrss` would be wrong, since a
+    process inherits the value of the process that started it.
     """
     if STATUS.exists():
         line = next(x for x in STATUS.read_text().splitlines() if x.startswith(key))
@@ -399,16 +399,16 @@ def memory(key: str) -> int:
 def main() -> None:
     """Prepare the contestant of the job, then answer each line with a repetition's seconds."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries must not look like an answer
     job = json.loads(sys.argv[1])
     repetition = globals()[job["function"]](**job["arguments"])
     loaded, before = memory("VmHWM"), memory("VmRSS")
     if STATUS.exists():
-        Path("/proc/self/clear_refs").write_text("5")  # the most so far is now's
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     found = norms(repetition())
     answers.write(json.dumps({"norms": found}) + "\n")
     for _ in sys.stdin:
-        repetition()  # warms up what others had in their turn: caches, the processor's clock
+        repetition()  # not measured: it warms up caches and the processor's clock
         start = time.perf_counter()
         repetition()
         answer = {"seconds": time.perf_counter() - start}

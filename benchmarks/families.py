@@ -1,7 +1,7 @@
-"""A tiny random model of every family in transformers that looks up mamba_ssm or causal_conv1d.
+"""Tiny random models of the families in transformers that look for mamba_ssm or causal_conv1d.
 
-`FAMILIES` has their sizes. `VARIANTS` has settings of some of them that a drop-in is likely to get
-wrong. A new family of a later transformers shows up in `families_without_a_model`.
+`FAMILIES` has their sizes. `VARIANTS` has settings of some families that a drop-in may easily get
+wrong. `families_that_ask` also finds new families, of a later transformers.
 """
 
 import re
@@ -42,7 +42,7 @@ DELTA = {
 QWEN = {**ATTENTION, **DELTA, "head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MOE_QWEN = {**QWEN, **EXPERTS, "shared_expert_intermediate_size": 16}
-LATENT = {  # attention of DeepSeek's kind
+LATENT = {  # of the latent attention of DeepSeek
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
@@ -52,7 +52,7 @@ LATENT = {  # attention of DeepSeek's kind
     "moe_intermediate_size": 16,
 }
 
-# By the names of the modules: the prefix of the model's class, and its sizes.
+# module of the family -> prefix of the model's class, and its sizes
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bailing_hybrid": (
         "BailingHybrid",
@@ -236,7 +236,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-# A family and other sizes than above.
+# variant -> the family, and sizes that replace those above
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba, gelu": ("mamba", {"hidden_act": "gelu"}),
     "mamba2, gelu": ("mamba2", {"hidden_act": "gelu"}),
@@ -255,7 +255,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Adapter(nn.Module):
-    """A layer with a low-rank addition of its own, as LoRA makes one; the layer's is frozen."""
+    """A frozen layer plus a low-rank layer that learns, as in LoRA."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__()
@@ -276,7 +276,7 @@ class Adapter(nn.Module):
 
 
 def random_model(name: str, adapters: bool = False) -> nn.Module:
-    """The same at every call, with weights and biases that make the layers matter.
+    """A model that is the same at every call. Its weights make every layer matter.
 
     Args:
         name: of `FAMILIES` or `VARIANTS`.
@@ -310,7 +310,7 @@ def random_model(name: str, adapters: bool = False) -> nn.Module:
 
 @cache
 def families_that_ask() -> tuple[str, ...]:
-    """The families of the installed transformers whose models look up one of the two packages."""
+    """The families of the installed transformers that look for one of the two packages."""
     folder = Path(find_spec("transformers").submodule_search_locations[0], "models")
     asks = re.compile(r'use_kernel_func_from_hub_with_fallback\([^)]*"(mamba_ssm|causal_conv1d)"')
     files = sorted(folder.glob("*/modeling_*.py"))

@@ -1,8 +1,8 @@
-"""Run transformers' families with and without the drop-in, and compare what they compute.
+"""Run transformers' families with and without the drop-in, and compare the results.
 
-transformers chooses its operators when a model is imported, so each way has a process of its own.
-`python -m benchmarks.family_runs` runs all families, prints a table of what is the same, and exits
-with 1 if anything differs. `--families` and `--modes` choose some.
+transformers chooses its operators when a model is imported. So each way runs in a process of its
+own. `python -m benchmarks.family_runs` runs all families and prints a table of what is the same. It
+exits with 1 if anything differs. `--families` and `--modes` choose some.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from benchmarks.families import FAMILIES, VARIANTS, VOCABULARY, random_model
 
-LENGTHS = (13, 6, 10)  # of the documents of a packed sequence
-PADDING = 7  # tokens on the left of one of two rows
-TOLERANCE = 3e-4  # ||a - b|| / ||a||
+LENGTHS = (13, 6, 10)  # tokens of each document of a packed sequence
+PADDING = 7  # tokens of padding on the left of one of two rows
+TOLERANCE = 3e-4  # of ||a - b|| / ||a||
 WAYS = {"plain": None, "drop-in": {}, "fused": {"fused_training": True}}  # options of `install`
-Results = dict[str, Tensor] | str  # or why there are none
+Results = dict[str, Tensor] | str  # or the reason why there are no tensors
 
 
 def random_ids(rows: int = 2) -> Tensor:
@@ -39,13 +39,13 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def logits(name: str) -> Results:
-    """Of a whole sequence."""
+    """The logits of a whole sequence."""
     with torch.no_grad():
         return {"logits": random_model(name).eval()(random_ids()).logits}
 
 
 def tokens(name: str) -> Results:
-    """Greedy ones, by the cache, and their logits."""
+    """Tokens that are chosen greedily with a cache, and their logits."""
     options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     out = random_model(name).eval().generate(random_ids()[:, :11], max_new_tokens=8, **options)
     return {"tokens": out.sequences, "logits": torch.stack(out.logits)}
@@ -65,7 +65,7 @@ def adapted(name: str) -> Results:
 
 
 def padded(name: str) -> Results:
-    """Logits, loss and gradients of a batch with a row that is padded on the left."""
+    """Logits, loss and gradients of a batch with one row that is padded on the left."""
     model, ids = random_model(name), random_ids()
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
@@ -80,13 +80,13 @@ def padded(name: str) -> Results:
 
 
 def packed(name: str) -> Results:
-    """Hidden states and gradients of documents in one sequence, or the line that refuses it."""
+    """Hidden states and gradients of documents in one sequence, or the error message."""
     numbers = torch.cat([torch.full((1, n), i) for i, n in enumerate(LENGTHS)], 1)
     options = {
         "position_ids": torch.cat([torch.arange(n)[None] for n in LENGTHS], 1),
         "seq_idx": numbers.int(),
     }
-    if name == "granitemoehybrid":  # its attention does not tell documents by their positions
+    if name == "granitemoehybrid":  # its attention does not find documents by their positions
         sees = numbers[:, :, None] == numbers[:, None]
         mask = torch.zeros(sees.shape).masked_fill(~sees.tril(), -torch.inf)[:, None]
         options["attention_mask"] = {"full_attention": mask, "linear_attention": None}
@@ -97,13 +97,13 @@ def packed(name: str) -> Results:
 
 
 def alone(name: str) -> Results:
-    """What `packed` gives, of each document by itself."""
+    """The results of `packed`, with each document in a call of its own."""
     return _documents(name, list(random_ids(1).split(LENGTHS, dim=1)), {})
 
 
 def _documents(name: str, inputs: list[Tensor], options: dict) -> Results:
-    model, out = random_model(name).base_model, {}  # not all models hand options to their base
-    for mode in ("eval", "train"):  # which run different operators
+    model, out = random_model(name).base_model, {}  # not all models pass options on to their base
+    for mode in ("eval", "train"):  # the two run different operators
         getattr(model, mode)()
         hidden = [model(i, use_cache=False, **options).last_hidden_state for i in inputs]
         hidden = torch.cat(hidden, 1)
@@ -115,7 +115,7 @@ def _documents(name: str, inputs: list[Tensor], options: dict) -> Results:
 
 
 def compiled(name: str, backend: str = "aot_eager") -> Results:
-    """A prefill, a token by the cache, and a training step, each as one graph."""
+    """A prefill, a token with the cache, and a training step, each compiled as one graph."""
     out: dict[str, Tensor] = {}
     ids = random_ids()
     for part in ("prefill", "step", "train"):
@@ -134,7 +134,7 @@ def compiled(name: str, backend: str = "aot_eager") -> Results:
 
 
 def uncompiled(name: str) -> Results:
-    """What `compiled` gives, without the compiler."""
+    """The results of `compiled`, without the compiler."""
     model, ids = random_model(name).eval(), random_ids()
     with torch.no_grad():
         step = model(ids[:, 11:12], **_cache(model, ids[:, :11])).logits
@@ -144,7 +144,7 @@ def uncompiled(name: str) -> Results:
 
 
 def _cache(model: torch.nn.Module, ids: Tensor) -> dict[str, object]:
-    """A prompt's cache, under the name by which the model takes and returns it."""
+    """The cache of a prompt, by the name that the model gives it."""
     out = model(ids, use_cache=True)
     return {k: out[k] for k in ("cache_params", "past_key_values") if getattr(out, k, None)}
 
@@ -152,11 +152,12 @@ def _cache(model: torch.nn.Module, ids: Tensor) -> dict[str, object]:
 MODES: dict[str, Callable[[str], Results]] = {
     f.__name__: f for f in (logits, tokens, training, padded, packed, adapted, compiled)
 }
-BESIDE = {"packed": alone, "compiled": uncompiled}  # what the model without a drop-in is asked for
+# mode -> what runs without the drop-in, to compare with
+BESIDE = {"packed": alone, "compiled": uncompiled}
 
 
 class Messages(logging.Handler):
-    """Keeps what is logged and warned of."""
+    """Keeps log messages and warnings."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +170,7 @@ class Messages(logging.Handler):
 
 
 def worker(names: list[str], modes: list[str], way: str, file: str) -> None:
-    """Run in a process of its own; writes what the models gave, and under None what was said."""
+    """Write the results of the models, and under None all messages. Has its own process."""
     torch.set_num_threads(1)
     if WAYS[way] is not None:
         import ysnake_kernels.dropin
@@ -193,7 +194,7 @@ def worker(names: list[str], modes: list[str], way: str, file: str) -> None:
 
 
 def _result(run: Callable[[str], Results], name: str) -> Results:
-    """A run's results, or why it failed: the table is about all families, and goes on."""
+    """The results of a run, or why it failed. A failure does not end the other runs."""
     try:
         return run(name)
     except Exception as error:
@@ -202,10 +203,10 @@ def _result(run: Callable[[str], Results], name: str) -> Results:
 
 
 def run(ways: list[str], names: list[str], modes: list[str]) -> list[dict]:
-    """What `worker` gives in each of the ways, all at the same time."""
+    """The results of `worker` for each of the ways. All ways run at the same time."""
     forked = "forkserver" in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if forked else "spawn")
-    if forked:  # from a process that has imported what transformers imports of torch
+    if forked:  # the process to fork imports what transformers imports of torch
         context.set_forkserver_preload(["torch._dynamo", "torch.distributed.tensor"])
     with tempfile.TemporaryDirectory() as folder:
         running = {
@@ -222,7 +223,7 @@ def run(ways: list[str], names: list[str], modes: list[str]) -> list[dict]:
 
 
 def difference(plain: Results, ours: Results) -> str | None:
-    """What differs between the results of a run, in a line; None if nothing does."""
+    """One line that says what differs between two results, or None."""
     if isinstance(plain, str) or isinstance(ours, str):
         return None if plain == ours else f"without: {_short(plain)}; with: {_short(ours)}"
     if plain.keys() != ours.keys():
@@ -233,7 +234,7 @@ def difference(plain: Results, ours: Results) -> str | None:
             if not torch.equal(found, expected):
                 return f"{name}: other values"
         else:
-            scale = expected.double().norm() + 1e-6  # some gradients are zero but for rounding
+            scale = expected.double().norm() + 1e-6  # some gradients are zero apart from rounding
             off = ((found.double() - expected.double()).norm() / scale).item()
             if not off <= TOLERANCE:
                 return f"{name}: off by {off:.1e}"
@@ -245,7 +246,7 @@ def _short(results: Results) -> str:
 
 
 def verdict(name: str, mode: str, plain: dict, ours: dict) -> tuple[bool, str]:
-    """Whether a mode is right with the drop-in, and a word about it for the table."""
+    """Whether a mode is right with the drop-in, and what the table says about it."""
     without, with_ = plain[name, mode], ours[name, mode]
     if isinstance(with_, str):
         kind = with_.partition(":")[0]
@@ -263,7 +264,7 @@ def verdict(name: str, mode: str, plain: dict, ours: dict) -> tuple[bool, str]:
 
 
 def table(names: list[str], modes: list[str], plain: dict, ours: dict) -> tuple[bool, str]:
-    """Whether all is right, and a table in Markdown of all verdicts."""
+    """Whether all is right, and a Markdown table of all verdicts."""
     rows = [["family", *modes], ["---"] * (1 + len(modes))]
     good = True
     for name in names:

@@ -1,9 +1,9 @@
 """How much faster the drop-in makes models of transformers: `python -m benchmarks.family_speed`.
 
-Each model has two layers of the true shapes and a small vocabulary. transformers chooses its
-operators when a model is imported, so each way has a process of its own. The two take turns, and
-only one of them runs at a time. What counts is the processor time of a run, so that other programs
-on the machine matter less. A ratio above 1 means that the drop-in is faster.
+Each model has two layers of the original sizes and a small vocabulary. transformers chooses its
+operators when a model is imported. So each way runs in a process of its own. The two processes take
+turns. The processor time of a run is measured, since other programs affect it less. A ratio above 1
+means that the drop-in is faster.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import torch
 
 WAYS = ("plain", "drop-in")
 MODES = ("prefill", "step", "training")
-LENGTHS = {torch.float32: 256, torch.bfloat16: 64}  # a CPU without bfloat16 products is slow
+LENGTHS = {torch.float32: 256, torch.bfloat16: 64}  # many CPUs are slow in bfloat16
 LAYERS = {"num_hidden_layers": 2, "vocab_size": 512, "pad_token_id": 0, "bos_token_id": 0}
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4}
 MAMBA_2 = {"mamba_d_state": 128, "mamba_d_head": 64, "mamba_n_groups": 1}
-# The configuration's class, and its sizes.
+# model -> class of its configuration, and its sizes
 MODELS = {
     "Mamba2-1.3B": ("Mamba2", {"hidden_size": 2048, "num_heads": 64, "n_groups": 1}),
     "Granite-4.0-h-1b": (
@@ -130,7 +130,7 @@ class Runs:
 
 
 def worker(way: str) -> None:
-    """Reads lines `model dtype length` and `mode`; answers a mode with the time of a run."""
+    """Read lines `model dtype length` and `mode`. Answer each mode with the time of a run."""
     if way == "drop-in":
         import ysnake_kernels.dropin
 
@@ -142,7 +142,7 @@ def worker(way: str) -> None:
     for line in sys.stdin:
         words = line.split()
         if len(words) == 3:
-            runs = None  # its memory first
+            runs = None  # free its memory before the next model is built
             runs = Runs(words[0], getattr(torch, words[1]), int(words[2]))
         print(0 if len(words) == 3 else runs.time(words[0]), flush=True)
 
@@ -169,7 +169,7 @@ class Worker:
 
 
 def ratios(workers: list[Worker], modes: list[str], repeat: int) -> dict[str, tuple[float, float]]:
-    """By mode: the time without the drop-in over that with it, and the time with it."""
+    """For each mode: the time without the drop-in divided by that with it, and the latter."""
     out = {}
     for mode in modes:
         times = [[worker.ask(mode) for worker in workers] for _ in range(repeat + 1)][1:]

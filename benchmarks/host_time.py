@@ -1,8 +1,8 @@
 """How long the host takes to launch an operator: `python -m benchmarks.host_time`.
 
-Tensors are tiny, and the launches go to a stand-in for the CUDA driver, which does nothing. What
-remains is the time of Python, torch and Triton between the kernels, for which a GPU waits. The
-mixer is without its output projection. This needs Linux on x86-64 and a C compiler, and no GPU.
+Tensors are tiny, and a stand-in for the CUDA driver accepts the launches and does nothing. So what
+is measured is the time of Python, torch and Triton between the kernels, for which a GPU waits. The
+mixer has no output projection here. This needs Linux on x86-64 and a C compiler, but no GPU.
 """
 
 import argparse
@@ -25,10 +25,10 @@ TINY = Shape(batch=1, length=32, heads=4, head_dim=16, state=16)
 
 
 def measured(call: Callable[[], object], launches: Callable[[], int], repeats: int) -> str:
-    """Median and fastest processor time of a warm call, and its launches."""
+    """Median and least processor time of a call, and its launches, once all is compiled."""
     times = []
-    for i in range(repeats + 5):  # the first compile and fill caches
-        before, start = launches(), time.thread_time()  # what others do does not count
+    for i in range(repeats + 5):  # the first calls compile and fill caches
+        before, start = launches(), time.thread_time()  # the time of other threads does not count
         call()
         if i >= 5:
             times.append((time.thread_time() - start) * 1e6)

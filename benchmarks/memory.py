@@ -1,8 +1,8 @@
-"""`python -m benchmarks.memory [--out FILE]`: the peak memory of real training runs, beside what
-`ysnake.train --plan` predicts for them. Needs some minutes and 6 GB.
+"""`python -m benchmarks.memory [--out FILE]`: the peak memory of real training runs, and what
+`ysnake.train --plan` predicts for them. It takes some minutes and 6 GB.
 
-The first rows are those that the original project, YS-71M v0.1, reports for its own model of the
-same number of parameters on a GPU.
+The original project, YS-71M v0.1, reports memory for its own model on a GPU. The first rows have as
+many parameters and the same sizes of batches.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from ysnake.model.config import PRESETS, model_config
 from ysnake.training import memory
 from ysnake.training.settings import Settings
 
-# preset, vocabulary, sequence, batch, chunk, --recompute, GB that the original reports
+# preset, vocabulary, sequence, batch, chunk, --recompute, GB that the original project reports
 ROWS = [
     ("ys-24m", 13_183, 256, 64, 64, False, 19.0),
     ("ys-24m", 13_183, 512, 16, 64, False, 21.5),
@@ -32,7 +32,7 @@ ROWS = [
 
 
 def corpus(folder: Path, vocabulary: int) -> Path:
-    """Documents of more distinct words than a vocabulary can hold."""
+    """Write documents with more distinct words than the vocabulary has entries."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(vocabulary)]
     documents = [" ".join(words)] * 3 + [" ".join(rng.choices(words, k=200)) for _ in range(60)]
@@ -71,7 +71,7 @@ def predicted(row: tuple) -> memory.Plan:
 
 
 def writable(text: str) -> Path:
-    """The path of a file that can be written, seen to before minutes of work."""
+    """The path of a file, checked for writing now, since the work takes minutes."""
     try:
         Path(text).parent.mkdir(parents=True, exist_ok=True)
         Path(text).open("a").close()

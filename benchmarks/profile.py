@@ -1,8 +1,8 @@
-"""`python -m benchmarks.profile [--out FILE]`: what our training step, scan and prefill spend their
-time on: matrix products, passes over memory, and what is between them.
+"""`python -m benchmarks.profile [--out FILE]`: where a training step, a scan and a prefill of ours
+spend their time: in matrix products, in passes over memory, or between operators.
 
-The shapes are those of `benchmarks.compare`, and so is the limit beside them: the time that the
-products take by themselves, each product once.
+Shapes and limits are those of `benchmarks.compare`. A limit is the time of the matrix products
+alone, each computed once.
 """
 
 import argparse
@@ -27,7 +27,7 @@ VIEWS += ("split", "unflatten", "reshape", "alias", "detach", "empty", "unsqueez
 
 
 def cases(folder: Path) -> Iterator[tuple[str, Callable, Callable | None]]:
-    """Names, what is profiled, and the limit where there is one."""
+    """Each name, the work to profile, and the limit or None."""
     for batch, length in ((8, 256), (2, 1024)):
         step = contestants.step_ysnake(str(folder / "small"), SMALL, batch, length)
         limit = contestants.step_limit(SMALL, batch, length)
@@ -39,7 +39,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Callable, Callable | None]]:
 
 
 def measure(work: Callable, limit: Callable | None) -> dict:
-    """Milliseconds of a repetition: the whole, its kinds, the limit, the operators of most time."""
+    """Milliseconds of a repetition: in all, of each kind, the limit, the longest operators."""
     for _ in range(2):
         work()
         if limit:

@@ -1,8 +1,8 @@
-"""The case `quality` of `benchmarks.compare`: the same minutes of training on the same text.
+"""The case `quality` of `benchmarks.compare`: models that train for the same time on the same text.
 
-Three models of the same number of parameters learn one after another, from the same batches in the
-same order, with the same optimiser and a learning rate that follows the clock. What counts is the
-loss on held-out text per byte. `python -m benchmarks.quality JOB` is one of them.
+Three models with the same number of parameters train one after another. They get the same batches
+in the same order, the same optimiser, and a learning rate that follows the clock. They are compared
+by the loss per byte on held-out text. `python -m benchmarks.quality JOB` trains one of them.
 """
 
 import json
@@ -28,18 +28,19 @@ if TYPE_CHECKING:
 
 SEQ_LEN, BATCH_SIZE, WARMUP_STEPS, WEIGHT_DECAY = 256, 8, 100, 0.1
 EVALUATIONS = 10
-LEAST = 1_000_000  # bytes of a text that is worth the time
-NAMES = {YSNAKE: (), HF: ("transformers",), GPT2: ("transformers",)}  # and what each needs
+LEAST = 1_000_000  # bytes; with less text the result means nothing
+# contestant -> modules that it needs
+NAMES = {YSNAKE: (), HF: ("transformers",), GPT2: ("transformers",)}
 
 
 @dataclass
 class Corpus:
-    """What all of them are given."""
+    """The text as all models get it."""
 
     folder: Path
     sizes: dict[str, int]
     held_out_tokens: int
-    held_out_bytes: int  # of these tokens
+    held_out_bytes: int  # of the held-out tokens
     frame: int  # the token that begins and ends a document
 
 
@@ -73,7 +74,7 @@ def prepare(text: Path | None, folder: Path, sizes: dict[str, int], quick: bool)
 def measure(
     corpus: Corpus, minutes: float, lr: float, worker: Callable, show: Callable[[str], None]
 ) -> dict:
-    """A group of rows as the other cases have them; `worker(module, job)` starts a process."""
+    """A group of rows, as of the other cases. `worker(module, job)` starts a process."""
     rows = []
     for name, needs in NAMES.items():
         row = {"by": name, "curve": []}
@@ -99,7 +100,7 @@ def measure(
 
 
 def train(job: dict, report: Callable[[dict], None]) -> None:
-    """Train one of the models. Calls `report` with its figures now and then, and at the end."""
+    """Train one of the models. Calls `report` with its figures at intervals and at the end."""
     import torch
 
     from ysnake.text import data
@@ -154,8 +155,7 @@ def _held_out(tokens: "Tokens", loss_of: Callable[["Batch"], "Tensor"], job: dic
 def _model(job: dict) -> tuple[Any, Callable[["Batch"], "Tensor"]]:
     """A model, and its summed loss on a batch.
 
-    Tokens see the document before theirs in a window, since transformers' models cannot separate
-    documents.
+    The documents of a window are not separated, since transformers' models cannot do that.
     """
     import torch
     import torch.nn.functional as F
@@ -193,7 +193,7 @@ def _model(job: dict) -> tuple[Any, Callable[["Batch"], "Tensor"]]:
 def main() -> None:
     """One line of JSON for each evaluation."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries may print too
+    os.dup2(2, 1)  # output of libraries must not look like an answer
     train(json.loads(sys.argv[1]), lambda figures: answers.write(json.dumps(figures) + "\n"))
 
 

@@ -1,9 +1,9 @@
-"""Tokens a second of `ysnake.serve`, for one client and for many that stream at once.
+"""The speed of `ysnake.serve` in tokens a second, for one client and for many at once.
 
     python -m benchmarks.serve runs/NAME
 
-Starts the server in a process of its own and prints one line each, and how the two compare. Both
-sides share this machine's cores.
+It starts the server in a process of its own. It prints a line for one client, a line for many, and
+their ratio. Server and clients share the cores of this machine.
 """
 
 import asyncio
@@ -30,15 +30,15 @@ class Options:
     clients: int = 32
     """Clients that stream at once."""
     tokens: int = 256
-    """Tokens that each asks for; a document may end sooner."""
+    """Tokens that each client asks for. A document may end before."""
     rounds: int = 3
-    """Times that both are measured, in turn; the best of each counts."""
+    """How often both are measured, in turns. The best result of each counts."""
     threads: int | None = None
     """Threads of the server; by default its own choice."""
 
 
 async def stream(port: int, name: str, number: int, tokens: int) -> int:
-    """Ask for one completion and read it to the end; returns the tokens that came."""
+    """Ask for one completion and read it to its end. Returns the number of tokens."""
     options = {"num_predict": tokens, "seed": number}
     body = {"model": name, "prompt": PROMPT.format(1900 + number), "options": options}
     content = json.dumps(body).encode()
@@ -55,7 +55,7 @@ async def stream(port: int, name: str, number: int, tokens: int) -> int:
 
 
 async def measure(port: int, name: str, clients: int, tokens: int) -> float:
-    """Tokens a second of so many clients at once."""
+    """Tokens a second of this many clients at once."""
     start = time.perf_counter()
     counts = await asyncio.gather(*(stream(port, name, i, tokens) for i in range(clients)))
     return sum(counts) / (time.perf_counter() - start)

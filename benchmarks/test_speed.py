@@ -1,7 +1,7 @@
-"""`pytest benchmarks --benchmark-only`: the speed of the operators and of the model, by themselves.
+"""`pytest benchmarks --benchmark-only`: the speed of each operator, and of the model.
 
-Small shapes of the proportions that real ones have. `--benchmark-json FILE` keeps the figures,
-`--benchmark-compare` sets them beside earlier ones.
+The shapes are small, with the proportions of real ones. `--benchmark-json FILE` keeps the figures.
+`--benchmark-compare` compares them with earlier ones.
 """
 
 import pytest
@@ -75,7 +75,7 @@ def test_linear(benchmark, layer, rows):
     torch.manual_seed(0)
     x, layers = torch.randn(rows, 2 * INNER), [layer(2 * INNER, 4 * INNER) for _ in range(16)]
 
-    def call():  # layer after layer, so that weights come from memory as in a model
+    def call():  # one layer after another, so weights come from memory as in a model
         for each in layers:
             each(x)
 

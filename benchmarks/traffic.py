@@ -1,7 +1,7 @@
-"""Bytes and operations of every kernel, counted, and the time that a card needs at the very least.
+"""Counts of the bytes and operations of every kernel, and the least time that they take on a card.
 
-A count holds each byte once per kernel that reads or writes it: what is shared by the heads of a
-group or by neighbouring programs is taken to come from the cache after the first time.
+A kernel counts each byte that it reads or writes once. The heads of a group and neighbouring
+programs share some bytes. The count assumes that these come from the cache after the first time.
 """
 
 from dataclasses import dataclass, replace
@@ -58,7 +58,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: bytes of each tensor that it reads and writes, and operations of its products."""
+    """A launch: the bytes that it reads and writes of each tensor, and operations of products."""
 
     name: str
     reads: dict[str, float]
@@ -71,7 +71,7 @@ class Kernel:
 
 
 def tensors(s: Shape) -> dict[str, int]:
-    """Bytes of the tensors of a call: its arguments, its results, and their gradients' sizes."""
+    """Bytes of each tensor of a call: arguments and results. Gradients have the same sizes."""
     tokens = s.batch * s.length
     x = tokens * s.heads * s.head_dim * s.item
     return {
@@ -87,14 +87,14 @@ def tensors(s: Shape) -> dict[str, int]:
 
 
 def decays(s: Shape, rows: int) -> Kernel:
-    """What turns dt into `rows` numbers of four bytes for each token and head."""
+    """The kernel that turns dt into `rows` numbers of four bytes for each token and head."""
     size = tensors(s)
     reads = {"dt": size["dt"], "A": size["A"]}
     return Kernel("decays", reads, {"decays": rows * s.token_heads * 4})
 
 
 def forward(s: Shape) -> list[Kernel]:
-    """The single pass: every argument and result once; in segments, their ends before it."""
+    """The single pass over every argument and result. With segments, their ends come first."""
     size = tensors(s)
     writes = {name: size.pop(name) for name in ("y", "final states")}
     NP, Q = s.state * s.head_dim, s.tile
@@ -114,13 +114,13 @@ def forward(s: Shape) -> list[Kernel]:
 
 
 def ends_of_segments(s: Shape, segments: int) -> dict[str, float]:
-    """States and decays of all segments; none reads those of its sequence's last."""
+    """States and decays at the ends of segments. Nothing reads those of a sequence's last one."""
     count = segments * s.batch * s.heads
     return {"ends": count * s.head_dim * s.state * 4, "whole decays": count * 4}
 
 
 def chain(s: Shape) -> list[Kernel]:
-    """The forward as five kernels: states of chunks in float32, passed on in the inputs' dtype."""
+    """The forward as five kernels. They store chunk states in float32, then in x's dtype."""
     size, Q, NP = tensors(s), s.chain_chunk, s.state * s.head_dim
     row = s.token_heads * 4  # a float32 for every token and head
     states = s.token_heads / Q * NP
@@ -156,8 +156,8 @@ def chain(s: Shape) -> list[Kernel]:
 
 
 def backward(s: Shape) -> list[Kernel]:
-    """The split form: states between chunks in both directions, rows and columns of the quadratic
-    form, then dt's gradient. What torch does for a gate, before and after, is not counted."""
+    """The split form: states between chunks in both directions, then the rows and columns of the
+    quadratic form, then the gradient of dt. The operations of torch for a gate are not counted."""
     size, n, NP, K = tensors(s), s.token_heads, s.state * s.head_dim, s.chunk
     row = n * 4
     chunks = s.batch * -(-s.length // K) * s.heads
@@ -166,8 +166,8 @@ def backward(s: Shape) -> list[Kernel]:
     summed = {"dB": size["B"], "dC": size["C"]}
     partial = {name: v * s.splits * 4 / s.item for name, v in summed.items()}  # in float32
     written = summed if s.splits == 1 else partial
-    shared = 2 * K * s.state * s.splits * s.groups / s.heads  # a product of B and C, per head
-    # each tile of rows has its part of its chunk's dB
+    shared = 2 * K * s.state * s.splits * s.groups / s.heads  # B C^T, each head's share of it
+    # each tile of rows stores what it adds to its chunk's dB
     rest = s.length % K
     parts = s.length // K * K * -(-K // s.row_tile) + rest * -(-rest // s.row_tile)
     within = {"dB within chunks": s.batch * parts * s.splits * s.groups * s.state * 4}
@@ -197,7 +197,7 @@ def backward(s: Shape) -> list[Kernel]:
             (4 * NP + 4 * K * s.head_dim + shared) * n,
         ),
         Kernel(
-            "steps",  # of one of the flows it does not read a chunk's last token
+            "steps",  # it reads one of the flows without the last token of a chunk
             {"dt": size["dt"], "A": size["A"], "flows": 4 * row - 4 * chunks, **through},
             {"ddt": size["dt"], **sums},
         ),
@@ -208,7 +208,7 @@ def backward(s: Shape) -> list[Kernel]:
 
 
 def others(s: Shape, width: int = 4) -> dict[str, list[Kernel]]:
-    """The small operators of the same layer; the step is one token of every sequence."""
+    """The small operators of the same layer. The step takes one token of every sequence."""
     tokens, d_inner = s.batch * s.length, s.heads * s.head_dim
     channels = d_inner + 2 * s.groups * s.state
     xBC, y = tokens * channels * s.item, tokens * d_inner * s.item
@@ -217,7 +217,7 @@ def others(s: Shape, width: int = 4) -> dict[str, list[Kernel]]:
     shares = {"shares of dweight": blocks * (width + 1) * channels * 4}
     final = {"final states": s.batch * channels * (width - 1) * s.item}
     gain = {"weight": d_inner * 4}
-    rows = max(1, 2048 // (1 << (d_inner - 1).bit_length()))  # of a program of the norm at once
+    rows = max(1, 2048 // (1 << (d_inner - 1).bit_length()))  # of a program of the norm
     gains = {"shares of dweight": min(-(-tokens // rows), 512) * d_inner * 4}
     state = s.batch * d_inner * s.state * 4
     one = {k: size / s.length for k, size in tensors(s).items() if k in {"x", "dt", "B", "C", "z"}}
@@ -253,7 +253,7 @@ def others(s: Shape, width: int = 4) -> dict[str, list[Kernel]]:
 
 
 def table(title: str, kernels: list[Kernel], unit: float, per: str, card: Card) -> str:
-    """Bytes and operations per unit, and the least time of one call on the card."""
+    """A table of bytes and operations per unit, and of the least time of a call on the card."""
     lines = [
         f"{title}, per {per}",
         f"{'':26s}{'bytes':>9s}{'operations':>12s}{'memory us':>11s}{'products us':>13s}",
@@ -293,6 +293,6 @@ def main(shape: Shape, card: Card) -> None:
 
 
 if __name__ == "__main__":
-    import tyro  # here, since benchmarks.gpu has no need of it
+    import tyro  # imported here, since benchmarks.gpu does not need it
 
     tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))

@@ -1,7 +1,7 @@
-"""What all tests share.
+"""Settings of all tests.
 
-Without a GPU Triton kernels run in the interpreter. Examples that are drawn are always the same.
-The longest files run first, so that parallel workers end at about the same time.
+Without a GPU, Triton kernels run in the interpreter. Random examples are the same in every run. The
+longest files run first, so that parallel workers end at about the same time.
 """
 
 import os
@@ -23,7 +23,7 @@ LONGEST = (
 
 
 def pytest_configure(config):
-    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist would sort by number of tests
+    if hasattr(config.option, "loadscopereorder"):  # else pytest-xdist sorts by number of tests
         config.option.loadscopereorder = False
 
 
@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
-if not torch.cuda.is_available():  # Triton reads it when it is imported: before any test imports it
+if not torch.cuda.is_available():  # before any test imports Triton, which then reads it
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if os.environ["TRITON_INTERPRET"] == "1" and find_spec("triton"):
         quicken_interpreter()
@@ -40,7 +40,7 @@ if not torch.cuda.is_available():  # Triton reads it when it is imported: before
 settings.register_profile(
     "the same everywhere",
     derandomize=True,
-    deadline=None,  # a busy machine is no error
+    deadline=None,  # slowness of a busy machine is no error
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -1,4 +1,4 @@
-"""A standing test: kills, full disks, damaged files and odd requests, and nothing may be lost.
+"""A long test with kills, full disks, damaged files and wrong requests. Nothing may be lost.
 
 Run it as `python -m benchmarks.faults`. See docs/robustness.md.
 """

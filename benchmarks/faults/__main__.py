@@ -1,7 +1,7 @@
-"""`python -m benchmarks.faults --minutes N`: break trainings, files and requests until one is lost.
+"""`python -m benchmarks.faults --minutes N`: disturb trainings, files and servers; count losses.
 
-It prints counts as it goes. The first loss ends it with exit code 1, and says how to see it again.
-Linux only: it waits for processes and reads their memory as Linux alone can.
+It prints counts while it runs. The first loss ends it with exit code 1, and the message says how to
+repeat it. It runs on Linux only, since other systems have no pidfd and no /proc.
 """
 
 import shutil
@@ -29,26 +29,26 @@ PARTS = {
     "clients": Clients,
     "restarts": Restarts,
 }
-# seconds of each part before the next has its turn
+# seconds of each part before the next part takes its turn
 TURNS = {"kills": 60.0, "requests": 15.0, "files": 15.0, "clients": 120.0, "restarts": 0.0}
 
 
 @dataclass
 class Options:
-    """Break things until something is lost or the time is up."""
+    """Disturb things until something is lost or the time is over."""
 
     minutes: float = 60.0
     """How long."""
     part: tuple[Literal["kills", "requests", "files", "clients", "restarts"], ...] = (
         *("kills", "requests", "files"),
     )
-    """What to break, in turns."""
+    """What to disturb, in turns."""
     seed: int = 0
-    """Decides what is broken, though not the moments at which processes stand when killed."""
+    """Determines the faults, but not where exactly a process is when it is killed."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the standing test as the command line says; returns the exit code."""
+    """Run the test as the command line says. Returns the exit code."""
     options = tyro.cli(Options, prog="python -m benchmarks.faults", args=argv)
     folder = Path(tempfile.mkdtemp(prefix="ysnake-faults-"))
     began = time.monotonic()
@@ -81,5 +81,5 @@ def make(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that its servers end too
     sys.exit(main(sys.argv[1:]))

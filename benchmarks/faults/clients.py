@@ -1,6 +1,6 @@
-"""Many clients, of which some go away at any moment, beside connections that send half a request.
+"""Many clients, some of which leave at any moment, and connections that send half a request.
 
-Everyone who stays is served, and the server's memory stays flat.
+The server must serve every client that stays, and its memory must not grow.
 """
 
 import asyncio
@@ -14,11 +14,11 @@ from benchmarks.faults.lost import Lost
 from benchmarks.faults.requests import NAME, Server, request, status_of
 
 STREAMING = 64  # clients at once
-HALF_OPEN = 1000  # connections at once that never send the rest
-LEAVING = 0.3  # share of the requests whose client goes away
-PATIENCE = 120.0  # seconds in which a client must be served
-WARM = 300  # requests until the memory is looked at for the first time
-GROWTH = 30_000_000  # bytes that the server may grow by after that
+HALF_OPEN = 1000  # connections at once that never complete their request
+LEAVING = 0.3  # share of the requests whose client leaves before the end
+PATIENCE = 120.0  # seconds within which a client must be served
+WARM = 300  # requests before the memory is measured for the first time
+GROWTH = 30_000_000  # bytes by which the server may grow after that
 HALF = b"POST /api/generate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{"
 
 
@@ -34,7 +34,7 @@ class Clients:
         self.sizes: list[int] = []
 
     def go(self, seconds: float) -> str:
-        """Let them ask for so long; returns what happened so far."""
+        """Let the clients ask for this many seconds. Returns a summary of all so far."""
         asyncio.run(self.ask(time.monotonic() + seconds))
         self.server.check()
         if self.count >= WARM:
@@ -54,7 +54,7 @@ class Clients:
         await asyncio.gather(*(self.client(until) for _ in range(STREAMING)), *waiting)
 
     async def stay_half_open(self, until: float) -> None:
-        """Send half a request; when the server closes the connection, open it anew."""
+        """Send half a request. Do it again whenever the server closes the connection."""
         while (left := until - time.monotonic()) > 0:
             writer = None
             try:
@@ -82,7 +82,7 @@ class Clients:
             self.longest = max(self.longest, time.monotonic() - began)
 
     async def one(self, chance: random.Random) -> None:
-        """Stream a completion to its end, or go away at some line of it."""
+        """Stream a completion to its end, or leave after some lines."""
         words = " ".join(chance.choice(("The", "boa", "sleeps", "7")) for _ in range(20))
         options = {"num_predict": chance.randint(1, 48), "seed": chance.randrange(1000)}
         body = {"model": NAME, "prompt": words, "options": options}

@@ -1,7 +1,7 @@
-"""Files from strangers: each loads, or is refused in one line that names it.
+"""Files from strangers: each must load, or be refused in one line that names it.
 
-A good file is changed by what hypothesis draws and then read, thousands of times a minute, in a
-process of its own. The process ends by itself if a file takes longer than `LONGEST`.
+A process of its own changes good files as hypothesis draws it, and reads them, thousands a minute.
+It ends itself if a file takes longer than `LONGEST`.
 """
 
 import faulthandler
@@ -25,11 +25,11 @@ from benchmarks.faults.lost import Lost, environment, resident
 if TYPE_CHECKING:
     from ysnake.inference.generate import Context
 
-LONGEST = 20.0  # seconds that a file may take to be read or refused
-ADDRESSES = 8 << 30  # bytes of address space that the process may have; it begins with about 3 GB
-GROWTH = 300_000_000  # bytes that the process may grow by, whatever it reads
-DRAWS, EACH = 20, 20  # what is drawn before the target changes, and the files of each draw
-OPTION = r"(--)?[a-z-]+: "  # how a message about settings.json may begin
+LONGEST = 20.0  # seconds within which a file must be read or refused
+ADDRESSES = 8 << 30  # most bytes of address space of the process, which begins with about 3 GB
+GROWTH = 300_000_000  # bytes by which the process may grow, whatever it reads
+DRAWS, EACH = 20, 20  # draws for a target before the next one, and files of each draw
+OPTION = r"(--)?[a-z-]+: "  # a message about settings.json may begin so
 TEMPLATE = """{% set ns = namespace(text='') %}{% for m in messages[0:] %}{% if loop.first %}
 {% set ns.text = ns.text ~ m['role'] + ': ' %}{% endif %}{{ m.content.strip() | trim }}
 {{ eos_token }}{% endfor %}{{ ns.text }}{% if add_generation_prompt %}assistant{% endif %}"""
@@ -38,10 +38,10 @@ TEXT = "The boa sleeps <|endoftext|> 蛇\n"
 
 @dataclass(frozen=True)
 class Target:
-    """A file that is changed, what may be changed in it, and what then reads it."""
+    """A file to change, how it is changed, and the function that then reads it."""
 
-    file: str  # below the folder
-    change: str  # the name of what draws the change, in `mutations`
+    file: str  # its path in the folder
+    change: str  # the name of a function in `mutations`
     read: Callable[[Path], None]
 
     @property
@@ -73,7 +73,7 @@ def chat(folder: Path) -> None:
 
 
 def go_on(folder: Path) -> None:
-    """Take up a training run; nothing is written."""
+    """Resume a training run. Nothing is written."""
     from rich.console import Console
 
     from ysnake.training import settings
@@ -84,7 +84,7 @@ def go_on(folder: Path) -> None:
 
 
 def load_state(folder: Path) -> None:
-    """Take over what `ysnake.run --save-state` has written."""
+    """Load a state that `ysnake.run --save-state` has written."""
     context_of(folder / "model").load(folder / "state")
 
 
@@ -97,7 +97,7 @@ def context_of(folder: Path) -> "Context":
 
 
 def targets() -> list[Target]:
-    """All files that are changed, by the folders that `make` makes."""
+    """All files to change, in the folders that `make` makes."""
     return [
         *(Target("model/config.json", change, complete) for change in JSON),
         *(Target("model/tokenizer.json", change, complete) for change in JSON),
@@ -119,7 +119,7 @@ PLAIN = ("bytes_changed", "noise")
 JSON = ("bytes_changed", "values_exchanged", "noise")
 TENSORS = ("bytes_changed", "header_changed", "noise")
 PICKLE = ("bytes_changed", "member_changed", "noise")
-WHERE = {go_on: "run", load_state: "."}  # the folder that is read; else that of the file
+WHERE = {go_on: "run", load_state: "."}  # the folder that is read, where it is not that of the file
 
 
 def make(folder: Path) -> None:
@@ -144,7 +144,7 @@ def make(folder: Path) -> None:
     shutil.copytree(folder / "model", folder / "whole")
     (folder / "model/chat_template.jinja").write_text(TEMPLATE)
     shutil.copytree(folder / "model", folder / "shards")
-    for name in ("model", "word", "shards"):  # strangers have no manifest
+    for name in ("model", "word", "shards"):  # checkpoints of strangers have no manifest
         (folder / name / "manifest.json").unlink()
     shard = folder / "shards/model.safetensors"
     names = [name for name in model.state_dict() if name != "lm_head.weight"]
@@ -170,7 +170,7 @@ def make(folder: Path) -> None:
 
 
 def attack(folder: Path, target: Target, seed: int, draws: int) -> None:
-    """Read `EACH` changed files of each draw. Raises what is no refusal in one line."""
+    """Read `EACH` changed files of each draw. Raises anything but a refusal in one line."""
     import hypothesis
     from hypothesis import strategies
 
@@ -212,7 +212,7 @@ def attack(folder: Path, target: Target, seed: int, draws: int) -> None:
 
 
 def serve(folder: Path, seed: int) -> None:
-    """Attack the next target for each line of standard input; print the number of files read."""
+    """For each line of standard input attack the next target, and print the number of files."""
     import torch
 
     torch.set_num_threads(1)
@@ -247,7 +247,7 @@ class Files:
         self.count, self.first_size = 0, 0
 
     def go(self, seconds: float, draws: int = DRAWS) -> str:
-        """Attack for so long; returns the number of files so far."""
+        """Attack for this many seconds. Returns a summary of all files so far."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             print(draws, file=self.process.stdin, flush=True)

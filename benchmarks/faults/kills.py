@@ -1,7 +1,7 @@
-"""Trainings that are killed, hung up, run into a full disk, and find their checkpoint damaged.
+"""Trainings that are killed, lose their terminal, meet a full disk or a damaged checkpoint.
 
-Each is resumed until it ends. Then its weights, optimizer and metrics must be those of a training
-that nothing happened to, bit for bit, and nothing else may be left in its folder.
+Each is resumed until it ends. Its weights, optimizer and metrics must then be equal, bit for bit,
+to those of an undisturbed training. Its folder must hold nothing else.
 """
 
 import json
@@ -20,23 +20,23 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.faults.lost import Lost, environment
-from benchmarks.faults.trainer import Blow, Ended, Trainer
+from benchmarks.faults.trainer import Ended, SentSignal, Trainer
 from ysnake.checkpoints import checkpoint
 from ysnake.shared.errors import InputError
 from ysnake.training.metrics import OF_THIS_EXECUTION
 
-# a tiny model, and a checkpoint at each step, so that most of the time goes into writing
+# a tiny model with a checkpoint at each step, so that it spends most of its time writing
 OPTIONS = "--d-model 32 --n-layers 2 --d-state 8 --head-dim 8 --seq-len 24 --batch-size 4"
 OPTIONS += " --vocab-size 300 --threads 1 --max-steps 12 --eval-every 6 --checkpoint-every 1"
 ANIMALS = ("adder", "boa", "cobra", "krait", "mamba", "python", "viper")
-MOST_FAULTS = 10  # of one training
-CALLS = 120  # that write to the disk, until a training is killed: those of about six saves
-DISK = "64m"  # the size of the disk that can be filled, where one can be mounted
+MOST_FAULTS = 10  # in one training
+CALLS = 120  # a training is killed within this many calls that write, those of about six saves
+DISK = "64m"  # size of the disk to fill, where this user may mount one
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of training: how many processes, and further options."""
+    """A kind of training: its number of processes, and further options."""
 
     name: str
     processes: int = 1
@@ -55,8 +55,8 @@ KINDS = (
 
 
 @dataclass
-class Whole:
-    """A training that nothing happened to: how long it took and what it left."""
+class Undisturbed:
+    """A training without faults: how long it took, and what it left."""
 
     seconds: float
     result: dict[str, Any]
@@ -65,12 +65,12 @@ class Whole:
 
 @dataclass
 class Bench:
-    """What trainings are compared with, and where they are made."""
+    """The folder of all trainings, and the undisturbed ones to compare with."""
 
     trainer: Trainer
     folder: Path
     data: Path
-    whole: dict[Kind, Whole] = field(default_factory=dict)
+    undisturbed: dict[Kind, Undisturbed] = field(default_factory=dict)
 
     def argv(self, kind: Kind) -> list[str]:
         return [*OPTIONS.split(), *kind.options, "--data", str(self.data)]
@@ -88,7 +88,7 @@ def corpus(path: Path) -> Path:
 
 
 def prepare(trainer: Trainer, folder: Path, kinds: tuple[Kind, ...] = KINDS) -> Bench:
-    """Train each kind to its end, untouched."""
+    """Train each kind to its end, undisturbed."""
     bench = Bench(trainer, folder, corpus(folder / "snakes.txt"))
     for n, kind in enumerate(kinds):
         run = folder / f"whole{n}"
@@ -96,12 +96,12 @@ def prepare(trainer: Trainer, folder: Path, kinds: tuple[Kind, ...] = KINDS) -> 
         if any(ended.codes):
             raise Lost(f"a training of {kind.name} failed: {ended.codes} {ended.errors}")
         names = {path.name for path in run.iterdir()}
-        bench.whole[kind] = Whole(ended.seconds, result(run), names)
+        bench.undisturbed[kind] = Undisturbed(ended.seconds, result(run), names)
     return bench
 
 
 def result(run: Path) -> dict[str, Any]:
-    """All that a training leaves which does not depend on how long it took."""
+    """Everything that a training leaves, except what depends on time."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     state = checkpoint.load_training(run / "last")
     del state["progress"]["elapsed"]
@@ -130,7 +130,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 class Run:
-    """One training that faults happen to."""
+    """A training with faults."""
 
     def __init__(self, bench: Bench, kind: Kind, seed: str):
         self.bench, self.kind, self.seed = bench, kind, seed
@@ -142,7 +142,7 @@ class Run:
         self.happened: list[str] = []
 
     def go_on(self, **more: Any) -> Ended:
-        """Begin the training, or resume it by the same command line."""
+        """Begin the training, or resume it with the same command line."""
         self.happened += [f"{name} {value}" for name, value in more.items()]
         argv = [*self.bench.argv(self.kind), "--run", self.run]
         argv += ["--resume"] if self.run.exists() else []
@@ -158,46 +158,47 @@ class Run:
         )
 
     def kill(self) -> bool:
-        """With -9, at any moment: one rank, or all as when the machine loses power."""
-        return self.struck(Blow(signal.SIGKILL, self.some_ranks(), self.moment()))
+        """Kill with -9 at any moment: one rank, or all, as when the machine loses power."""
+        return self.kills(SentSignal(signal.SIGKILL, self.some_ranks(), self.moment()))
 
     def kill_in_save(self) -> bool:
-        """With -9, while a checkpoint or another file of the run is written."""
-        return self.struck(Blow(signal.SIGKILL, (0,), calls=self.chance.randint(1, CALLS)))
+        """Kill with -9 while a checkpoint or another file of the run is written."""
+        return self.kills(SentSignal(signal.SIGKILL, (0,), calls=self.chance.randint(1, CALLS)))
 
     def moment(self) -> float:
-        """Seconds after the start; seldom so many that a resumed training has ended by then."""
-        return self.chance.uniform(0, 0.6 * self.bench.whole[self.kind].seconds)
+        """Seconds after the start. A resumed training has seldom ended by then."""
+        return self.chance.uniform(0, 0.6 * self.bench.undisturbed[self.kind].seconds)
 
     def some_ranks(self) -> tuple[int, ...]:
         n = self.kind.processes
         return tuple(range(n)) if self.chance.random() < 0.5 else (self.chance.randrange(n),)
 
-    def struck(self, blow: Blow) -> bool:
-        ended = self.go_on(blow=blow)
+    def kills(self, sent: SentSignal) -> bool:
+        """Go on until the signal. Returns whether it killed a rank before the end."""
+        ended = self.go_on(sent=sent)
         killed = -signal.SIGKILL in ended.codes
         if not killed and any(ended.codes):
             raise self.lost(f"ended by itself, {ended}")
         return killed
 
     def hang_up(self) -> bool:
-        """The terminal is closed: what is done must be saved."""
-        blow = Blow(signal.SIGHUP, self.some_ranks(), self.moment())
-        ended = self.go_on(blow=blow)
+        """Close the terminal. All steps so far must be saved."""
+        sent = SentSignal(signal.SIGHUP, self.some_ranks(), self.moment())
+        ended = self.go_on(sent=sent)
         if not any(ended.codes):
             return False
-        # -SIGHUP: while Python starts, or has just ended training; -SIGTERM: from the launcher
+        # -SIGHUP: while Python starts, or just after training; -SIGTERM: from the launcher
         if not {*ended.codes} <= {0, 130, -signal.SIGHUP, -signal.SIGTERM}:
-            raise self.lost(f"hung up, it ended so: {ended}")
+            raise self.lost(f"its terminal was closed, and it ended like this: {ended}")
         if 130 in ended.codes and (metrics := self.run / "metrics.jsonl").exists():
             done = len(metrics.read_text().splitlines())
             saved = json.loads((self.run / "last/progress.json").read_text())["step"]
             if saved < done:
-                raise self.lost(f"hung up, {done} steps done, {saved} saved")
+                raise self.lost(f"its terminal was closed: {done} steps done, {saved} saved")
         return True
 
     def full_disk(self) -> bool:
-        """No file may grow beyond a size, or the disk has room for so much and no more."""
+        """Limit the size of a file, or the free space of the disk."""
         sizes = [path.stat().st_size for path in (self.bench.folder / "whole0/last").iterdir()]
         if self.mounted and self.chance.random() < 0.5:
             used = shutil.disk_usage(self.place).used
@@ -214,14 +215,14 @@ class Run:
         return True
 
     def expect_line(self, ended: Ended) -> str:
-        """Exit code 2 and one line that names a path; returns the line."""
+        """Check for exit code 2 and one line that names a path. Returns the line."""
         lines = [line for line in ended.errors.splitlines() if line.startswith("error: ")]
         if 2 not in ended.codes or len(lines) != 1 or str(self.place) not in lines[0]:
             raise self.lost(f"expected one line that names a file: {ended}")
         return lines[0]
 
     def damage(self) -> bool:
-        """A byte of a checkpoint is flipped, or its end is missing."""
+        """Flip a bit of a file in the checkpoint, or cut off its end."""
         last = self.run / "last"
         if not last.exists():
             return False
@@ -235,16 +236,16 @@ class Run:
             path.write_bytes(content[:at] + bytes([flipped]) + content[at + 1 :])
         self.happened.append(f"damage of byte {at} in {path.name}")
         ended = self.go_on()
-        if any(ended.codes):  # nothing came before, so it is refused
+        if any(ended.codes):  # there is no earlier checkpoint, so it is refused
             line = self.expect_line(ended)
             if (self.run / "last.old").exists() or path.name not in line:
-                raise self.lost(f"not taken from the checkpoint before: {ended}")
+                raise self.lost(f"the checkpoint before was not used: {ended}")
             path.write_bytes(content)
         return True
 
     def attack(self) -> Counter[str]:
-        """Let some faults happen, then go on to the end and compare. Returns what has happened."""
-        faults = [*self.faults(), self.kill, self.kill_in_save]  # these twice as often
+        """Make some faults, then go on to the end and compare. Returns counts of the faults."""
+        faults = [*self.faults(), self.kill, self.kill_in_save]  # the last two more often
         counts: Counter[str] = Counter()
         for _ in range(self.chance.randint(2, MOST_FAULTS)):
             fault = self.chance.choice(faults)
@@ -254,7 +255,7 @@ class Run:
         return counts
 
     def faults(self) -> list[Callable[[], bool]]:
-        """All that can happen. Each returns whether it did, before the training had ended."""
+        """All faults. Each returns whether it happened before the training ended."""
         return [self.kill, self.kill_in_save, self.hang_up, self.full_disk, self.damage]
 
     def finish(self) -> None:
@@ -272,21 +273,23 @@ class Run:
         shutil.rmtree(self.place)
 
     def compare(self) -> None:
-        whole = self.bench.whole[self.kind]
+        expected = self.bench.undisturbed[self.kind]
         try:
             found = result(self.run)
         except (OSError, ValueError, InputError) as error:
             raise self.lost(f"cannot be read: {error}") from error
-        different = [name for name in whole.result if not same(whole.result[name], found[name])]
+        different = [
+            name for name, value in expected.result.items() if not same(value, found[name])
+        ]
         if different:
-            raise self.lost(f"not as if nothing had happened: {', '.join(different)}")
+            raise self.lost(f"not equal to the undisturbed training: {', '.join(different)}")
         names = {path.name for path in self.run.iterdir()} - {"last.damaged"}
-        if names != whole.names or [*self.place.iterdir()] != [self.run]:
-            raise self.lost(f"left over: {names ^ whole.names} {[*self.place.iterdir()]}")
+        if names != expected.names or [*self.place.iterdir()] != [self.run]:
+            raise self.lost(f"left over: {names ^ expected.names} {[*self.place.iterdir()]}")
 
 
 def mount(folder: Path, options: str, *more: str) -> bool:
-    """Mount a small disk, or change its size; False where this user may not."""
+    """Mount a small disk, or change its size. False means that this user may not."""
     if shutil.which("mount") is None:
         return False
     done = subprocess.run(["mount", "-o", options, *more, folder], capture_output=True)
@@ -294,7 +297,7 @@ def mount(folder: Path, options: str, *more: str) -> bool:
 
 
 class Kills:
-    """The attack on trainings, one after the other."""
+    """The attack on trainings, one after another."""
 
     name = "trainings"
 
@@ -305,13 +308,13 @@ class Kills:
         self.bench = prepare(self.trainer, folder, kinds)
 
     def go(self, seconds: float) -> str:
-        """Attack trainings for so long; returns what has happened to them so far."""
+        """Attack trainings for this many seconds. Returns a summary of all so far."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             kind = self.kinds[self.count % len(self.kinds)]
             self.counts += Run(self.bench, kind, f"{self.seed}/{self.count}").attack()
             self.count += 1
-        return f"{self.count} {self.name}, all as if nothing had happened: " + ", ".join(
+        return f"{self.count} {self.name}, all equal to undisturbed ones: " + ", ".join(
             f"{n} times {name.replace('_', ' ')}" for name, n in sorted(self.counts.items())
         )
 

@@ -1,4 +1,4 @@
-"""What every part of the standing test shares: how it says that something was lost."""
+"""What all parts of the test share: the error for something that was lost."""
 
 import os
 import re
@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Lost(Exception):
-    """The project lost or broke something; the message says what, and how to see it again."""
+    """The project lost or broke something. The message says what, and how to repeat it."""
 
 
 def environment() -> dict[str, str]:
@@ -18,6 +18,6 @@ def environment() -> dict[str, str]:
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process has."""
+    """Bytes of memory of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024

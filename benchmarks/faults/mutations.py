@@ -1,7 +1,7 @@
-"""What turns the content of a good file into that of a bad one.
+"""Changes that turn the content of a good file into that of a bad one.
 
-hypothesis draws what is changed; a `random.Random` says where. So one draw, which takes longer than
-reading a file, makes many files.
+hypothesis draws the kind of change, and a `random.Random` draws where. A draw takes longer than
+reading a file, so each draw makes many files.
 """
 
 import io
@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 Mutation = Callable[[bytes, Random], bytes]
-# names that mean something in a tokenizer, a configuration or a list of weights
+# names with a meaning in a tokenizer, a configuration or a list of weights
 NAMES = ["BPE", "WordLevel", "Unigram", "WordPiece", "Regex", "ByteLevel", "Split", "Sequence"]
 NAMES += [
     "Replace",
@@ -48,7 +48,7 @@ BYTE_EDITS = st.tuples(
 
 @st.composite
 def bytes_changed(draw: Any) -> Mutation:
-    """Some bytes are exchanged, cut out or put in, a bit is flipped, or the end is missing."""
+    """Exchange, cut out or insert some bytes, flip a bit, or cut off the end."""
     edits = draw(st.lists(BYTE_EDITS, min_size=1, max_size=4))
 
     def mutate(content: bytes, chance: Random) -> bytes:
@@ -66,7 +66,7 @@ def bytes_changed(draw: Any) -> Mutation:
 
 @st.composite
 def values_exchanged(draw: Any) -> Mutation:
-    """Values deep in an object of JSON are exchanged, or taken out."""
+    """Exchange or remove values deep in a JSON object."""
     edits = draw(st.lists(st.tuples(st.booleans(), VALUES), min_size=1, max_size=3))
 
     def mutate(content: bytes, chance: Random) -> bytes:
@@ -92,7 +92,7 @@ def values_exchanged(draw: Any) -> Mutation:
 
 @st.composite
 def header_changed(draw: Any) -> Mutation:
-    """The list of tensors in a safetensors file is another, and its length is right."""
+    """Change the list of tensors in a safetensors file, but keep its length right."""
     change = draw(values_exchanged() | bytes_changed())
 
     def mutate(content: bytes, chance: Random) -> bytes:
@@ -105,7 +105,7 @@ def header_changed(draw: Any) -> Mutation:
 
 @st.composite
 def member_changed(draw: Any) -> Mutation:
-    """A member of what torch.save wrote is another, and the archive's checksums are right."""
+    """Change a member of an archive of torch.save, but keep the checksums right."""
     change = draw(bytes_changed())
 
     def mutate(content: bytes, chance: Random) -> bytes:
@@ -123,7 +123,7 @@ def member_changed(draw: Any) -> Mutation:
 
 @st.composite
 def noise(draw: Any) -> Mutation:
-    """Any bytes, and none of the file's own."""
+    """Replace the content by any bytes."""
     pieces = draw(st.lists(st.binary(max_size=40), max_size=5))
 
     def mutate(_content: bytes, chance: Random) -> bytes:

@@ -1,6 +1,7 @@
-"""Requests that no client should send, drawn from the fields that the server knows.
+"""Requests that no client should send, with the fields that the server knows.
 
-A real server process must refuse each below 500, log no traceback, answer afterwards, and not grow.
+A real server process must answer each with a status below 500. It must log no traceback, answer
+good requests afterwards, and not grow.
 """
 
 import asyncio
@@ -20,10 +21,10 @@ from ysnake.serving import ollama_api, openai_api
 
 NAME = "snake"
 CLIENTS = 16  # at once
-PATIENCE = 60.0  # seconds in which a request must be answered, or its connection closed
-WARM = 2000  # requests until the memory is looked at for the first time
-GROWTH = 60_000_000  # bytes that the server may grow by after that
-# The log of errors is bounded to fifty records an hour; here every one is wanted.
+PATIENCE = 60.0  # seconds within which a request is answered or its connection closed
+WARM = 2000  # requests before the memory is measured for the first time
+GROWTH = 60_000_000  # bytes by which the server may grow after that
+# The log of errors is limited to fifty records an hour. Here every record is needed.
 SERVER = "from ysnake import serve; from ysnake.serving import error_log; "
 SERVER += "from ysnake.shared import cli; error_log.MOST = 10**9; cli.run(serve.main)"
 
@@ -64,7 +65,7 @@ METHODS = ["GET", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT
 
 
 def drawn_body(chance: random.Random, path: str) -> dict[str, Any]:
-    """A request with some fields exchanged, or put in."""
+    """A request with some fields exchanged or added."""
     body = json.loads(json.dumps(GOOD[path]))
     for _ in range(chance.randint(1, 3)):
         target, names = body, SCHEMA[path]
@@ -83,9 +84,9 @@ def drawn_body(chance: random.Random, path: str) -> dict[str, Any]:
 
 
 def drawn(chance: random.Random) -> tuple[bytes, int | None]:
-    """A request as it is sent, and the status that it must be answered with, where that is known.
+    """A request as it is sent, and the status that the answer must have, or None for any.
 
-    -1 stands for no answer: the server waits for the rest.
+    -1 stands for no answer, since the server waits for the end of the request.
     """
     path, method, headers = chance.choice(list(SCHEMA)), "POST", []
     way = chance.random()
@@ -118,13 +119,13 @@ def request(
 
 
 async def exchange(port: int, sent: bytes, gone_after: float | None = None) -> bytes:
-    """Send a request; returns all of the answer, or nothing if the client goes away before."""
+    """Send a request. Returns the whole answer, or nothing if the client leaves before."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         writer.write(sent)
         wait = PATIENCE if gone_after is None else gone_after
         return await asyncio.wait_for(reader.read(-1), wait)
-    except ConnectionError:  # the server closed it while we still sent
+    except ConnectionError:  # the server closed it while we were sending
         return b""
     except asyncio.TimeoutError:
         if gone_after is None:
@@ -135,7 +136,7 @@ async def exchange(port: int, sent: bytes, gone_after: float | None = None) -> b
 
 
 def status_of(answer: bytes) -> int:
-    """The status of an answer; 0 if there is none."""
+    """The status of an answer, 0 without one."""
     found = re.match(rb"HTTP/1\.1 (\d{3}) ", answer)
     return int(found[1]) if found else 0
 
@@ -160,7 +161,7 @@ class Server:
         self.port = int(found[1])
 
     def check(self) -> None:
-        """Raise Lost unless the server lives, answers, and has logged no traceback."""
+        """Raise Lost unless the server runs, answers, and has logged no traceback."""
         logged = self.log.read_text(errors="replace")
         if self.process.poll() is not None or "Traceback" in logged:
             raise Lost(f"exit code of the server {self.process.returncode}, its log:\n{logged}")
@@ -205,7 +206,7 @@ class Requests:
         self.first_size = 0
 
     def go(self, seconds: float) -> str:
-        """Send requests for so long; returns what came back so far."""
+        """Send requests for this many seconds. Returns a summary of all answers so far."""
         asyncio.run(self.send(time.monotonic() + seconds))
         self.server.check()
         size = self.server.size()

@@ -1,6 +1,6 @@
-"""Ranks of torchrun that are killed again and again in one run, which must end by itself.
+"""A run under torchrun whose ranks are killed again and again. It must still end by itself.
 
-Its losses must be those of a run that nobody killed.
+Its losses must be equal to those of an undisturbed run.
 """
 
 import json
@@ -16,12 +16,12 @@ from benchmarks.faults.kills import OPTIONS, corpus
 from benchmarks.faults.lost import Lost, environment
 
 PROCESSES = 2
-STEPS_BETWEEN = 6  # steps at least from one kill to the next
-LONGEST = 180.0  # seconds from one kill to the next
+STEPS_BETWEEN = 6  # least number of steps from one kill to the next
+LONGEST = 180.0  # most seconds from one kill to the next
 
 
 class Restarts:
-    """The attack on runs of torchrun, one run after the other."""
+    """The attack on runs under torchrun, one after another."""
 
     name = "ranks killed under torchrun --max-restarts"
 
@@ -31,22 +31,24 @@ class Restarts:
         self.steps = (kills + 1) * STEPS_BETWEEN
         self.data = corpus(folder / "snakes.txt")
         self.count, self.runs = 0, 0
-        self.whole = folder / "whole"
-        if launched(self.argv(self.whole), 0, folder / "whole.log").wait():
-            raise Lost("a run that nobody kills fails")
+        self.undisturbed = folder / "whole"
+        if launched(self.argv(self.undisturbed), 0, folder / "whole.log").wait():
+            raise Lost("the undisturbed run failed")
 
     def argv(self, run: Path) -> list[str]:
         argv = [*OPTIONS.split(), "--carry-state", "--data", str(self.data), "--run", str(run)]
         return [*argv, "--max-steps", str(self.steps), "--checkpoint-every", "2"]
 
     def go(self, seconds: float) -> str:
-        """Kill ranks of runs for so long, but of one run at least."""
+        """Kill ranks for this many seconds, but at least in one run. Returns a summary."""
         until = time.monotonic() + seconds
         while True:
             self.one_run(self.folder / f"run{self.runs}")
             self.runs += 1
             if time.monotonic() >= until:
-                return f"{self.count} {self.name} in {self.runs} runs, each as if nobody had"
+                return (
+                    f"{self.count} {self.name} in {self.runs} runs, all equal to an undisturbed one"
+                )
 
     def one_run(self, run: Path) -> None:
         process = launched(self.argv(run), self.kills, run.with_suffix(".log"))
@@ -59,17 +61,17 @@ class Restarts:
             process.kill()
         if code:
             raise Lost(f"torchrun ended with {code} after {self.count} kills, see {run}")
-        if losses(run) != losses(self.whole):
-            raise Lost(f"other losses than those of {self.whole}, see {run}")
+        if losses(run) != losses(self.undisturbed):
+            raise Lost(f"other losses than those of {self.undisturbed}, see {run}")
 
     def wait_for_step(self, process: subprocess.Popen, run: Path, number: int) -> None:
-        """Wait until the run has come further by some steps since the last kill."""
+        """Wait until the run has made some steps since the last kill."""
         wanted = number * STEPS_BETWEEN + self.chance.randint(1, STEPS_BETWEEN)
         until = time.monotonic() + LONGEST
         while steps_done(run) < wanted:
             if process.poll() is not None or time.monotonic() > until:
                 raise Lost(
-                    f"{number} kills, then no step {wanted} (exit code {process.poll()}), see {run}"
+                    f"after {number} kills no step {wanted} (exit code {process.poll()}), see {run}"
                 )
             time.sleep(0.02)
 
@@ -86,11 +88,11 @@ class Restarts:
         raise Lost(f"there is no rank {rank}")
 
     def close(self) -> None:
-        """Nothing is left running."""
+        """Do nothing: no process is left."""
 
 
 def launched(argv: list[str], restarts: int, log: Path) -> subprocess.Popen:
-    """torchrun, with so many restarts; its errors and those of the ranks go to a file."""
+    """Start torchrun with this many restarts. All errors go to a file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(PROCESSES), "--max-restarts", str(restarts)]
     with log.open("w") as errors:
@@ -110,7 +112,7 @@ def children(pid: int) -> list[int]:
 def is_rank(pid: int, rank: int) -> bool:
     try:
         return f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0")
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return False
 
 
@@ -118,7 +120,7 @@ def steps_done(run: Path) -> int:
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()
         return json.loads(lines[-1])["step"]
-    except (OSError, LookupError, ValueError):  # none yet, or half a line
+    except (OSError, LookupError, ValueError):  # there is no line yet, or half a line
         return 0
 
 

@@ -1,7 +1,7 @@
-"""A process that has imported everything and forks trainings, which so begin at once.
+"""A process that has imported everything, and forks trainings. So a training begins at once.
 
-`Trainer` starts the process. Each command is a line of JSON on its standard input, and each answer
-a line of JSON on its standard output. Linux only, since it waits for processes by `pidfd_open`.
+`Trainer` starts the process. A command is a line of JSON on its standard input, an answer a line of
+JSON on its standard output. It runs on Linux only, since it waits for processes by `pidfd_open`.
 """
 
 import itertools
@@ -21,20 +21,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-WRITING = ("fsync", "rename", "replace", "truncate")  # of `os`: most are within a save
+WRITING = ("fsync", "rename", "replace", "truncate")  # of `os`; most calls are in a save
 LONGEST = 180.0  # seconds that a training may take
-AFTER_FAILURE = 0.1  # seconds until torchrun ends the other ranks, and until they are told again
+AFTER_FAILURE = 0.1  # seconds until torchrun sends the other ranks a signal, and sends it again
 
 
 @dataclass
-class Blow:
-    """A signal to some ranks of a training, at a moment.
+class SentSignal:
+    """A signal that some ranks of a training get at a certain moment.
 
     Args:
         signal: the number of the signal.
         ranks: which ranks it is sent to.
-        seconds: when, after the start.
-        calls: instead of a time, when each of them makes so many calls of `WRITING`.
+        seconds: time after the start.
+        calls: if given, the moment is when a rank calls functions of `WRITING` for this many times.
     """
 
     signal: int
@@ -45,7 +45,7 @@ class Blow:
 
 @dataclass
 class Ended:
-    """How a training ended: its time, each rank's exit status, and what all wrote to stderr."""
+    """How a training ended: its time, the exit status of each rank, and all of stderr."""
 
     seconds: float
     codes: list[int]
@@ -54,7 +54,7 @@ class Ended:
 
 
 class Trainer:
-    """Trains in processes of their own, on one thread each."""
+    """Trains in forked processes, each with one thread."""
 
     def __init__(self, environment: dict[str, str]):
         self.process = subprocess.Popen(
@@ -69,21 +69,21 @@ class Trainer:
         self,
         *argv: str | Path,
         processes: int = 1,
-        blow: Blow | None = None,
+        sent: SentSignal | None = None,
         file_limit: int | None = None,
     ) -> Ended:
         """Run `python -m ysnake.train` with these arguments, and wait for its end.
 
         Args:
             argv: the command line.
-            processes: how many ranks; they are told of each other as torchrun does.
-            blow: a signal to send.
-            file_limit: bytes that a file may have, as a disk or a quota that is full.
+            processes: number of ranks, with the environment that torchrun gives them.
+            sent: a signal to send.
+            file_limit: largest size of a file in bytes, as with a full disk or quota.
         """
         command = {
             "argv": [*map(str, argv)],
             "processes": processes,
-            "blow": blow and asdict(blow),
+            "sent": sent and asdict(sent),
             "file_limit": file_limit,
         }
         self.process.stdin.write(json.dumps(command) + "\n")
@@ -107,19 +107,19 @@ def serve() -> None:
     from ysnake.checkpoints import checkpoint  # noqa: F401
     from ysnake.training import evaluation, plot
 
-    evaluation.SAMPLE_TOKENS = 8  # so that more of a run's time goes into steps and saves
-    with tempfile.TemporaryDirectory() as folder:  # the first picture looks for fonts
+    evaluation.SAMPLE_TOKENS = 8  # so that a run spends more of its time in steps and saves
+    with tempfile.TemporaryDirectory() as folder:  # the first picture searches for fonts
         Path(folder, "metrics.jsonl").write_text('{"step": 1, "train_loss": 1, "val_loss": 1}')
         plot.plot_loss(Path(folder))
     for line in sys.stdin:
         command = json.loads(line)
-        blow = Blow(**command["blow"]) if command["blow"] else None
-        ended = run(command["argv"], command["processes"], blow, command["file_limit"])
+        sent = SentSignal(**command["sent"]) if command["sent"] else None
+        ended = run(command["argv"], command["processes"], sent, command["file_limit"])
         print(json.dumps(asdict(ended)), flush=True)
 
 
-def run(argv: list[str], processes: int, blow: Blow | None, file_limit: int | None) -> Ended:
-    """Fork the ranks of a training, strike, and wait until all have ended."""
+def run(argv: list[str], processes: int, sent: SentSignal | None, file_limit: int | None) -> Ended:
+    """Fork the ranks of a training, send the signal, and wait until all have ended."""
     began = time.monotonic()
     with tempfile.TemporaryFile() as errors:
         launch = launch_environment(processes) if processes > 1 else {}
@@ -130,13 +130,13 @@ def run(argv: list[str], processes: int, blow: Blow | None, file_limit: int | No
                 os.environ.update(launch)
                 if launch:
                     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-                if blow is not None and blow.calls is not None and rank in blow.ranks:
-                    strike_within(blow.calls, blow.signal)
+                if sent is not None and sent.calls is not None and rank in sent.ranks:
+                    signal_within(sent.calls, sent.signal)
                 train(argv, errors.fileno(), file_limit)
             pids.append(pid)
         codes = Ranks(pids)
-        if blow is not None and blow.calls is None and not codes.any_ended(blow.seconds):
-            codes.send(blow.signal, blow.ranks)
+        if sent is not None and sent.calls is None and not codes.any_ended(sent.seconds):
+            codes.send(sent.signal, sent.ranks)
         hung = codes.wait(began + LONGEST)
         errors.seek(0)
         text = errors.read().decode(errors="replace")
@@ -144,7 +144,7 @@ def run(argv: list[str], processes: int, blow: Blow | None, file_limit: int | No
 
 
 def launch_environment(processes: int) -> dict[str, str]:
-    """The variables by which torchrun tells ranks of each other."""
+    """The environment variables that torchrun sets for all ranks."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     size = str(processes)
@@ -156,8 +156,8 @@ def launch_environment(processes: int) -> dict[str, str]:
     }
 
 
-def strike_within(calls: int, number: int) -> None:
-    """Send this process a signal when it makes so many calls of `WRITING`."""
+def signal_within(calls: int, number: int) -> None:
+    """Send this process a signal at this many calls of functions of `WRITING`."""
     made = itertools.count(1)
 
     def counted(real: Callable, *arguments: Any, **more: Any) -> Any:
@@ -170,7 +170,7 @@ def strike_within(calls: int, number: int) -> None:
 
 
 def train(argv: list[str], errors: int, file_limit: int | None) -> None:
-    """Be the training; does not return."""
+    """Train in this process, and end it."""
     from ysnake import train
     from ysnake.shared import cli
 
@@ -203,7 +203,7 @@ class Ranks:
         return [rank for rank, code in enumerate(self.codes) if code is None]
 
     def any_ended(self, seconds: float) -> bool:
-        """Wait for so long, or until a rank ends; returns whether one has ended."""
+        """Wait for this many seconds, or until a rank ends. Returns whether one has ended."""
         waiting = {self.descriptors[rank]: rank for rank in self.alive()}
         for descriptor in select.select([*waiting], [], [], max(0.0, seconds))[0]:
             rank = waiting[descriptor]
@@ -218,9 +218,9 @@ class Ranks:
                 os.kill(self.pids[rank], number)
 
     def wait(self, until: float) -> bool:
-        """Wait for all to end. As torchrun does, end the others once one has failed.
+        """Wait until all have ended. Once one has failed, end the others, as torchrun does.
 
-        Returns whether a rank had not ended at the time `until`; then it is killed.
+        A rank that has not ended at the time `until` is killed. Returns whether there was one.
         """
         while alive := self.alive():
             failed = any(self.codes)

@@ -1,6 +1,6 @@
 """`python -m benchmarks.gpu`: run stages, each job in a process of its own, with a time limit.
 
-Results go to gpu.jsonl line by line, so a stage that fails or hangs costs no other's results.
+Each result goes to gpu.jsonl at once. So a stage that fails or hangs loses no earlier result.
 """
 
 import argparse
@@ -24,14 +24,14 @@ class Stage:
 
     module: str
     seconds: float
-    """For all its jobs together; then what still runs is killed."""
+    """Time limit of all its jobs together. Jobs that still run are then killed."""
     jobs: tuple[str, ...] = ("all",)
     at_once: int = 1
-    """Jobs that run at the same time."""
+    """Number of jobs that run at the same time."""
     dry_jobs: tuple[str, ...] | None = None
-    """The jobs of a dry run, where these are fewer."""
+    """The jobs of a dry run; None means all jobs."""
     interpreted: bool = True
-    """Whether a dry run interprets the kernels; else it compiles them for sm_90."""
+    """A dry run interprets the kernels if True, else it compiles them for sm_90."""
 
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -85,7 +85,7 @@ CALLS = {
 
 
 def environment(stage: Stage, options: Options) -> dict[str, str]:
-    """Of a job's process."""
+    """The environment of a job's process."""
     folders = ("", "kernels", "tests/kernels", "tests/gpu")
     paths = [str(ROOT / folder) for folder in folders]
     paths += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
@@ -103,7 +103,7 @@ def environment(stage: Stage, options: Options) -> dict[str, str]:
 
 
 def run_stage(name: str, options: Options, limit: float) -> bool:
-    """Run a stage's jobs; whether all went well. What fails becomes a row."""
+    """Run the jobs of a stage. Returns whether all succeeded. A failure is written as a row."""
     stage, began = STAGES[name], time.monotonic()
     waiting = list(stage.dry_jobs if options.dry and stage.dry_jobs else stage.jobs)
     waiting = [job for job in waiting if options.only in job]
@@ -143,7 +143,7 @@ def run_stage(name: str, options: Options, limit: float) -> bool:
 
 
 def work(name: str, job: str, options: Options) -> int:
-    """What the process of a job does."""
+    """Do a job in this process. Returns the exit code."""
     try:
         importlib.import_module(f"benchmarks.gpu.{STAGES[name].module}").run(job, options)
     except Exception as error:
@@ -159,18 +159,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--call", choices=CALLS, help="run these stages in order")
     parser.add_argument("--stage", nargs="+", choices=STAGES, help="run these stages instead")
-    parser.add_argument("--out", type=Path, default=Path("gpu"), help="where the results go")
-    parser.add_argument("--seconds", type=float, default=3600, help="stop after so many seconds")
+    parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=3600, help="stop after this many seconds")
     parser.add_argument("--peers", type=Path, help="folder with mamba_ssm and causal_conv1d")
     parser.add_argument("--only", default="", help="only jobs whose name contains this text")
-    parser.add_argument("--processes", type=int, default=16, help="that compile at once")
-    parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU: does it run?")
+    parser.add_argument("--processes", type=int, default=16, help="how many compile at a time")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main() -> int:
-    """Exit code 0: all went well; 1: some of it did not; 2: no GPU."""
+    """Run the stages. The exit code is 0 for success, 1 if something failed, 2 without a GPU."""
     args = parse()
     peers = args.peers and args.peers.resolve()
     options = Options(args.out.resolve(), args.dry_run, peers, args.processes, args.only)

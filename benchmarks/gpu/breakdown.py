@@ -1,4 +1,4 @@
-"""Stage `breakdown`: which kernels a training step and a decoded token spend the card's time in."""
+"""Stage `breakdown`: how much time each kernel of a training step and of a decoded token takes."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def run(job: str, options: Options) -> None:
 
 
 def write(job: str, work: Callable[[], object], options: Options) -> None:
-    """Rows of the kernels of one call, the longest first, and one of their sum."""
+    """Write a row for the sum of all kernels of a call, then one for each, the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     work()
@@ -48,6 +48,6 @@ def write(job: str, work: Callable[[], object], options: Options) -> None:
 
 
 def time_of(event, options: Options) -> float:
-    """Milliseconds."""
+    """The time of a kernel in milliseconds."""
     spent = event.self_cpu_time_total if options.dry else event.self_device_time_total
     return spent / 1e3

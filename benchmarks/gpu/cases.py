@@ -1,6 +1,6 @@
-"""The operators that are checked and timed, what they are given, and the cases that must be right.
+"""The operators that are checked and timed, their arguments, and the cases that must be right.
 
-Everything here works on a CPU as well, with small shapes.
+With small shapes everything here also works on a CPU.
 """
 
 import math
@@ -26,7 +26,7 @@ FORWARD, BOTH = "forward", "forward + backward"
 
 
 def operators(name: str) -> dict[str, Callable]:
-    """Every operator of an implementation, all under our names and arguments."""
+    """Every operator of an implementation, by our names and with our arguments."""
     if name != "mamba_ssm":
         return {
             "scan": ours.ssd_scan,
@@ -66,9 +66,9 @@ def operators(name: str) -> dict[str, Callable]:
 def arguments(
     s: Shape, dtype: torch.dtype, device: str, seed: int = 0
 ) -> dict[str, dict[str, Tensor]]:
-    """Of each operator: activations as slices of one projection, parameters in float32.
+    """The arguments of each operator: slices of one projection, and parameters in float32.
 
-    In float64 the parameters are in float64 too.
+    If `dtype` is float64, the parameters are in float64 too.
     """
     d_inner, n = s.heads * s.head_dim, s.groups * s.state
     channels = d_inner + 2 * n
@@ -106,7 +106,7 @@ class Case:
 
 
 def names(dry: bool) -> list[str]:
-    """Of all cases: what `case` takes."""
+    """The names of all cases, for `case`."""
     plain = ["scan", "convolution", "norm", "step", "mixer"]
     forms = [
         *("gate, states", "initial states only", "final states only", "documents"),
@@ -121,7 +121,7 @@ def names(dry: bool) -> list[str]:
 
 
 def case(name: str, dtype: torch.dtype, device: str, dry: bool) -> Case:
-    """One of `names`, with tensors on the device."""
+    """The case with one of these `names`. Its tensors lie on the device."""
     op, _, form = name.partition(", ")
     s = replace(TINY, groups=2) if dry else Shape(2, 200, heads=8, groups=2)
     changes = {
@@ -160,7 +160,7 @@ def case(name: str, dtype: torch.dtype, device: str, dry: bool) -> Case:
 
 
 def compare(c: Case, dtype: torch.dtype, against: str, slack: float = 1) -> dict:
-    """The fused operator and another implementation in float64: distances, and whether right."""
+    """Compare the fused operator with another implementation in float64: a row of distances."""
     from comparison import TOLERANCES, distance, outputs_and_gradients
 
     forward, backward = TOLERANCES[dtype]
@@ -186,14 +186,14 @@ def compare(c: Case, dtype: torch.dtype, against: str, slack: float = 1) -> dict
 
 
 def finite(number: float) -> float:
-    """The number as JSON knows it."""
+    """The number, or 1e300 in place of one that JSON cannot hold."""
     return number if math.isfinite(number) else 1e300
 
 
 def work(
     name: str, op: str, mode: str, tensors: dict, context: str | None = None
 ) -> Callable[[], object]:
-    """A call of an operator, with the gradients of all its arguments where the mode says so."""
+    """A call of an operator. With mode BOTH it also computes the gradients of all arguments."""
     operator = partial(operators(name)[op], **OPTIONS[op])
     leaves = {k: t.detach().requires_grad_(mode == BOTH) for k, t in tensors.items()}
     chosen = context or ("fused" if name == "mamba_ssm" else name)

@@ -1,6 +1,6 @@
-"""Stage `check`: every case of every operator against float64, and what only a card can show.
+"""Stage `check`: compare every case of every operator with float64, and check what needs a card.
 
-A process for each dtype, one for the model, and one for a million tokens.
+Each dtype has a process of its own, and so have the model and the sequence of a million tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from benchmarks.traffic import Shape
 
 LONG, MILLION, PIECE = 131072, 2**20, 65536  # tokens
 FORMS = ("plain", "documents", "carried state", "documents, carried state", "recompute")
-FORMS += ("autocast", "decoding")  # what a model is checked in
+FORMS += ("autocast", "decoding")  # ways to run a model, which are all checked
 
 
 def run(job: str, options: Options) -> None:
@@ -27,7 +27,7 @@ def run(job: str, options: Options) -> None:
     for name, check in checks(options):
         try:
             row = check()
-        except Exception as error:  # the other checks go on
+        except Exception as error:  # whatever it is, the other checks go on
             row = {"case": name, "dtype": job, "right": False, "failed": reason(error)}
         options.write("check", **row)
         wrong += not row["right"]
@@ -39,9 +39,9 @@ Checks = Iterator[tuple[str, Callable[[], dict]]]
 
 
 def of_dtype(job: str, options: Options) -> Checks:
-    """All cases, the production shape, a long sequence, and the same bits in every way to run."""
+    """All cases, the usual shape, a long sequence, and whether results repeat bit by bit."""
     dtype, device, dry = getattr(torch, job), options.device, options.dry
-    slack = 30 if dry else 1  # sums of few terms cancel, and the interpreter cuts bfloat16 off
+    slack = 30 if dry else 1  # short sums cancel, and the interpreter truncates to bfloat16
     for name in cases.names(dry):
 
         def check(name: str = name) -> dict:
@@ -68,7 +68,7 @@ def of_dtype(job: str, options: Options) -> Checks:
 
 
 def same_bits(op: str, s: Shape, dtype: torch.dtype, device: str) -> dict:
-    """Twice, on another stream, and in a CUDA graph: outputs and gradients are the same bits."""
+    """Whether a second call, another stream and a CUDA graph give the same bits."""
     tensors = arguments(s, dtype, device)[op]
     call = partial(cases.operators("fused")[op], **cases.OPTIONS[op])
     found: dict[str, list[Tensor]] = {}
@@ -76,7 +76,7 @@ def same_bits(op: str, s: Shape, dtype: torch.dtype, device: str) -> dict:
         weight = torch.randn_like(call(**tensors))
 
         def work() -> list[Tensor]:
-            """With leaves of its own: torch remembers on which stream a leaf was used first."""
+            """Use new leaves at each call. torch remembers the first stream of a leaf."""
             leaves = {k: t.detach().requires_grad_() for k, t in tensors.items()}
             y = call(**leaves)
             return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), weight)]
@@ -105,7 +105,7 @@ def same_bits(op: str, s: Shape, dtype: torch.dtype, device: str) -> dict:
 
 
 def million(options: Options) -> Checks:
-    """A sequence of a million tokens, forward, against float64 read in pieces."""
+    """The forward of a million tokens, compared with float64 in parts."""
     s = replace(TINY, length=20) if options.dry else Shape(1, MILLION)
     piece = 16 if options.dry else PIECE
 
@@ -135,7 +135,7 @@ def million(options: Options) -> Checks:
 
 
 def slices(s: Shape, device: str) -> dict[str, Tensor]:
-    """The arguments of a scan as slices of one projection, which is larger than 2^31 elements."""
+    """The arguments of a scan: slices of one projection with more than 2^31 elements."""
     torch.manual_seed(0)
     d_inner, n = s.heads * s.head_dim, s.groups * s.state
     sizes = [d_inner, d_inner, n, n, s.heads]
@@ -150,7 +150,7 @@ def slices(s: Shape, device: str) -> dict[str, Tensor]:
 
 
 def model(options: Options) -> Checks:
-    """A training step in every form, and decoding, fused against eager, in float32."""
+    """A training step in every form, and decoding. Compares fused with eager in float32."""
     from comparison import distance
 
     from ysnake.inference.decoding import Decoder
@@ -199,7 +199,7 @@ def model(options: Options) -> Checks:
             states = [
                 decoder.step(ids[:, : length // 2], None, last_only=True)[1] for _ in range(2)
             ]
-            for i in range(length // 2, length // 2 + 5):  # two contexts in turn, by graphs
+            for i in range(length // 2, length // 2 + 5):  # each context has its graph
                 for state in states:
                     logits, _ = decoder.step(ids[:, i], state)
                     far = max(far, distance(logits, expected[:, i]))

@@ -1,4 +1,4 @@
-"""What all stages share: options, rows of results, the card, and timing by graph replays."""
+"""What all stages share: options, rows of results, use of the card, and timing by CUDA graphs."""
 
 import fcntl
 import json
@@ -22,7 +22,7 @@ PEAK = 989e12
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """The options of the command line."""
 
     out: Path
     dry: bool = False
@@ -30,7 +30,7 @@ class Options:
     """A folder with mamba_ssm and causal_conv1d, where they are not installed."""
     processes: int = 16
     only: str = ""
-    """Only jobs whose name contains this."""
+    """Run only jobs whose name contains this text."""
 
     @property
     def device(self) -> str:
@@ -63,7 +63,7 @@ def multiprocessors(device: str) -> int:
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done all that was launched."""
+    """Wait until the device has finished all launches."""
     import torch
 
     if device == "cuda":
@@ -72,7 +72,7 @@ def synchronize(device: str) -> None:
 
 @contextmanager
 def card_alone() -> Iterator[None]:
-    """Wait for other processes of this benchmark that use the card in this way."""
+    """Have the card alone: other processes of this benchmark wait meanwhile."""
     with open(Path(tempfile.gettempdir()) / f"ysnake-gpu-{os.getuid()}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -82,10 +82,10 @@ def card_alone() -> Iterator[None]:
 
 
 def seconds(calls: Sequence[Callable[[], object]], device: str, budget: float = 0.1) -> float:
-    """The median time of one call, by replays of a CUDA graph that makes all calls in turn.
+    """The median time of one call. A CUDA graph that makes all calls in turn is replayed.
 
-    The calls should do the same work on different tensors, so that none finds its own in the
-    cache: see `copies`. On a CPU: the wall-clock time of one call.
+    The calls should do the same work on different tensors, so that no call finds its tensors in
+    the cache; see `copies`. On a CPU the result is the wall-clock time of one call.
     """
     import torch
 
@@ -118,14 +118,14 @@ def seconds(calls: Sequence[Callable[[], object]], device: str, budget: float = 
 
 @cache
 def capture_stream() -> Any:
-    """The stream of all captures. A backward runs where its forward ran: run that one here too."""
+    """The stream of all captures. Run a forward on it too, since its backward runs there."""
     import torch
 
     return torch.cuda.Stream()
 
 
 def captured(work: Callable[[], object], warm_up: int = 2) -> Any:
-    """A CUDA graph of the work, which runs a few times first: it compiles what it needs."""
+    """A CUDA graph of the work. The work runs a few times before, to compile its kernels."""
     import torch
 
     stream = capture_stream()
@@ -141,7 +141,7 @@ def captured(work: Callable[[], object], warm_up: int = 2) -> Any:
 
 
 def copies(bytes_of_one: float, device: str, most: int = 64) -> int:
-    """How many sets of tensors together are twice as large as the card's cache."""
+    """How many sets of tensors are together twice as large as the cache of the card."""
     if device == "cpu":
         return 1
     import torch
@@ -151,7 +151,7 @@ def copies(bytes_of_one: float, device: str, most: int = 64) -> int:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes read and written per second by a plain kernel; copy_ is slower in a graph."""
+    """Bytes per second that torch.neg reads and writes. copy_ is slower in a graph."""
     import torch
 
     source = torch.randn(2**18 if device == "cpu" else 2**28, device=device)

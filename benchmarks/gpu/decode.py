@@ -1,7 +1,7 @@
-"""Stage `decode`: tokens per second of writing token by token, with and without CUDA graphs.
+"""Stage `decode`: tokens per second when a model writes, with and without CUDA graphs.
 
-A step must read every weight, and read and write every state, once: the share is that traffic over
-the time, against a plain copy.
+A step must at least read every weight once, and read and write every state once. `share` is the
+speed of this traffic, as a share of the speed of a plain copy.
 """
 
 import time
@@ -65,13 +65,13 @@ def measure(
         options.write("decode", **row, **more)
 
     write("kernel by kernel", plain_seconds(plain_step, device))
-    write("Decoder", plain_seconds(step, device))  # with Python's time, as a program has it
+    write("Decoder", plain_seconds(step, device))  # including the time of Python, as in a program
     if device == "cuda":
         write("graph", seconds([plain_step], device))
 
 
 def plain_seconds(step: Callable[[], None], device: str, count: int = 20) -> float:
-    """A step as a program without graphs sees it."""
+    """The wall-clock time of a step, as a program without graphs sees it."""
     step()
     step()
     count = 1 if device == "cpu" else count

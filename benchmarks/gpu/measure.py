@@ -1,4 +1,4 @@
-"""Stage `time`: every operator at every length, forward and backward, and a first call."""
+"""Stage `time`: the time of every operator at every length, and of a first call."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ from benchmarks.gpu.common import (
 )
 from benchmarks.traffic import Shape
 
-TOKENS, LONG = 32768, 131072  # of a call at every length, and of the single long prompt
+TOKENS, LONG = 32768, 131072  # tokens of a call at every length, and of one long prompt
 
 
 def run(job: str, options: Options) -> None:
@@ -43,7 +43,7 @@ def run(job: str, options: Options) -> None:
 
 
 def moved(op: str, mode: str, s: Shape, processors: int) -> float:
-    """Bytes that our kernels must read and write."""
+    """Bytes that our kernels read and write at least."""
     from ysnake_kernels.ssd import fused_backward, fused_plan
 
     small = {name: sum(k.bytes for k in ks) for name, ks in traffic.others(s).items()}
@@ -66,12 +66,13 @@ def moved(op: str, mode: str, s: Shape, processors: int) -> float:
     forward = {"scan": scan, "convolution": conv, "norm": norm, "step": step}
     forward["mixer"] = conv + scan + norm
     back = {"scan": scan_back, "convolution": conv_back, "norm": norm_back}
-    back["mixer"] = forward["mixer"] + conv_back + scan_back + norm_back  # computes it again
+    # the backward computes the forward again
+    back["mixer"] = forward["mixer"] + conv_back + scan_back + norm_back
     return forward[op] + (back[op] if mode == BOTH else 0)
 
 
 def measure(name: str, op: str, mode: str, s: Shape, options: Options) -> dict:
-    """Seconds of a call, and the most bytes that it needs besides its arguments."""
+    """The seconds of a call, and the peak memory that it needs besides its arguments."""
     device = options.device
     bytes_of_one = traffic_of(op, s)
     sets = copies(bytes_of_one, device)
@@ -91,14 +92,14 @@ def measure(name: str, op: str, mode: str, s: Shape, options: Options) -> dict:
 
 
 def traffic_of(op: str, s: Shape) -> float:
-    """Bytes of the tensors of a call, roughly: its activations, or a step's states."""
+    """Roughly the bytes of a call's tensors: its activations, or the states of a step."""
     if op == "step":
         return s.batch * s.heads * s.head_dim * s.state * 4
     return 2 * s.batch * s.length * s.heads * s.head_dim * s.item
 
 
 def grid(name: str, dry: bool) -> Iterator[tuple[str, str, Shape]]:
-    """Operators, modes and shapes; the most telling first."""
+    """Operators, modes and shapes. The most important ones come first."""
     base = replace(TINY if dry else Shape(), dt_item=2)
     lengths = [base.length] if dry else [4096, 512, 1024, 2048, 8192, 16384, 32768]
     if name == "eager":
@@ -116,20 +117,20 @@ def grid(name: str, dry: bool) -> Iterator[tuple[str, str, Shape]]:
 
 
 def measurements(name: str, options: Options) -> Iterator[dict]:
-    """Rows of one implementation; what fails says why."""
+    """The rows of one implementation. A failure is a row too."""
     processors = multiprocessors(options.device)
     for op, mode, s in grid(name, options.dry):
         row = {"operator": op, "mode": mode, "by": name, "batch": s.batch, "length": s.length}
         try:
             row["bytes"] = moved(op, mode, s, processors)
             yield row | measure(name, op, mode, s, options)
-        except Exception as error:  # one that does not run hides none of the others
+        except Exception as error:  # the others go on
             yield row | {"failed": reason(error)}
 
 
 def first_call(dry: bool) -> dict:
-    """Seconds of the first forward and backward of a new process without compiled kernels, then of
-    another that finds them; how many kernels were compiled."""
+    """Seconds of the first forward and backward in a new process that has to compile the kernels,
+    and in another one that finds them compiled. Also the number of kernels."""
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"TRITON_CACHE_DIR": cache}
         command = [sys.executable, "-c", "from benchmarks.gpu.measure import time_first_call"]
@@ -146,7 +147,7 @@ def first_call(dry: bool) -> dict:
 
 
 def time_first_call(dry: bool) -> float:
-    """What the new process does."""
+    """The seconds of a first forward and backward in this process."""
     s, device = (TINY, "cpu") if dry else (Shape(batch=1, length=2048), "cuda")
     leaves = arguments(s, torch.bfloat16, device)["scan"]
     leaves = {k: t.detach().requires_grad_() for k, t in leaves.items()}

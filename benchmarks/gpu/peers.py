@@ -1,7 +1,7 @@
-"""Stage `peers`: our scan and mixer beside mamba_ssm's, in one process, on the same tensors.
+"""Stage `peers`: our scan and mixer and those of mamba_ssm, in one process, on the same tensors.
 
 mamba_ssm tries 110 configurations of its kernels at the first call. Here many processes compile
-them first, and each trial takes 20 milliseconds.
+them before that. Each trial then takes 20 milliseconds.
 """
 
 import multiprocessing
@@ -25,7 +25,7 @@ def shapes(dry: bool) -> list[Shape]:
 
 
 def make_importable(options: Options) -> None:
-    """Put the folder of peers on the path, and shorten mamba_ssm's trials of configurations."""
+    """Put the folder of --peers on the path, and make mamba_ssm's trials shorter."""
     if options.peers:
         sys.path.insert(0, str(options.peers))
     from triton import testing
@@ -35,7 +35,7 @@ def make_importable(options: Options) -> None:
         return lambda call, quantiles: testing.do_bench(call, 5, 20, quantiles=quantiles)
 
     Autotuner.do_bench = property(benchmark)
-    if options.dry:  # the first configuration, since trials need a card
+    if options.dry:  # takes the first configuration, since trials need a card
         torch.cuda.device = lambda index: nullcontext()
         run_tuned = Autotuner.run
 
@@ -70,7 +70,7 @@ def times(op: str, options: Options) -> Iterator[dict]:
 
 
 def compile_all(options: Options) -> None:
-    """Each process compiles its share of all configurations of all kernels, and launches none."""
+    """Compile all configurations of all kernels in many processes. Nothing is launched."""
     context = multiprocessing.get_context("fork")
     began = time.monotonic()
     workers = [
@@ -96,9 +96,9 @@ def compile_share(share: int, options: Options) -> None:
             if number % options.processes == share:
                 try:
                     self.fn.run(*args, grid=grid, warmup=True, **kwargs, **config.all_kwargs())
-                except Exception as error:  # too large for the card, say: it will not win
+                except Exception as error:  # for instance too large for the card
                     print(reason(error), file=sys.stderr)
-        self.nargs, self.best_config = None, self.configs[0]  # which callers ask for
+        self.nargs, self.best_config = None, self.configs[0]  # callers read both
 
     Autotuner.run = compile_some
 
@@ -107,7 +107,7 @@ def compile_share(share: int, options: Options) -> None:
         cases.work("mamba_ssm", op, BOTH, given)()
 
     def model(size: str) -> None:
-        """Under autocast the kernels get other dtypes than in `layer`."""
+        """Compile the kernels of a model. Under autocast they get other dtypes than in `layer`."""
         sizes = train.SIZES[size] | {"n_layers": 1, "vocab_size": 64}
         built, loss_of = train.contestant("transformers, mamba_ssm", sizes, options)
         for batch, length in train.BATCHES[size]:

@@ -1,7 +1,7 @@
-"""Stage `precompile`: many processes launch what later stages launch, and fill Triton's cache.
+"""Stage `precompile`: many processes make the launches of later stages, to fill Triton's cache.
 
-These are real launches of the operators, so the cache's keys are those of later launches. A dry
-run compiles some of them for sm_90, and launches them on a stand-in for the driver.
+The launches are real, so later launches find their kernels in the cache. A dry run compiles some
+kernels for sm_90 and launches them on a stand-in for the driver.
 """
 
 import multiprocessing
@@ -22,7 +22,7 @@ Task = tuple[str, Callable[[], object]]
 
 
 def tasks(job: str, options: Options) -> list[Task]:
-    """What different processes would compile twice comes last."""
+    """All tasks of a job. Those that may share kernels with others come last."""
     dry, device = options.dry, options.device
 
     def of_shape(op: str, mode: str, s: Shape, dtype: torch.dtype) -> Callable[[], object]:
@@ -108,15 +108,15 @@ def models(device: str) -> list[Task]:
 
 
 def run(job: str, options: Options) -> None:
-    """Workers take tasks in turn; one whose CUDA context breaks ends, and another goes on."""
+    """Let workers take the tasks. A worker whose CUDA context breaks ends; another starts."""
     if options.dry:
         return dry_run(job, options)
     todo = tasks(job, options)
-    context = multiprocessing.get_context("fork")  # before this process has touched the card
+    context = multiprocessing.get_context("fork")  # this process must not have used the card before
     following = context.Value("i", 0)
     began = time.monotonic()
     workers: list = []
-    spare = options.processes + 8  # so many workers may break
+    spare = options.processes + 8  # workers that may break, in all
     while True:
         workers = [w for w in workers if w.is_alive()]
         left = following.value < len(todo)
@@ -137,7 +137,7 @@ def run(job: str, options: Options) -> None:
 
 
 def take(todo: list[Task], following, options: Options) -> None:
-    """What a worker does."""
+    """Do tasks until none is left."""
     while True:
         with following.get_lock():
             i = following.value
@@ -155,7 +155,7 @@ def take(todo: list[Task], following, options: Options) -> None:
             try:
                 torch.cuda.synchronize()
             except Exception:
-                os._exit(1)  # the context is broken for good
+                os._exit(1)  # nothing repairs the context
         else:
             spent = time.monotonic() - start
             if spent > 8:
@@ -164,7 +164,7 @@ def take(todo: list[Task], following, options: Options) -> None:
 
 
 def dry_run(job: str, options: Options) -> None:
-    """Compile for sm_90 what the tasks launch, and launch it on a stand-in for the driver."""
+    """Compile the kernels of the tasks for sm_90, and launch them on a stand-in driver."""
     from stand_in_driver import gpu, missing
 
     if missing():

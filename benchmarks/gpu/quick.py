@@ -1,5 +1,5 @@
-"""Stage `quick`: `ysnake.train --preset quick` for 200 steps, with and without --carry-state, and
-without CUDA graphs."""
+"""Stage `quick`: `ysnake.train --preset quick` for 200 steps, plain, with carried state, without
+CUDA graphs."""
 
 import subprocess
 import sys

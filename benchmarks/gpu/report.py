@@ -1,4 +1,4 @@
-"""gpu.jsonl as Markdown, and the short summary that ends a run."""
+"""The results in gpu.jsonl as Markdown, and the short summary at the end of a run."""
 
 import json
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def rows(out: Path) -> list[dict]:
-    """What has been written so far; a line that a kill has torn does not count."""
+    """The rows written so far. A line that a kill has cut short is left out."""
     found = []
     for line in (out / "gpu.jsonl").read_text().splitlines():
         try:
@@ -30,7 +30,7 @@ def shown(value: object) -> str:
 
 
 def stage_table(found: list[dict]) -> str:
-    """All rows of a stage; the columns are the keys in the order in which they appear."""
+    """All rows of a stage. The columns are their keys, in order of appearance."""
     keys = list(dict.fromkeys(key for row in found for key in row if key != "stage"))
     return table(keys, ([shown(row.get(key, "")) for key in keys] for row in found))
 
@@ -40,7 +40,7 @@ def is_result(row: dict) -> bool:
 
 
 def markdown(found: list[dict]) -> str:
-    """Every stage's results as a table, and what failed."""
+    """A table of the results of each stage, and a list of failures."""
     parts = []
     for stage in dict.fromkeys(row["stage"] for row in found):
         results = [row for row in found if row["stage"] == stage and is_result(row)]
@@ -57,7 +57,7 @@ def write(out: Path) -> None:
 
 
 def summary(out: Path) -> str:
-    """What matters most, in few lines."""
+    """The most important results, in few lines."""
     found = rows(out)
     checks = [row for row in found if "right" in row]
     wrong = [row for row in checks if not row["right"]]
@@ -71,7 +71,7 @@ def summary(out: Path) -> str:
 
 
 def against_peers(found: list[dict]) -> list[str]:
-    """How many times as fast as mamba_ssm, and tokens per second of training steps."""
+    """Lines that compare speed with mamba_ssm, and tokens per second of training steps."""
     times: dict[tuple, dict[str, float]] = {}
     for row in found:
         if row["stage"] == "peers" and "seconds" in row:

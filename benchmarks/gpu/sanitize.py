@@ -8,12 +8,12 @@ from pathlib import Path
 
 from benchmarks.gpu.common import Options
 
-SECONDS = 40  # of each tool
+SECONDS = 40  # time limit of each tool
 TOOLS = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}}
 
 
 def found(name: str) -> str:
-    """The path of one of CUDA's tools, which need not be on the PATH."""
+    """The path of one of CUDA's tools, also where it is not on the PATH."""
     path = shutil.which(name) or f"/usr/local/cuda/bin/{name}"
     if not Path(path).exists():
         raise FileNotFoundError(f"{name}: not on the PATH and not in /usr/local/cuda/bin")
@@ -26,7 +26,7 @@ def run(job: str, options: Options) -> None:
     if not options.dry:
         command = [found("compute-sanitizer"), "--tool", job, "--print-limit", "20"]
         command += ["--error-exitcode", "9", "--launch-timeout", "30"]
-        command += ["--target-processes", "application-only"]  # not those that compile
+        command += ["--target-processes", "application-only"]  # not the processes that compile
     environment = os.environ | TOOLS[job]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(

@@ -1,7 +1,7 @@
-"""One launch of each of our kernels: what the sanitizer and the profiler look at.
+"""Launch each of our kernels once, for the sanitizer and the profiler.
 
-`python -m benchmarks.gpu.small SHAPE`: `tiny` for the sanitizer, `large` for the profiler, `dry`
-for a CPU. With `large` the profiler records the second time only, when all is compiled.
+`python -m benchmarks.gpu.small SHAPE`: `tiny` is for the sanitizer, `large` for the profiler, `dry`
+for a CPU. `large` runs twice, and the profiler records only the second time, with all compiled.
 """
 
 import sys
@@ -22,7 +22,8 @@ SHAPES = {
 def main(name: str) -> None:
     s, device = SHAPES[name], "cpu" if name == "dry" else "cuda"
     one = replace(s, batch=64 if name == "large" else 2, length=1)
-    place = "cpu" if name == "tiny" else device  # made there: the sanitizer sees no other kernels
+    # tensors are made on the CPU for the sanitizer, so that it sees only our kernels
+    place = "cpu" if name == "tiny" else device
     calls = []
     for op in ("norm",) if name == "dry" else ("scan", "convolution", "norm"):
         tensors = arguments(s, torch.bfloat16, place)[op]

@@ -1,6 +1,6 @@
-"""Stage `sweep`: which launch configuration is the fastest, for each line of the launch table.
+"""Stage `sweep`: find the fastest launch configuration for each line of the launch table.
 
-Prints the winners as lines of `TABLE` in kernels/ysnake_kernels/ssd/fused_plan.py.
+It prints the fastest as lines for `TABLE` in kernels/ysnake_kernels/ssd/fused_plan.py.
 """
 
 import math
@@ -27,14 +27,14 @@ WIDE = (replace(Shape(), state=256),)
 
 @dataclass(frozen=True)
 class Entry:
-    """A key of the launch table, and configurations to try besides today's.
+    """A key of the launch table, and configurations to try besides the present one.
 
-    A configuration may be a dictionary of several keys, which change together.
+    A configuration may be a dictionary with several keys. These then change together.
     """
 
     key: tuple
     pass_: str
-    """What is timed: forward or backward."""
+    """The pass to time: forward or backward."""
     configs: tuple[Config | dict[tuple, Config], ...]
     shapes: tuple[Shape, ...] = USUAL
 
@@ -44,7 +44,7 @@ def config(tile: int, p_slice: int, warps: int, stages: int, chunk: int = 0) -> 
 
 
 def chunks_of(tokens: int, *halves: Config) -> dict[tuple, Config]:
-    """Lines of the backward with chunks of so many tokens: states, rows and columns."""
+    """Lines for states, rows and columns of the backward, with chunks of this many tokens."""
     states = config(min(64, tokens), 64, 4, 2, tokens)
     kinds = zip(("states", "rows", "columns"), (states, *halves), strict=True)
     return {(kind, 2, "usual"): line for kind, line in kinds}
@@ -112,7 +112,7 @@ def shapes(entry: Entry, dry: bool) -> tuple[Shape, ...]:
 
 
 def lines(entry: Entry, candidate: Config | dict) -> dict[tuple, Config]:
-    """The lines of the table that a candidate stands for, as this machine looks them up."""
+    """The lines of the table that a candidate replaces, by the keys of this machine."""
     given = candidate if isinstance(candidate, dict) else {entry.key: candidate}
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family, _ = fused_plan.device(place)
@@ -121,7 +121,7 @@ def lines(entry: Entry, candidate: Config | dict) -> dict[tuple, Config]:
 
 @contextmanager
 def using(table: dict[tuple, Config]) -> Iterator[None]:
-    """Launch with these lines of the table; what is cached of other lines is forgotten."""
+    """Use these lines of the table within the block. Caches are cleared before and after."""
     with patch.dict(fused_plan.TABLE, table):
         forget()
         yield
@@ -138,7 +138,7 @@ def forget() -> None:
 
 
 class Work:
-    """The scan of a shape; its forward and its backward can be run alone."""
+    """The scan of a shape. Its forward and its backward can run alone."""
 
     def __init__(self, s: Shape, device: str):
         given = arguments(s, torch.bfloat16, device)["scan"]
@@ -170,7 +170,7 @@ class Work:
 
 
 def candidates(entry: Entry) -> list[dict[tuple, Config]]:
-    """Today's line first."""
+    """The present lines, then those to try."""
     keys = [key for candidate in entry.configs for key in lines(entry, candidate)]
     today = {key: fused_plan.TABLE[key] for key in keys if key in fused_plan.TABLE}
     others = [lines(entry, candidate) for candidate in entry.configs]
@@ -178,9 +178,10 @@ def candidates(entry: Entry) -> list[dict[tuple, Config]]:
 
 
 def tasks(device: str) -> list[tuple[str, Callable[[], object]]]:
-    """Of stage `precompile`: every configuration on every shape, once.
+    """Tasks for stage `precompile`: every configuration on every shape, once.
 
-    The table's keys depend on the card, which the parent process must not touch.
+    Keys of the table depend on the card. The parent process must not use the card, so each task
+    looks its keys up itself.
     """
 
     def task(entry: Entry, number: int, s: Shape) -> Callable[[], object]:
@@ -229,7 +230,7 @@ def run(job: str, options: Options) -> None:
 
 
 def report(entry: Entry, tables: list[dict], times: dict[int, list[float]], options: Options):
-    """The line with the least time over all shapes, as a geometric mean against today's."""
+    """Write the three best configurations, by the geometric mean of their times over shapes."""
     today = times.get(0)
     whole = {i: t for i, t in times.items() if today and len(t) == len(today)}
     if not whole:

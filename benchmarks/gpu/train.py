@@ -1,7 +1,7 @@
-"""Stage `train`: whole training steps, forward, backward and AdamW, by each contestant.
+"""Stage `train`: whole training steps of each contestant: forward, backward and AdamW.
 
-Each contestant runs in a process of its own, since transformers looks for mamba_ssm when it is
-imported. They start together, and use the card one after another.
+transformers looks for mamba_ssm when it is imported. So each contestant runs in a process of its
+own. They start together and use the card one after another.
 """
 
 import statistics
@@ -43,13 +43,13 @@ def run(job: str, options: Options) -> None:
 def contestant(name: str, sizes: dict, options: Options) -> tuple[torch.nn.Module, Callable]:
     """A model on the CPU, in training mode, and its loss as a function of model, ids, targets.
 
-    transformers looks for mamba_ssm when it is imported: one contestant for each process.
+    A process can have one contestant only, since this may install the drop-in.
     """
     if name == "transformers, mamba_ssm":
         from benchmarks.gpu import peers
 
         peers.make_importable(options)
-        import causal_conv1d  # noqa: F401  without it transformers would not use mamba_ssm
+        import causal_conv1d  # noqa: F401  (transformers uses mamba_ssm only together with it)
         import mamba_ssm  # noqa: F401
     elif name == "transformers, drop-in":
         from ysnake_kernels import dropin
@@ -96,7 +96,7 @@ def step_of(
     capturable: bool,
     options: Options,
 ) -> tuple[Callable[[], None], list[torch.Tensor]]:
-    """A training step, and a list that holds its loss afterwards. Moves the model."""
+    """A training step, and a list that then holds its loss. Moves the model to the device."""
     device = options.device
     model.to(device)
     optimizer = torch.optim.AdamW(
@@ -128,7 +128,7 @@ def measure(
     graph: bool,
     options: Options,
 ) -> dict:
-    """Seconds of a step, the loss before and after, and the most memory."""
+    """Seconds of a step, the first and the last loss, and the peak memory."""
     step, found = step_of(model, loss_of, batch, length, graph, options)
     step()
     first = found[0].item()
@@ -154,7 +154,7 @@ def measure(
 
 
 def flops_of_a_token(sizes: dict) -> float:
-    """Of a training step: six for each weight of a matrix, and three passes of the recurrence."""
+    """Operations per token of a training step: 6 for each matrix weight, and 3 recurrences."""
     d, layers, n = sizes["d_model"], sizes["n_layers"], sizes["d_state"]
     heads = 2 * d // sizes.get("head_dim", 64)
     weights = layers * (d * (4 * d + 2 * n + heads) + 2 * d * d) + d * sizes["vocab_size"]

@@ -1,4 +1,4 @@
-"""Stage `versions`: the card and the libraries. It fails where there is no card."""
+"""Stage `versions`: the card and the versions of the libraries. Without a card it fails."""
 
 import platform
 import shutil

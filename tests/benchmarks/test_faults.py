@@ -1,4 +1,4 @@
-"""The standing test, a few seconds of each part; `-m slow` runs minutes of it."""
+"""The long test of robustness: a few seconds of each part, or minutes with `-m slow`."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ def test_a_training_that_loses_something_is_found(trainings):
     content["optimizer"]["state"][0]["exp_avg"].view(-1)[0] += 1e-7
     torch.save(content, state)
     (run.run / "last/manifest.json").unlink()
-    with pytest.raises(Lost, match="not as if nothing had happened: state"):
+    with pytest.raises(Lost, match="not equal to the undisturbed training: state"):
         run.compare()
     shutil.rmtree(run.run / "last")
     with pytest.raises(Lost, match="cannot be read"):

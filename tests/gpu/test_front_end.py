@@ -14,11 +14,11 @@ def check(*arguments: str) -> None:
     out, errors = process.communicate()
     assert process.returncode == 0, errors[-4000:]
     result = json.loads(out)
-    told = [
+    failures = [
         f"{f['kernel']}: {f['error']}\n  in {f['cases']} launches, first {f['first']}"
         for f in result["failures"]
     ]
-    assert not told, "\n\n".join(told)
+    assert not failures, "\n\n".join(failures)
     seen = {name.split(".")[1] for name in result["kernels"]}
     assert seen == {"conv", "norm", "ssd", "step"}
 

@@ -24,11 +24,11 @@ class Page:
 
     def value(self, expression):
         """The value of an expression in the page's JavaScript."""
-        told = self.send(
+        answer = self.send(
             "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True
         )
-        assert "exceptionDetails" not in told, told
-        return told["result"].get("value")
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def wait_for(self, expression):
         """Wait until an expression is true."""

@@ -242,7 +242,7 @@ def check(code, errors, message):
         assert message in errors
         assert errors.count("\n") == 1
         assert len(errors) < 1000
-    else:  # what does not even read as options is told in a box
+    else:  # tyro prints errors of reading options in a box
         assert message in " ".join(errors.replace("│", " ").split())
     assert code == (1 if any(text in message for text in NOT_WRONG) else 2)
 

@@ -189,14 +189,14 @@ def test_malformed_requests_are_refused_and_the_server_lives(address):
         for _ in range(200):
             method, path, content = malformed(draw)
             response = http.request(method, path, content=content)
-            told = f"{method} {path} {content[:200]!r}: {response.status_code} {response.text}"
-            assert 400 <= response.status_code < 500, told
+            exchange = f"{method} {path} {content[:200]!r}: {response.status_code} {response.text}"
+            assert 400 <= response.status_code < 500, exchange
             error = response.json()["error"]
             if path.startswith("/v1"):
-                assert isinstance(error.pop("message"), str), told
-                assert set(error) == {"type", "param", "code"}, told
+                assert isinstance(error.pop("message"), str), exchange
+                assert set(error) == {"type", "param", "code"}, exchange
             else:
-                assert isinstance(error, str), told
+                assert isinstance(error, str), exchange
         assert http.post("/api/generate", json=VALID["/api/generate"]).status_code == 200
 
 

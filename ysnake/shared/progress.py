@@ -34,7 +34,7 @@ def progress(console: "Console") -> Iterator[Show]:
 
 
 def counted(show: Show, total: int | None, text: str) -> Callable[[int], None]:
-    """A function that is told how many characters were just read, and shows how many of `total`."""
+    """A function that takes the number of characters just read, and shows the part of `total`."""
     done = 0
 
     def advance(characters: int) -> None:
