@@ -288,7 +288,8 @@ def test_a_run_that_is_done_stays_done_and_can_be_prolonged(tmp_path):
 def test_other_number_of_threads_warns(tmp_path, capsys):
     run = fit(tmp_path, "--max-steps", 2)
     train.main(["--run", str(run), "--resume", "--max-steps", "3", "--threads", "2"])
-    assert "started with 1 thread, continues with 2 threads" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "started with 1 thread, continues with 2 threads" in said
 
 
 def test_carried_state_is_the_state_of_the_text_before(tmp_path):
