@@ -38,9 +38,9 @@ def test_parameters_are_counted_exactly(sizes):
 
 
 CASES = [
-    (16, 128, False, False, "adamw"),
-    (16, 128, True, False, "adamw"),
-    (16, 128, False, True, "muon"),
+    (24, 128, False, False, "adamw"),
+    (24, 128, True, False, "adamw"),
+    (24, 128, False, True, "muon"),
 ]
 PEAK = """
 import json, os, sys

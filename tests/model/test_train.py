@@ -216,6 +216,7 @@ def test_stopped_between_micro_batches_and_resumed_is_the_same(tmp_path, monkeyp
 
     monkeypatch.setattr(step, "batch_loss", stopping)
     stopped = fit(tmp_path, *options)
+    assert (stopped / "loss.png").exists()  # also where nothing has been evaluated yet
     while json.loads((stopped / "last/progress.json").read_text())["ended"] == "interrupted":
         assert train.main(["--run", str(stopped), "--resume"]) in (0, 130)
     assert calls > 9
