@@ -160,9 +160,9 @@ LIST = {
     "--seed: expected below": (train, *NEW, "--seed", "9" * 30),
     "--threads: expected at least 1, got 0": (train, *NEW, "--threads", "0"),
     "--threads: expected 1 to 4096, got 5000": (train, *NEW, "--threads", "5000"),
-    "device: cuda:99 is not available here": (train, *NEW, "--device", "cuda:99"),
-    "device: meta is not available here": (train, *NEW, "--device", "meta"),
-    "device: expected auto, cpu, cuda or mps, got quick": (train, *NEW, "--device", "quick"),
+    "--device: cuda:99 is not available here": (train, *NEW, "--device", "cuda:99"),
+    "--device: meta is not available here": (train, *NEW, "--device", "meta"),
+    "--device: expected auto, cpu, cuda or mps, got quick": (train, *NEW, "--device", "quick"),
     "invalid choice 'float8'": (train, *NEW, "--precision", "float8"),
     "nowhere/settings.json: no such file, so there is no run": (
         *(train, "--run", "nowhere", "--resume"),
@@ -193,7 +193,7 @@ LIST = {
     "part.state: not a saved state (logits is": (run, *MODEL, "--load-state", "part.state"),
     "nowhere/x: No such file or directory": (run, *MODEL, "--save-state", "nowhere/x"),
     "--threads: expected 1 to 4096, got 0": (run, *MODEL, "--threads", "0"),
-    "device: cpu:3 is not available here": (run, *MODEL, "--device", "cpu:3"),
+    "--device: cpu:3 is not available here": (run, *MODEL, "--device", "cpu:3"),
     # evaluate
     "--data: expected files or folders to evaluate on": (evaluate, "model"),
     "missing: no such file or folder ": (evaluate, "model", "--data", "missing"),

@@ -83,6 +83,8 @@ def test_it_trains_in_another_thread(here):
         ({"preset": "huge"}, "preset: expected one of"),
         ({"stop_at_loss": -1.0, "max_steps": 9}, "stop_at_loss: expected at least 0"),
         ({"accumulate": 2**20}, "accumulate, batch_size, seq_len: expected at most"),
+        ({"device": "cuda:99", "data": "snakes.txt"}, "device: cuda:99 is not available here"),
+        ({"vocab_size": 9, "data": "snakes.txt"}, "vocab_size: a bpe tokenizer needs at least"),
         ({"plan": True}, "ysnake train --plan"),
         ({"data": "nowhere"}, "nowhere"),
     ],

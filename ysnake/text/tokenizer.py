@@ -48,7 +48,7 @@ def _train_bpe(texts: Iterable[str], max_vocab: int) -> Tokenizer:
     if max_vocab <= len(alphabet):
         raise InputError(
             f"a bpe tokenizer needs at least {len(alphabet) + 1}, got {max_vocab}",
-            field="vocab_size",
+            field="--vocab-size",
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,7 +74,7 @@ def _train_word(texts: Iterable[str], max_vocab: int) -> Tokenizer:
         raise InputError(
             f"these texts have {len(characters)} characters, so a word tokenizer "
             f"needs at least {len(characters) + 1}, got {max_vocab}",
-            field="vocab_size",
+            field="--vocab-size",
         )
     entries = dict.fromkeys([EOT, *characters])  # an ordered set
     for word, _ in sorted(words.items(), key=lambda item: (-item[1], item[0])):
