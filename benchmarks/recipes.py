@@ -1,8 +1,8 @@
 """How training settings change what is learnt: `python -m benchmarks.recipes --text FILE`.
 
 A recipe is a set of options of `ysnake.train`. Each recipe trains with each learning rate and each
-seed, with the same batches in the same order. What counts is the held-out loss per byte. Runs that
-are there already are not repeated, and runs that were stopped continue.
+seed, with the same batches in the same order. They are compared by the held-out loss per byte.
+Finished runs are not repeated, and stopped runs continue.
 """
 
 import json
@@ -54,7 +54,7 @@ class Options:
     text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH...")]
     """Files and folders to train on, as for `ysnake.train --data`."""
     size: Literal["3M", "24M", "71M"] = "3M"
-    """Parameters of the model, about."""
+    """Size of the model: its number of parameters, about."""
     recipe: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ("baseline",)
     """Which recipes: any of those in benchmarks/recipes.py, or all."""
     lr: tuple[float, ...] = (3e-3, 6e-3, 12e-3)
@@ -64,7 +64,7 @@ class Options:
     steps: int | None = 300
     """Steps of a training."""
     minutes: float | None = None
-    """Train for this long instead."""
+    """Train for this many minutes, instead of a number of steps."""
     warmup_steps: int = 50
     """Steps until the learning rate reaches its peak."""
     runs: Path = Path("runs/recipes")
@@ -99,7 +99,7 @@ def folder(options: Options, name: str, lr: float, seed: int) -> Path:
 
 
 def ended(run: Path) -> bool:
-    """Whether this training has come to its end."""
+    """Whether this training has reached its end."""
     path = run / "last/progress.json"
     return path.is_file() and json.loads(path.read_text())["ended"] in ("steps", "time")
 

@@ -76,7 +76,7 @@ def markdown(trained: Sequence[Trained], title: str) -> str:
     lines += [_row(cells) for _, cells in sorted(rows)]
     lines += [
         "",
-        "Each recipe stands at its best learning rate. `(edge)` marks a best rate that is",
+        "Each recipe is shown at its best learning rate. `(edge)` marks a best rate that is",
     ]
     lines += ["the lowest or the highest that was tried. `tokens` and `time` are what the recipe"]
     lines += [f"takes to reach the final loss of `{BASELINE}`, as a part of what that takes."]
