@@ -146,7 +146,9 @@ def pick_device(name: str) -> str:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"expected auto, cpu, cuda or mps, got {name}", field="--device") from error
+        raise InputError(
+            f"expected auto, cpu, cuda or mps, got {name}", field="--device"
+        ) from error
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     if (device.index or 0) >= count.get(device.type, 0):
         raise InputError(f"{name} is not available here", field="--device")
