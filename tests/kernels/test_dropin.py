@@ -1,24 +1,17 @@
 """Standing in for mamba_ssm and causal-conv1d: under transformers' models, and by itself."""
 
 import platform
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
 import torch
+from fresh_process import python
 from ysnake_kernels import ssd_scan, ssd_step
 from ysnake_kernels.dropin import blocks, norms
 from ysnake_kernels.dropin import functions as f
 from ysnake_kernels.dropin.for_transformers import convolve
 from ysnake_kernels.dropin.mamba_1 import Mamba
 from ysnake_kernels.dropin.modules import Mamba2
-
-
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="sets glibc's allocator")
