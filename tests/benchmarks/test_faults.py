@@ -100,7 +100,7 @@ def test_many_requests_that_no_client_should_send(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "half_open"), [(3, 100), pytest.param(120, 1000, marks=pytest.mark.slow)]
+    ("seconds", "half_open"), [(1.5, 100), pytest.param(120, 1000, marks=pytest.mark.slow)]
 )
 def test_clients_that_leave_beside_half_open_connections(tmp_path, seconds, half_open):
     attack = Clients(tmp_path, seed=0, half_open=half_open)

@@ -310,23 +310,28 @@ def test_wrong_combinations_are_said_by_one_rank(tmp_path, monkeypatch, message)
     assert [p.name for p in tmp_path.iterdir()] == ["snakes.txt"]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--no-such-option"], "Unrecognized options: --no-such-option"),
-        (["--data", "missing"], "error: missing: no such file or folder"),
-    ],
-)
-def test_errors_reach_the_screen_once(tmp_path, options, message):
-    """Whether all ranks find the mistake or the first alone."""
+def test_an_unknown_option_is_said_by_one_rank(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch, "REPORT_TIME", 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        code, _, errors = entry(train.main, "--no-such-option", "--run", "run")
+        assert code == 2
+        assert errors.count("Unrecognized options: --no-such-option") == (rank == 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_reaches_the_screen_once(tmp_path):
+    """One that the first rank alone finds."""
     process = torchrun(
-        *(2, "-m", "--", "ysnake.train", *options, "--run", "run"),
+        *(2, "-m", "--", "ysnake.train", "--data", "missing", "--run", "run"),
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
     )
     errors = process.communicate(timeout=120)[1]
-    assert errors.count(message) == 1
+    assert errors.count("error: missing: no such file or folder") == 1
     assert "exitcode  : 2" in errors[errors.index("Root Cause") :]
     assert not list(tmp_path.iterdir())
 
