@@ -4,12 +4,14 @@ import pytest
 import torch
 from small import model
 
+from ysnake.training import muon
 from ysnake.training.muon import Muon, orthogonal
 from ysnake.training.optimiser import make_moments, make_optimizer
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (24, 80)])
-def test_a_matrix_gets_the_update_of_torch(shape):
+def test_with_its_coefficients_a_matrix_gets_the_update_of_torch(shape, monkeypatch):
+    monkeypatch.setattr(muon, "ITERATIONS", ((3.4445, -4.7750, 2.0315),) * 5)
     own, expected = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
     optimizer = Muon([{"params": [own], "rows": [shape[0]], "weight_decay": 0.1}], (0.9, 0.95))
     make_moments(optimizer)
@@ -78,6 +80,6 @@ def test_adamw_updates_the_other_weights(trained):
             p.copy_(old)
     adamw.step()
     for (name, own), theirs in zip(m.named_parameters(), twin.parameters(), strict=True):
-        muon = name.endswith("_proj.weight")
-        assert torch.equal(own, theirs) is not muon, name
-        assert ("momentum" in optimizer.state[own]) is muon, name
+        projection = name.endswith("_proj.weight")
+        assert torch.equal(own, theirs) is not projection, name
+        assert ("momentum" in optimizer.state[own]) is projection, name
