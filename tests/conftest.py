@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 from quick_interpreter import quicken_interpreter  # noqa: E402
 
 LONGEST = (
-    *("test_fused_ssd", "test_parallel", "test_train", "test_launches", "test_faults"),
-    *("test_compile", "test_front_end", "test_fused_conv", "test_mixer", "test_decoding"),
-    *("test_ssd", "test_memory", "test_families"),
+    *("test_fused_ssd", "test_parallel", "test_launches", "test_faults", "test_train"),
+    *("test_compile", "test_resume", "test_front_end", "test_fused_conv", "test_mixer"),
+    *("test_decoding", "test_ssd", "test_memory", "test_families"),
 )
 
 

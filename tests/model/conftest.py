@@ -1,9 +1,12 @@
-"""One server for all tests that only send requests to it."""
+"""One server for all tests that only send requests to it, and what trainings need."""
 
 import ollama
 import pytest
+import torch
 from running_server import serving
 from small import saved
+
+from ysnake.training import evaluation
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,17 @@ def client(address):
     """Ollama's client."""
     with ollama.Client(address) as client:
         yield client
+
+
+@pytest.fixture
+def one_thread():
+    """Trainings may set the number of threads; afterwards it is what it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def short_samples(monkeypatch):
+    """For runs of this process alone: they write samples of the same length."""
+    monkeypatch.setattr(evaluation, "SAMPLE_TOKENS", 8)

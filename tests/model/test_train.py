@@ -1,17 +1,13 @@
-"""Training from the command line: it learns, stops for each reason, and resumes bit for bit."""
+"""Training from the command line: it learns, and stops for each reason."""
 
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from itertools import count
 
 import pytest
 import torch
 from rich.console import Console
-from small import ROOT, TINY, corpus, environment, python
+from small import ROOT, TINY, corpus, python
 
 from ysnake import train
 from ysnake.checkpoints import checkpoint
@@ -22,6 +18,7 @@ from ysnake.training.metrics import OF_THIS_EXECUTION
 from ysnake.training.optimiser import make_optimizer
 from ysnake.training.signals import Stop
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 COMMAND = ["ysnake.train", *TINY, "--vocab-size", "300", "--threads", "1", "--data", "snakes.txt"]
 
 
@@ -54,13 +51,6 @@ def same_training(first, second):
     return weights(first) == weights(second) and a == b and samples[0] == samples[1]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_a_run_leaves_what_it_promises(tmp_path):
     run = fit(tmp_path, "--max-steps", 6, "--eval-every", 3)
     hugging_face = {"config.json", "generation_config.json", "model.safetensors"}
@@ -82,12 +72,6 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert json.loads((run / "settings.json").read_text())["d_model"] == 32
     assert (run / "samples.txt").read_text().count(" >>> ") == 2
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.fixture
-def short_samples(monkeypatch):
-    """For runs of this process alone: they write samples of the same length."""
-    monkeypatch.setattr(evaluation, "SAMPLE_TOKENS", 8)
 
 
 @pytest.mark.usefixtures("short_samples")
@@ -178,103 +162,6 @@ def test_weights_that_decay_are_matrices(tmp_path):
     assert other["weight_decay"] == 0
     assert all(names[id(p)].endswith(never) for p in other["params"])
     assert not any(names[id(p)].endswith(never) for p in decaying["params"])
-
-
-PARTS = ("accumulating", "carrying states")  # of "carrying and accumulating"
-RESUMED = {
-    "plain": [],
-    "accumulating": ["--accumulate", "3"],
-    "carrying states": ["--carry-state"],
-    "carrying and accumulating": ["--carry-state", "--accumulate", "2"],
-    "factorised head, Muon": ["--output-size", "16", "--optimizer", "muon"],
-    "patience": ["--patience", "3", "--eval-every", "2", "--lr", "0.05"],
-}
-
-
-@pytest.mark.usefixtures("short_samples")
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param(options, id=name, marks=[pytest.mark.slow] if name in PARTS else [])
-        for name, options in RESUMED.items()
-    ],
-)
-def test_stopped_between_micro_batches_and_resumed_is_the_same(tmp_path, monkeypatch, options):
-    """A stop is asked for at a moment inside a step, twice; the run ends as if never stopped."""
-    options = ["--max-steps", "9", "--eval-every", "4", *options]
-    whole = fit(tmp_path, *options)
-
-    real = step.batch_loss
-    calls = 0
-
-    def stopping(*args):
-        nonlocal calls
-        calls += 1
-        if calls in (3, 9):
-            signal.raise_signal(signal.SIGINT)
-        return real(*args)
-
-    monkeypatch.setattr(step, "batch_loss", stopping)
-    stopped = fit(tmp_path, *options)
-    assert (stopped / "loss.png").exists()  # also where nothing has been evaluated yet
-    while json.loads((stopped / "last/progress.json").read_text())["ended"] == "interrupted":
-        assert train.main(["--run", str(stopped), "--resume"]) in (0, 130)
-    assert calls > 9
-    assert same_training(whole, stopped)
-
-
-OF_PROCESSES = ["--max-steps", "60", "--eval-every", "30", "--checkpoint-every", "7"]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The run that a process makes which nothing happens to."""
-    return fit(tmp_path_factory.mktemp("whole"), *OF_PROCESSES)
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
-def test_interrupted_process_resumes_bit_for_bit(tmp_path, whole, name):
-    """With SIGHUP, as a terminal that is closed, nobody reads its output any more."""
-    if not hasattr(signal, name):
-        pytest.skip(f"no {name} here")
-    corpus(tmp_path)
-    command = [*COMMAND, *OF_PROCESSES, "--run"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command, "stopped"],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE if name == "SIGHUP" else subprocess.DEVNULL,
-    )
-    if name == "SIGHUP":
-        process.stdout.close()
-    lines = tmp_path / "stopped/metrics.jsonl"
-    while not lines.exists() or lines.read_text().count("\n") < 5:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(getattr(signal, name))
-    assert process.wait(60) == 130
-    assert len(metrics(tmp_path / "stopped")) < 60
-    assert train.main(["--run", str(tmp_path / "stopped"), "--resume"]) == 0
-    assert same_training(whole, tmp_path / "stopped")
-
-
-def test_killed_process_resumes_from_its_last_checkpoint(tmp_path, whole):
-    corpus(tmp_path)
-    command = [*COMMAND, *OF_PROCESSES, "--run"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command, "killed"],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-    )
-    lines = tmp_path / "killed/metrics.jsonl"
-    while not lines.exists() or lines.read_text().count("\n") < 10:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert train.main(["--run", str(tmp_path / "killed"), "--resume"]) == 0
-    assert same_training(whole, tmp_path / "killed")
 
 
 def test_a_run_that_is_done_stays_done_and_can_be_prolonged(tmp_path):
