@@ -161,6 +161,11 @@ def without_hashes(write):
     return damage
 
 
+def with_factors(path):
+    """Settings of a run whose head has two factors."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"output_size": 16}))
+
+
 OUTSIDE = {
     ("data/train.tokens", flip): "damaged or exchanged",
     ("data/train.tokens", os.unlink): "no such file",
@@ -177,6 +182,7 @@ OUTSIDE = {
     ("settings.json", empty): "not JSON",
     ("settings.json", lambda path: path.write_text("[]")): "not the settings of a run",
     ("settings.json", lambda path: path.write_text('{"data": 3}')): "not the settings of a run",
+    ("settings.json", with_factors): "not the settings of this run (output_size is 16",
     ("metrics.jsonl", lambda path: path.write_text("no\n")): "line 1: not the metrics of a step",
 }
 

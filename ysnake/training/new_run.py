@@ -1,5 +1,7 @@
 """Starting a training run: its folder, tokenizer, tokens on disk and first weights."""
 
+import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +16,7 @@ from ysnake.shared.shown import amount, escape_controls
 from ysnake.training import launch, memory, run_folder
 from ysnake.training import settings as settings_of
 from ysnake.training.parallel import Ranks
+from ysnake.training.resume import own_config
 from ysnake.training.run import Progress, Run, assemble, save_last
 from ysnake.training.settings import SHIPPED, Settings
 from ysnake.training.signals import stop_at_once
@@ -34,11 +37,7 @@ def start(settings: Settings, console: "Console") -> Run:
     from ysnake.text import data
 
     run_folder.check_free(settings.run)
-    if settings.data == (SHIPPED,) and not SHIPPED.is_dir():
-        raise InputError(
-            "the shipped corpus is not installed here; give files or folders", field="--data"
-        )
-    corpus = data.open_corpus(settings)
+    corpus = _open_corpus(settings)
     device = cli.pick_device(settings.device)
 
     if settings.from_ is not None:
@@ -49,20 +48,27 @@ def start(settings: Settings, console: "Console") -> Run:
         memory.fit(settings, model.config)
         memory.check(settings, model.config, device)
     else:
-        tokenizer = train_tokenizer(settings, corpus, console)
+        tokenizer = _make_tokenizer(settings, corpus, console)
         config = _config(settings, tokenizer)
         memory.fit(settings, config)
         memory.check(settings, config, device)
         torch.manual_seed(settings.seed)
         model = Model(config, settings.init)
 
-    def fill(folder: Path) -> Any:
+    def fill(folder: Path) -> list[str]:
         tokens = folder / "data"
         tokens.mkdir()
-        counts = _tokenise(corpus, tokenizer, model.config, tokens, console)
-        if counts.train_tokens <= settings.seq_len:
+        if corpus is None:
+            assert settings.tokens_from is not None
+            said = _copy_tokens(settings.tokens_from / "data", tokens)
+        else:
+            counts = _tokenise(corpus, tokenizer, model.config, tokens, console)
+            said = [*counts.lines(), *corpus.left_out.lines()]
+        framing = (tokenizer.get_vocab_size(), *model.config.check_frame())
+        n_tokens = len(data.Tokens.open(tokens / "train.tokens", *framing))
+        if n_tokens <= settings.seq_len:
             raise InputError(
-                f"all documents together have {amount(counts.train_tokens, 'token')} to train on, "
+                f"all documents together have {amount(n_tokens, 'token')} to train on, "
                 f"fewer than a window of {settings.seq_len} and the token after it",
                 field="--seq-len",
             )
@@ -72,14 +78,14 @@ def start(settings: Settings, console: "Console") -> Run:
         launch.record_launch(folder)
         settings_of.write(here)
         checkpoint.sync(folder)
-        return counts
+        return said
 
     default = cli.RUNS / f"{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with stop_at_once():
-        folder, counts = run_folder.make(settings.run, default, fill)
+        folder, said = run_folder.make(settings.run, default, fill)
     settings.run = folder
     console.print(f"[bold]{cli.markup(folder)}[/]: {model.n_parameters():,} parameters on {device}")
-    for line in [*counts.lines(), *corpus.left_out.lines()]:
+    for line in said:
         console.print(escape_controls(line), markup=False)
     return assemble(settings, model, tokenizer, Progress(), Ranks())
 
@@ -87,20 +93,58 @@ def start(settings: Settings, console: "Console") -> Run:
 def plan(settings: Settings, console: "Console") -> Any:
     """The table of --plan. Documents are read only if they determine the vocabulary."""
     from ysnake.checkpoints import checkpoint
-    from ysnake.text import data
 
     if settings.resume or settings.from_ is not None:
         source = settings.from_
         if source is None or settings.resume:
             source = settings.folder / "last"
         config = checkpoint.load_config(checkpoint.resolve(source))
-        config = replace(config, chunk_size=settings.chunk_size, output_size=settings.output_size)
+        config = own_config(config, settings)
     elif settings.vocab_size is not None:
         config = model_config(settings, settings.vocab_size, 0)
     else:
-        tokenizer = train_tokenizer(settings, data.open_corpus(settings), console)
+        tokenizer = _make_tokenizer(settings, _open_corpus(settings), console)
         config = _config(settings, tokenizer)
     return memory.table(config, settings)
+
+
+def _open_corpus(settings: Settings) -> "Corpus | None":
+    """The documents to train on; None if another run has their tokens."""
+    from ysnake.text import data
+
+    if settings.tokens_from is not None:
+        return None
+    if settings.data == (SHIPPED,) and not SHIPPED.is_dir():
+        raise InputError(
+            "the shipped corpus is not installed here; give files or folders", field="--data"
+        )
+    return data.open_corpus(settings)
+
+
+def _make_tokenizer(settings: Settings, corpus: "Corpus | None", console: "Console") -> "Tokenizer":
+    """The tokenizer of --tokens-from, or a new one."""
+    if corpus is not None:
+        return train_tokenizer(settings, corpus, console)
+    from ysnake.checkpoints import checkpoint
+
+    assert settings.tokens_from is not None
+    return checkpoint.load_tokenizer(checkpoint.resolve(settings.tokens_from, "last"))
+
+
+def _copy_tokens(source: Path, folder: Path) -> list[str]:
+    """Put the tokens of another run into this folder. Returns what to tell the user.
+
+    The files are linked where the file system can do it, since nothing changes them.
+    """
+    for name in ("train.tokens", "val.tokens"):
+        if not (source / name).is_file():
+            raise InputError(f"{source / name}: no such file", field="--tokens-from")
+        manifest.verify(source / name)
+        try:
+            os.link(source / name, folder / name)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(source / name, folder / name)
+    return [f"tokens and tokenizer of {source.parent}"]
 
 
 def _config(settings: Settings, tokenizer: "Tokenizer") -> ModelConfig:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ysnake.model.config import ModelConfig
 from ysnake.shared import cli, files, manifest
 from ysnake.shared.errors import InputError
 from ysnake.shared.shown import amount
@@ -90,9 +91,10 @@ def _resumed(
     """Restore the run from what its checkpoint contains."""
     from ysnake.checkpoints import checkpoint
 
-    if settings.output_size is not None:
-        model = checkpoint.with_factors(model, saved["head"], settings.output_size)
-    model.use_config(replace(model.config, chunk_size=settings.chunk_size))
+    config = own_config(model.config, settings)
+    if config.output_size is not None:
+        model = checkpoint.with_factors(model, saved["head"], config.output_size)
+    model.use_config(config)
     progress = Progress(**{"samples_size": None} | saved["progress"])
     if progress.samples_size is not None:
         progress.samples_size = int(progress.samples_size)
@@ -117,6 +119,19 @@ def _resumed(
         for layer, (conv, ssm) in zip(run.carried, saved["carried"], strict=True):
             layer.conv, layer.ssm = conv[rows].to(run.device), ssm[rows].to(run.device)
     return run
+
+
+def own_config(config: ModelConfig, settings: Settings) -> ModelConfig:
+    """The configuration of a run's model, from that of its checkpoint and its settings.
+
+    A checkpoint has neither the chunk size nor the factors of a factorised head.
+    """
+    if settings.output_size is not None and config.tied:
+        raise InputError(
+            f"{settings.folder / 'settings.json'}: not the settings of this run (output_size is "
+            f"{settings.output_size}, but the checkpoint's head is its embedding)"
+        )
+    return replace(config, chunk_size=settings.chunk_size, output_size=settings.output_size)
 
 
 def _workers(processes: int, threads: int | None = None) -> str:

@@ -56,6 +56,8 @@ class Settings:
     """Encoding of the files, for example utf-16 or cp1252."""
     text_field: Annotated[str, arg(metavar="NAME")] = "text"
     """Field of a .jsonl line that holds the document."""
+    tokens_from: Annotated[Path | None, arg(metavar="RUN")] = None
+    """Train on the tokens of this run, with its tokenizer. The text is not read again."""
 
     seq_len: int = 256
     """Tokens of a training sequence. A trained model reads and writes text of any length."""
@@ -161,6 +163,7 @@ OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel
 LARGEST = 2**63  # too large for an integer of torch
 MOST_TOKENS = 1 << 26  # in a step of the optimiser, whose batches are all in memory
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+OF_THE_TEXT = ("data", "max_documents", "encoding", "text_field", "tokenizer", "vocab_size")
 MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
 
 
@@ -211,7 +214,7 @@ def _look_ahead(argv: list[str]) -> dict[str, Any]:
     )
     for name in ("--preset", "--tokenizer", "--init"):
         first.add_argument(name)
-    for name in ("--run", "--config"):
+    for name in ("--run", "--config", "--tokens-from"):
         first.add_argument(name, type=Path)
     first.add_argument("--from", type=Path, dest="from_")
     first.add_argument("--resume", action="store_true")
@@ -249,6 +252,9 @@ def _defaults(known: dict[str, Any]) -> Settings:
     default = Settings(preset=preset, **PRESETS[preset].settings | _sizes_of(known.get("from_")))
     if known.get("data") is not None:  # the preset's limit is for the shipped corpus
         default.max_documents = None
+    if known.get("tokens_from") is not None:
+        stored = read(known["tokens_from"])
+        default = replace(default, **{name: getattr(stored, name) for name in OF_THE_TEXT})
     return default
 
 
@@ -264,6 +270,8 @@ def _sizes_of(source: Path | None) -> dict[str, int]:
 
 def _finish_new(settings: Settings) -> None:
     """Check a new run against the checkpoint of --from, and choose its tokenizer and its end."""
+    if settings.tokens_from is not None:
+        _check_text(settings, read(settings.tokens_from))
     if settings.from_ is None:
         settings.tokenizer = settings.tokenizer or "bpe"
     else:
@@ -278,6 +286,24 @@ def _finish_new(settings: Settings) -> None:
                 )
     if settings.max_steps is None and settings.max_minutes is None:
         settings.max_steps = PRESETS[settings.preset].max_steps
+
+
+def _check_text(settings: Settings, stored: Settings) -> None:
+    """Raise InputError if another text or tokenizer is wanted than that of --tokens-from."""
+    if settings.from_ is not None:
+        raise InputError("has a tokenizer too, so --tokens-from cannot be given", field="--from")
+    for name in OF_THE_TEXT:
+        given, own = getattr(settings, name), getattr(stored, name)
+        if not _same(given, own):
+            raise InputError(
+                f"fixed by the run that --tokens-from names, {_shown(own)}; got {_shown(given)}",
+                field=option(name),
+            )
+
+
+def _shown(value: Any) -> str:
+    """A value as a user writes it."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _check_resumed(settings: Settings, stored: Settings) -> None:
@@ -380,7 +406,8 @@ def read(folder: Path) -> Settings:
                 f"expected a list of paths, got {values['data']!r}"[:300], field="--data"
             )
         values["data"] = tuple(map(Path, values["data"]))
-        values["from_"] = values["from_"] and Path(values["from_"])
+        for name in ("from_", "tokens_from"):
+            values[name] = Path(values[name]) if values.get(name) else None
         settings = Settings(**values | {"run": folder} | OF_A_LAUNCH)
         check(settings)
     except (TypeError, LookupError, InputError) as error:
