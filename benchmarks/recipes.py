@@ -112,9 +112,11 @@ def train(options: Options, run: Path, recipe: dict[str, object]) -> None:
     else:
         steps = options.steps or 10**6
         values = SIZES[options.size] | BATCH | {"warmup_steps": options.warmup_steps}
-        values |= {"eval_every": max(1, min(steps // 10, 100)), "checkpoint_every": 100} | recipe
+        values |= {"eval_every": max(1, min(steps // 5, 250)), "checkpoint_every": 100} | recipe
         end = {"max_minutes": options.minutes} if options.minutes else {"max_steps": steps}
         command += ["--preset", "ys-24m", "--data", *map(str, options.text)]
+        if others := finished(options):
+            command += ["--tokens-from", str(others[0])]
         for name, value in (values | end).items():
             flag = "--" + name.replace("_", "-")
             command += [flag] if value is True else [flag, str(value)]
@@ -126,11 +128,15 @@ def train(options: Options, run: Path, recipe: dict[str, object]) -> None:
         raise InputError(f"{run}: the training failed, {path} says why")
 
 
+def finished(options: Options) -> list[Path]:
+    """The folders of the trainings with these sizes and this length that have come to their end."""
+    here = folder(options, "", 0, 0).parent
+    return sorted(path for path in here.glob("*/lr-*-seed-*") if path.is_dir() and ended(path))
+
+
 def trained(options: Options) -> Iterator[Trained]:
     """What was trained with these sizes and this length, also in earlier executions."""
-    for path in sorted(folder(options, "*", 0, 0).parent.parent.glob("*/lr-*-seed-*")):
-        if not path.is_dir() or not ended(path):
-            continue
+    for path in finished(options):
         settings = json.loads((path / "settings.json").read_text())
         lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
         curve = [
