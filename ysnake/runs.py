@@ -39,7 +39,14 @@ class Options:
 def main(argv: list[str], program: str = cli.MODULES) -> int:
     """List or compare as the command line says; returns the exit code."""
     options = cli.parse(Options, argv, cli.command_line("runs", program))
-    rows = comparison(*options.compare) if options.compare else listing()
+    if options.compare:
+        rows = comparison(*options.compare)
+    else:
+        if prepared := cli.being_made():
+            print(escape_controls(prepared), file=sys.stderr)
+            if not cli.runs():
+                return cli.DONE
+        rows = listing()
     if options.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
     else:
@@ -61,7 +68,7 @@ def listing() -> list[list[str]]:
     """The table of all runs, with its headings."""
     folders = sorted(cli.runs(), key=run_files.changed, reverse=True)
     if not folders:
-        raise InputError(cli.NO_RUN)
+        raise InputError(cli.no_run())
     found = [summary(folder) for folder in folders]
     return [list(found[0]), *(list(each.values()) for each in found)]
 

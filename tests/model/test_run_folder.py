@@ -13,7 +13,7 @@ from itertools import count
 import pytest
 from small import TINY, corpus, entry, environment
 
-from ysnake import train
+from ysnake import runs, train
 from ysnake.shared import cli, run_lock
 from ysnake.shared.errors import InputError
 from ysnake.training import run_folder
@@ -130,6 +130,10 @@ def test_what_a_killed_start_leaves_is_no_run_and_the_next_start_removes_it(
     with pytest.raises(InputError, match="no run there yet"):
         cli.newest_run()
     process = another_process_holds(alive.with_suffix(".lock"))
+    prepared = f"a training is being prepared: {os.path.join('runs', 'alive')}"
+    assert entry(runs.main, "--csv") == (0, "", f"{prepared}\n")
+    with pytest.raises(InputError, match="no run there yet; a training is being prepared"):
+        cli.newest_run()
     assert entry(train.main, *OPTIONS, "--data", data, "--run", "runs/killed")[0] == 0
     process.kill()
     process.wait()
@@ -215,6 +219,23 @@ def test_a_signal_while_a_run_begins_leaves_nothing(tmp_path, data, monkeypatch)
     code, _, _ = entry(train.main, *OPTIONS, "--data", data, "--run", tmp_path / "runs/x")
     assert code == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_announced_while_its_vocabulary_is_learnt(tmp_path, data, monkeypatch):
+    from ysnake.training import new_run
+
+    learn, seen = new_run.train_tokenizer, []
+
+    def watched(*arguments):
+        seen.extend(run_lock.being_made(tmp_path / "runs"))
+        return learn(*arguments)
+
+    monkeypatch.setattr(new_run, "train_tokenizer", watched)
+    code, out, _ = entry(train.main, *OPTIONS, "--data", data, "--run", tmp_path / "runs/a.b")
+    assert code == 0
+    assert seen == [tmp_path / "runs/a.b"]
+    assert run_lock.being_made(tmp_path / "runs") == []
+    assert "choosing the entries of the vocabulary" in out.splitlines()
 
 
 def test_the_tokens_on_disk_have_hashes(run, tmp_path):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
-from ysnake.shared import terminal
+from ysnake.shared import run_lock, terminal
 from ysnake.shared.errors import InputError
 from ysnake.shared.shown import escape_controls
 
@@ -23,7 +23,6 @@ STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)  # of all opti
 # The two ways to start a command. Its name follows.
 MODULES, PROGRAM = "python -m ysnake.", "ysnake "
 RUNS = Path("runs")
-NO_RUN = f"{RUNS}: no run there yet; {PROGRAM}train makes one"
 
 Options = TypeVar("Options")
 
@@ -125,11 +124,22 @@ def runs() -> list[Path]:
     return [path.parent for path in found if not path.parent.name.startswith(".")]
 
 
+def being_made() -> str:
+    """A line about the trainings in runs/ that are being prepared; empty if there are none."""
+    names = ", ".join(str(folder) for folder in run_lock.being_made(RUNS))
+    return names and f"a training is being prepared: {names}"
+
+
+def no_run() -> str:
+    """The error message if there is no run in runs/."""
+    return f"{RUNS}: no run there yet; {being_made() or f'{PROGRAM}train makes one'}"
+
+
 def newest_run() -> Path:
     """The folder of the run that was started or resumed last."""
     found = runs()
     if not found:
-        raise InputError(NO_RUN)
+        raise InputError(no_run())
     return max(found, key=lambda folder: (folder / "settings.json").stat().st_mtime)
 
 

@@ -41,9 +41,18 @@ def counted(show: Show, total: int | None, text: str) -> Callable[[int], None]:
         nonlocal done
         done += characters
         part = None if total is None else min(1.0, done / max(1, total))
-        show(part, f"{text}: {done / 1e6:,.1f} million characters")
+        share = "" if part is None else f"{part:.0%}, "
+        show(part, f"{text}: {share}{done / 1e6:,.1f} million characters")
 
     return advance
+
+
+def announce(console: "Console", show: Show, text: str) -> None:
+    """Show long work that cannot say how far it is. A log gets the text at once."""
+    if console.is_terminal or console.is_jupyter:
+        show(None, text)
+    else:
+        console.print(text, markup=False)
 
 
 @contextmanager
@@ -68,14 +77,15 @@ def _notebook_bar() -> Iterator[Show]:
 
     handle = display(HTML(""), display_id=True)
     left = _TimeLeft()
-    shown = 0.0
+    shown, measured = 0.0, True
 
     def show(done: float | None, text: str) -> None:
-        nonlocal shown
+        nonlocal shown, measured
         rest = left(done)
-        if time.monotonic() - shown < 0.2:  # seconds; a notebook draws slowly
+        same = measured == (done is not None)
+        if same and time.monotonic() - shown < 0.2:  # seconds; a notebook draws slowly
             return
-        shown = time.monotonic()
+        shown, measured = time.monotonic(), done is not None
         value = "" if done is None else f' value="{done:.4f}"'
         bar = f'<progress max="1"{value}></progress>'
         handle.update(HTML(f"{bar} {escape(text + rest)}"))

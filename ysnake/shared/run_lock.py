@@ -19,6 +19,7 @@ from ysnake.shared.errors import InputError
 from ysnake.shared.shown import escape_controls
 
 TRAINING = "train.lock"  # in the folder of a run, while a process trains it
+STARTING = f".*.{'[0-9a-f]' * 8}.lock"  # beside the hidden folder of a run that is being made
 # errors of a file system that has no locks
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 LONGEST_NAME = 200  # characters of a lock file that are shown
@@ -76,6 +77,12 @@ def held(path: Path) -> bool:
         return _try(descriptor) is False
     finally:
         os.close(descriptor)
+
+
+def being_made(parent: Path) -> list[Path]:
+    """The runs that processes are making in a folder, each by the name that was asked for."""
+    names = (path.name for path in sorted(parent.glob(STARTING)) if held(path))
+    return [parent / name[1:].rsplit(".", 2)[0] for name in names]  # .NAME.0123abcd.lock
 
 
 def _locked(path: Path, busy: str, until: float) -> int | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ysnake.model.config import PRESETS, ModelConfig, model_config
 from ysnake.shared import cli, manifest
 from ysnake.shared.errors import InputError
-from ysnake.shared.progress import counted, progress
+from ysnake.shared.progress import announce, counted, progress
 from ysnake.shared.shown import amount, escape_controls
 from ysnake.training import launch, memory, run_folder
 from ysnake.training import settings as settings_of
@@ -25,37 +25,21 @@ if TYPE_CHECKING:
     from rich.console import Console
     from tokenizers import Tokenizer
 
+    from ysnake.model.network import Model
     from ysnake.text.data import Corpus, Counts
 
 
 def start(settings: Settings, console: "Console") -> Run:
     """Make the folder of a new run: tokenizer, tokens on disk, first weights. All or nothing."""
-    import torch
-
     from ysnake.checkpoints import checkpoint
-    from ysnake.model.network import Model
     from ysnake.text import data
 
     run_folder.check_free(settings.run)
     corpus = _open_corpus(settings)
     device = cli.pick_device(settings.device)
 
-    if settings.from_ is not None:
-        _, tokenizer, model = checkpoint.load_all(settings.from_)
-        model.config.check_frame()
-        if settings.chunk_size is not None:
-            model.use_config(replace(model.config, chunk_size=settings.chunk_size))
-        memory.fit(settings, model.config)
-        memory.check(settings, model.config, device)
-    else:
-        tokenizer = _make_tokenizer(settings, corpus, console)
-        config = _config(settings, tokenizer)
-        memory.fit(settings, config)
-        memory.check(settings, config, device)
-        torch.manual_seed(settings.seed)
-        model = Model(config, settings.init)
-
-    def fill(folder: Path) -> list[str]:
+    def fill(folder: Path) -> "tuple[Tokenizer, Model, list[str]]":
+        tokenizer, model = _tokenizer_and_model(settings, corpus, device, console)
         tokens = folder / "data"
         tokens.mkdir()
         if corpus is None:
@@ -78,16 +62,41 @@ def start(settings: Settings, console: "Console") -> Run:
         launch.record_launch(folder)
         settings_of.write(here)
         checkpoint.sync(folder)
-        return said
+        return tokenizer, model, said
 
     default = cli.RUNS / f"{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     with stop_at_once():
-        folder, said = run_folder.make(settings.run, default, fill)
+        folder, (tokenizer, model, said) = run_folder.make(settings.run, default, fill)
     settings.run = folder
     console.print(f"[bold]{cli.markup(folder)}[/]: {model.n_parameters():,} parameters on {device}")
     for line in said:
         console.print(escape_controls(line), markup=False)
     return assemble(settings, model, tokenizer, Progress(), Ranks())
+
+
+def _tokenizer_and_model(
+    settings: Settings, corpus: "Corpus | None", device: str, console: "Console"
+) -> "tuple[Tokenizer, Model]":
+    """The tokenizer of a new run, and its model with its first weights."""
+    import torch
+
+    from ysnake.checkpoints import checkpoint
+    from ysnake.model.network import Model
+
+    if settings.from_ is not None:
+        _, tokenizer, model = checkpoint.load_all(settings.from_)
+        model.config.check_frame()
+        if settings.chunk_size is not None:
+            model.use_config(replace(model.config, chunk_size=settings.chunk_size))
+        memory.fit(settings, model.config)
+        memory.check(settings, model.config, device)
+        return tokenizer, model
+    tokenizer = _make_tokenizer(settings, corpus, console)
+    config = _config(settings, tokenizer)
+    memory.fit(settings, config)
+    memory.check(settings, config, device)
+    torch.manual_seed(settings.seed)
+    return tokenizer, Model(config, settings.init)
 
 
 def plan(settings: Settings, console: "Console") -> Any:
@@ -167,7 +176,7 @@ def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") ->
                 if not part.held_out:
                     yield part.text
                 advance(len(part.text))
-            show(1.0, "choosing the entries of the vocabulary")
+            announce(console, show, "choosing the entries of the vocabulary")
 
         tokenizer = tokenizers.train(settings.tokenizer or "bpe", texts(), wanted)
     size = tokenizer.get_vocab_size()

@@ -17,7 +17,6 @@ from typing import TypeVar
 from ysnake.shared import run_lock
 from ysnake.shared.errors import InputError
 
-LOCKS = f".*.{'[0-9a-f]' * 8}.lock"  # beside hidden folders
 Result = TypeVar("Result")
 
 
@@ -82,7 +81,7 @@ def _rename(new: Path, base: Path, or_a_neighbour: bool) -> Path:
 
 def remove_leftovers(parent: Path) -> None:
     """Remove the hidden folders of processes that were killed while they started a run."""
-    for mark in parent.glob(LOCKS):
+    for mark in parent.glob(run_lock.STARTING):
         busy = f"{mark.with_suffix('.new')}: another process starts a run there"
         # an error: that process is still running, or has just ended
         with suppress(InputError, OSError), run_lock.lock(mark, busy) as held:
