@@ -109,7 +109,7 @@ def scan_launches(
     with ExitStack() as patches:
         for module in (fused_forward, fused_backward):
             stand_in = Mock(return_value=(family, MULTIPROCESSORS if form == "segments" else 1))
-            patches.enter_context(patch.object(module, "device", stand_in))
+            patches.enter_context(patch.object(module, "family_and_processors", stand_in))
         return recorded(call)
 
 

@@ -1,7 +1,7 @@
 """The case `quality` of `benchmarks.compare`: models that train for the same time on the same text.
 
 Three models with the same number of parameters train one after another. They get the same batches
-in the same order, the same optimiser, and a learning rate that follows the clock. They are compared
+in the same order, the same optimizer, and a learning rate that follows the clock. They are compared
 by the loss per byte on held-out text. `python -m benchmarks.quality JOB` trains one of them.
 """
 
@@ -104,7 +104,7 @@ def train(job: dict, report: Callable[[dict], None]) -> None:
     import torch
 
     from ysnake.text import data
-    from ysnake.training.optimiser import make_optimizer
+    from ysnake.training.optimizer import make_optimizer
     from ysnake.training.run import Progress
     from ysnake.training.step import CLIP, learning_rate
 

@@ -260,7 +260,7 @@ def training(device: str) -> str:
         model.zero_grad()
         model.loss(ids, ids).backward()
 
-    return f"{ids.numel() / repeated(step, device):,.0f} tokens/s, without the optimiser"
+    return f"{ids.numel() / repeated(step, device):,.0f} tokens/s, without the optimizer"
 
 
 def writing(device: str) -> str:

@@ -99,7 +99,7 @@ class Trainer:
 def serve() -> None:
     """Answer the commands on standard input until it ends."""
     import rich.progress  # noqa: F401  (what a run imports while it runs)
-    import torch._dynamo  # (two seconds, for the first optimiser)
+    import torch._dynamo  # (two seconds, for the first optimizer)
     import torch.distributed.checkpoint
     import torch.distributed.fsdp  # noqa: F401
 

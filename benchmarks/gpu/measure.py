@@ -48,7 +48,9 @@ def moved(op: str, mode: str, s: Shape, processors: int) -> float:
 
     small = {name: sum(k.bytes for k in ks) for name, ks in traffic.others(s).items()}
     conv, conv_back, norm, norm_back, step = small.values()
-    family, _ = fused_plan.device(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    family, _ = fused_plan.family_and_processors(
+        torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     states, *halves = (
         fused_plan.TABLE[fused_plan.table_key(kind, 2, "usual", family)]
         for kind in ("states", "rows", "columns")

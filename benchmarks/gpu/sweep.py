@@ -115,7 +115,7 @@ def lines(entry: Entry, candidate: Config | dict) -> dict[tuple, Config]:
     """The lines of the table that a candidate replaces, by the keys of this machine."""
     given = candidate if isinstance(candidate, dict) else {entry.key: candidate}
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family, _ = fused_plan.device(place)
+    family, _ = fused_plan.family_and_processors(place)
     return {fused_plan.table_key(*key, family): config for key, config in given.items()}
 
 

@@ -97,12 +97,13 @@ def fused_on_cpu(multiprocessors: int = MULTIPROCESSORS) -> Iterator[None]:
     backend = import_module("ysnake_kernels.backend")
     fused_plan = import_module("ysnake_kernels.ssd.fused_plan")
     import_module("ysnake_kernels.ssd.fused")  # it imports all that ask for the device
-    device = fused_plan.device
+    name = "family_and_processors"
+    real = getattr(fused_plan, name)
     ours = [module for name, module in sys.modules.items() if name.startswith("ysnake_kernels")]
     with ExitStack() as patches:
         patches.enter_context(patch.object(backend, "_choose", lambda device: "fused"))
         for module in ours:
-            if getattr(module, "device", None) is device:
-                stand_in = patch.object(module, "device", lambda place: ("sm_90", multiprocessors))
+            if getattr(module, name, None) is real:
+                stand_in = patch.object(module, name, lambda place: ("sm_90", multiprocessors))
                 patches.enter_context(stand_in)
         yield

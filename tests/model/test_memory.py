@@ -49,7 +49,7 @@ import torch._dynamo  # the first optimizer imports it
 from ysnake_kernels.allocator import keep_freed_memory
 from ysnake.model.config import ModelConfig
 from ysnake.model import LayerState, Model
-from ysnake.training.optimiser import make_moments, make_optimizer
+from ysnake.training.optimizer import make_moments, make_optimizer
 from ysnake.training.run import KEPT_RECOMPUTING
 def peak():  # resident kilobytes; ru_maxrss would begin with the parent's
     lines = open("/proc/self/status").read().splitlines()

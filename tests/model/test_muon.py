@@ -6,7 +6,7 @@ from small import model
 
 from ysnake.training import muon
 from ysnake.training.muon import Muon, orthogonal
-from ysnake.training.optimiser import make_moments, make_optimizer
+from ysnake.training.optimizer import make_moments, make_optimizer
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (24, 80)])

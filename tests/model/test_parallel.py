@@ -23,7 +23,7 @@ from ysnake import train
 from ysnake.checkpoints import checkpoint
 from ysnake.shared.errors import InputError
 from ysnake.training import launch, parallel
-from ysnake.training.optimiser import make_moments, make_optimizer
+from ysnake.training.optimizer import make_moments, make_optimizer
 
 STEPS = ["--max-steps", "8", "--eval-every", "8", "--vocab-size", "300"]
 OTHER = ["--carry-state", "--accumulate", "2", "--output-size", "16", "--optimizer", "muon"]

@@ -15,7 +15,7 @@ from ysnake.model.config import PRESETS
 from ysnake.training import evaluation, loop, new_run, settings, step
 from ysnake.training import run as training_run
 from ysnake.training.metrics import OF_THIS_EXECUTION
-from ysnake.training.optimiser import make_optimizer
+from ysnake.training.optimizer import make_optimizer
 from ysnake.training.signals import Stop
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,7 +12,7 @@ from ysnake.shared import cli
 from ysnake.shared.progress import progress as shown_progress
 from ysnake.training import metrics as metrics_of
 from ysnake.training.evaluation import evaluate
-from ysnake.training.optimiser import make_moments
+from ysnake.training.optimizer import make_moments
 from ysnake.training.plot import draw_loss
 from ysnake.training.replay import Replays
 from ysnake.training.run import MEAN_OVER, Run, keep_good, save_last

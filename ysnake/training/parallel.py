@@ -20,7 +20,7 @@ from ysnake.model.config import IGNORED
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 from ysnake.training.launch import RESTARTS, end_after_failed_rank, launched, printed_once
-from ysnake.training.optimiser import make_moments, moments_by_name
+from ysnake.training.optimizer import make_moments, moments_by_name
 from ysnake.training.split_sequences import SequenceNeighbours
 
 if TYPE_CHECKING:

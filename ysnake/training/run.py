@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ysnake.shared import cli
 from ysnake.shared.files import read_json
 from ysnake.shared.run_files import RECENT
-from ysnake.training.optimiser import make_optimizer
+from ysnake.training.optimizer import make_optimizer
 from ysnake.training.parallel import Ranks
 from ysnake.training.settings import Settings
 

@@ -64,7 +64,7 @@ class Settings:
     batch_size: int = 16
     """Sequences per forward pass, over all processes together."""
     accumulate: int = 1
-    """Forward passes per step of the optimiser."""
+    """Forward passes per step of the optimizer."""
     carry_state: bool = False
     """Train on consecutive windows. Each starts with the state after the previous window, so the
     model learns long text from short sequences."""
@@ -161,7 +161,7 @@ FREE_ON_RESUME = (
 # These settings are not stored: each start determines them again.
 OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
 LARGEST = 2**63  # too large for an integer of torch
-MOST_TOKENS = 1 << 26  # in a step of the optimiser, whose batches are all in memory
+MOST_TOKENS = 1 << 26  # in a step of the optimizer, whose batches are all in memory
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 OF_THE_TEXT = ("data", "max_documents", "encoding", "text_field", "tokenizer", "vocab_size")
 MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")

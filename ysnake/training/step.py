@@ -1,4 +1,4 @@
-"""One step of training: the loss of its batches, their gradient, and the optimiser's update."""
+"""One step of training: the loss of its batches, their gradient, and the optimizer's update."""
 
 import math
 from collections.abc import Sequence
@@ -85,7 +85,7 @@ def add_gradients(run: Run, given: Sequence[Any]) -> "list[Tensor]":
 
 
 def train_step(run: Run, stop: Stop) -> dict[str, float | None] | None:
-    """Take one step of the optimiser. None if a stop was requested; then nothing has changed."""
+    """Take one step of the optimizer. None if a stop was requested; then nothing has changed."""
     import torch
 
     from ysnake.model.network import LayerState

@@ -15,7 +15,8 @@ from ysnake_kernels.numerics import SMALLEST_LOG_DECAY, log_decays, sums_of_log_
 from ysnake_kernels.ssd.eager_layout import Layout
 from ysnake_kernels.ssd.inputs import ScanInputs
 
-SMALLEST_EXPONENT = SMALLEST_LOG_DECAY  # a CPU computes with smaller numbers ten times slower
+# exp of less may give denormal numbers in later products, with which a CPU is ten times slower
+SMALLEST_EXPONENT = SMALLEST_LOG_DECAY
 
 
 class Buffer:

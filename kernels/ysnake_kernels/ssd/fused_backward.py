@@ -31,7 +31,7 @@ from ysnake_kernels.ssd.fused_plan import (
     Constants,
     configured,
     constants,
-    device,
+    family_and_processors,
     in_chunks,
     in_tiles,
     line_of,
@@ -73,7 +73,7 @@ def plan_backward(inputs: ScanInputs, unit: int) -> Plan:
     """The plan for this device; `unit` is that of the strides."""
     batch, length, heads, _ = inputs.x.shape
     groups = inputs.B.shape[2]
-    family, multiprocessors = device(inputs.x.device)
+    family, multiprocessors = family_and_processors(inputs.x.device)
     K = constants(inputs, unit, family)
     config = line_of("states", family, K)
     chunk = config.chunk

@@ -22,7 +22,7 @@ from ysnake_kernels.ssd.fused_plan import (
     Constants,
     configured,
     constants,
-    device,
+    family_and_processors,
     in_tiles,
     segments,
     side_by_side,
@@ -270,7 +270,7 @@ def forward(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
     x, B, C = (side_by_side(t) for t in (inputs.x, inputs.B, inputs.C))
     z = side_by_side(inputs.z)
     unit, tokens = strides(x, B, C, z)
-    family, multiprocessors = device(x.device)
+    family, multiprocessors = family_and_processors(x.device)
     K, config = configured("forward", family, constants(inputs, unit, family), 0)
     slices = K.P2 // K.PS
     count = segments(sequences, heads, slices, batch * length, multiprocessors)

@@ -153,16 +153,16 @@ class Config(NamedTuple):
 
 
 @cache
-def device(place: torch.device) -> tuple[str, int]:
+def family_and_processors(place: torch.device) -> tuple[str, int]:
     """A device's family ("sm_80", "sm_90", ..., "gfx942") and its number of multiprocessors."""
     if place.type != "cuda":
         return "interpreter", 1
-    about = torch.cuda.get_device_properties(place)
+    properties = torch.cuda.get_device_properties(place)
     if torch.version.hip:
-        family = about.gcnArchName.split(":")[0]
-    else:  # for NVIDIA's cards gcnArchName is the name of the card
-        family = f"sm_{about.major}{about.minor}"
-    return family, about.multi_processor_count
+        family = properties.gcnArchName.split(":")[0]
+    else:  # gcnArchName of an NVIDIA card is the card's name
+        family = f"sm_{properties.major}{properties.minor}"
+    return family, properties.multi_processor_count
 
 
 # (kernel, bytes of a factor of its products, size[, family]) -> configuration. The size is "wide"

@@ -1,4 +1,4 @@
-"""The optimiser of training: AdamW or Muon, and the memory that it keeps of each parameter."""
+"""The optimizer of training: AdamW or Muon, and the memory that it keeps of each parameter."""
 
 from typing import TYPE_CHECKING, Any
 
