@@ -147,7 +147,7 @@ def test_sizes_as_people_write_them(text, size):
     assert memory.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1GB", "0GB", "8 PB", "1e9GB"])
+@pytest.mark.parametrize("text", ["", "much", "-1GB", "0GB", "8 PB", "1e9GB", "8", "999K"])
 def test_sizes_that_are_none(text):
     with pytest.raises(InputError, match="--memory: expected a size like 8GB, got"):
         memory.parse_size(text)
@@ -159,6 +159,10 @@ def test_the_plan_is_printed_and_nothing_is_made(tmp_path):
     assert done.returncode == 0, done.stderr
     for words in ("parameters", "predicted peak", "largest --batch-size that fits"):
         assert words in done.stdout
+    rows = [line.rstrip().split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert ["24", "--seq-len"] in rows
+    assert ["4", "--batch-size"] in rows
+    assert ["automatic", "--chunk-size"] in rows
     assert not (tmp_path / "runs").exists()
 
 

@@ -73,12 +73,14 @@ def test_interrupted_process_resumes_bit_for_bit(tmp_path, whole, name):
     if not hasattr(signal, name):
         pytest.skip(f"no {name} here")
     corpus(tmp_path)
+    said, errors = tmp_path / "said", tmp_path / "errors"
     command = [*COMMAND, *OF_PROCESSES, "--run"]
     process = subprocess.Popen(
         [sys.executable, "-m", *command, "stopped"],
         cwd=tmp_path,
         env=environment(),
-        stdout=subprocess.PIPE if name == "SIGHUP" else subprocess.DEVNULL,
+        stdout=subprocess.PIPE if name == "SIGHUP" else said.open("w"),
+        stderr=errors.open("w"),
     )
     if name == "SIGHUP":
         process.stdout.close()
@@ -89,6 +91,10 @@ def test_interrupted_process_resumes_bit_for_bit(tmp_path, whole, name):
     process.send_signal(getattr(signal, name))
     assert process.wait(60) == 130
     assert len(metrics(tmp_path / "stopped")) < 60
+    assert errors.read_text().count("stopping after this batch or evaluation") == 1
+    if name == "SIGTERM":
+        how = "continue: python -m ysnake.train --run stopped --resume"
+        assert how in said.read_text().splitlines()
     assert train.main(["--run", str(tmp_path / "stopped"), "--resume"]) == 0
     assert same_training(whole, tmp_path / "stopped")
 

@@ -314,6 +314,15 @@ def test_a_sample_takes_a_line_of_the_screen(tmp_path, monkeypatch, capsys):
     assert (run / "samples.txt").read_text().count("\n") == 103
 
 
+@pytest.mark.usefixtures("short_samples")
+def test_a_warm_up_longer_than_the_time_is_said_at_the_end(tmp_path, capsys):
+    fit(tmp_path, "--max-minutes", 1e-9, "--warmup-steps", 2)
+    said = capsys.readouterr().out
+    assert "the warm-up takes 2 steps; a lower --warmup-steps helps" in said
+    fit(tmp_path, "--max-minutes", 1e-9, "--warmup-steps", 1)
+    assert "--warmup-steps helps" not in capsys.readouterr().out
+
+
 def test_the_end_says_how_to_go_on(tmp_path, capsys):
     run = fit(tmp_path, "--max-steps", 40, "--eval-every", 20, "--lr", 0.01)
     said = " ".join(capsys.readouterr().out.split())

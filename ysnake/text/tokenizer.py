@@ -19,6 +19,7 @@ from ysnake.text import tokenizer_check
 EOT = "<|endoftext|>"  # begins and ends every document: bos, eos and pad in one
 FILE = "tokenizer.json"
 _WORDS = Regex(tokenizer_check.WORDS)
+LEAST_BPE = 257  # entries: one for each byte, and EOT
 BLOCK = 64  # characters; longer words, as in DNA and some scripts, are cut for training
 _FULL = re.compile(rf"\w{{{BLOCK}}}|[^\w\s]{{{BLOCK}}}|\s{{{BLOCK}}}")
 
@@ -27,6 +28,14 @@ def train(kind: str, texts: Iterable[str], max_vocab: int) -> Tokenizer:
     """Train a tokenizer of at most `max_vocab` entries, special token included, on `texts`."""
     learn = {"bpe": _train_bpe, "word": _train_word}[kind]
     return _ready(learn(_without_long_words(texts), max_vocab))
+
+
+def check_size(kind: str, max_vocab: int) -> None:
+    """Raise InputError if no tokenizer of this kind has so few entries, whatever the text is."""
+    if kind == "bpe" and max_vocab < LEAST_BPE:
+        raise InputError(
+            f"a bpe tokenizer needs at least {LEAST_BPE}, got {max_vocab}", field="--vocab-size"
+        )
 
 
 def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
@@ -44,12 +53,7 @@ def _without_long_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _train_bpe(texts: Iterable[str], max_vocab: int) -> Tokenizer:
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if max_vocab <= len(alphabet):
-        raise InputError(
-            f"a bpe tokenizer needs at least {len(alphabet) + 1}, got {max_vocab}",
-            field="--vocab-size",
-        )
+    check_size("bpe", max_vocab)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,7 +61,7 @@ def _train_bpe(texts: Iterable[str], max_vocab: int) -> Tokenizer:
         vocab_size=max_vocab,
         min_frequency=2,
         special_tokens=[EOT],
-        initial_alphabet=sorted(alphabet),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ysnake.model.config import ModelConfig
+from ysnake.model.config import VOCAB_MULTIPLE, ModelConfig
 from ysnake.shared.errors import InputError
 from ysnake.shared.shown import amount
 from ysnake.training.settings import Settings, parse_size
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes
 PREDICTED_TOO_HIGH = 1.25  # a prediction is too high by at most this factor
+LARGE_BATCH = 1024  # windows in a forward pass; --plan counts no further
 PROCESS = 450e6  # bytes: Python, torch, its threads and buffers, and the tokens
 
 
@@ -170,16 +171,31 @@ def table(config: ModelConfig, settings: Settings) -> "Table":
         "[bold]predicted peak[/]": plan.peak,
     }
     out.add_row(f"{plan.parameters:,}", "parameters")
+    out.add_row(
+        f"{config.vocab_size:,}", f"vocabulary, rounded up to a multiple of {VOCAB_MULTIPLE}"
+    )
+    out.add_row(f"{settings.seq_len:,}", "--seq-len")
+    out.add_row(f"{settings.batch_size:,}", "--batch-size")
+    out.add_row(str(config.chunk_size or "automatic"), "--chunk-size")
     for name, size in rows.items():
         out.add_row(f"{size / 1e9:.2f} GB", name)
     limit = available() if settings.memory is None else parse_size(settings.memory)
     if limit is not None:
         where = "this machine" if settings.memory is None else "--memory"
-        fits = largest_batch(config, settings, limit)
-        more = largest_batch(config, replace(settings, recompute=True), limit)
+        fits, more = (
+            largest_batch(config, replace(settings, recompute=recompute), limit)
+            for recompute in (settings.recompute, True)
+        )
         out.add_row(f"{limit / 1e9:.2f} GB", where)
-        out.add_row(f"{fits:,}", f"largest --batch-size that fits, {more:,} with --recompute")
+        out.add_row(
+            _at_most(fits), f"largest --batch-size that fits, {_at_most(more)} with --recompute"
+        )
     return out
+
+
+def _at_most(batch_size: int) -> str:
+    """A batch size in words, without a figure where it is larger than anybody needs."""
+    return f"{batch_size:,}" if batch_size <= LARGE_BATCH else f"more than {LARGE_BATCH:,}"
 
 
 def peak(device: str) -> int | None:

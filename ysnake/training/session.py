@@ -29,7 +29,7 @@ def train(settings: Settings, console: "Console", program: str = cli.MODULES) ->
         settings.device, settings.context_parallel, settings.shard
     ) as ranks:
         console.quiet = console.quiet or not ranks.first
-        stop = Stop()
+        stop = Stop(console.quiet)
         ranks.on_first(lambda: tool_log.check(settings))
         with open_run(settings, ranks, console) as run, stop.listening():
             if settings.resume:

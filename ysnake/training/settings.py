@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from tyro.conf import arg
+from tyro.conf import DisallowNone, arg
 
 from ysnake.inference.model_options import DeviceOption, ThreadsOption
-from ysnake.model.config import PRESETS
+from ysnake.model.config import PRESETS, model_config
 from ysnake.shared import cli, files
 from ysnake.shared.errors import InputError, option
 from ysnake.shared.field_types import is_a, name_of
@@ -45,7 +45,7 @@ class Settings:
     preset: Annotated[str, arg(metavar="NAME")] = "quick"
     """Sizes and training settings to start from: quick, ys-24m, ys-60m or ys-71m."""
 
-    tokenizer: Literal["bpe", "word"] | None = None
+    tokenizer: Annotated[Literal["bpe", "word"] | None, DisallowNone] = None
     """bpe, the default, works on bytes and loses nothing. word has a token for each frequent word
     and splits others into characters."""
     vocab_size: int | None = None
@@ -83,7 +83,7 @@ class Settings:
     """Groups of heads that share B and C."""
     chunk_size: int | None = None
     """Tokens per chunk ("attention block") of the scan; by default what is fastest on the device.
-    It changes time and memory, not the result."""
+    It changes time and memory, and the result only by rounding. --resume may change it."""
     output_size: int | None = None
     """Size of an additional layer before the logits; by default there is none, and the head shares
     its weights with the embedding."""
@@ -114,7 +114,7 @@ class Settings:
     checkpoint_every: int = 250
     """Steps between checkpoints in last/."""
 
-    log: Literal["tensorboard", "wandb", "trackio"] | None = None
+    log: Annotated[Literal["tensorboard", "wandb", "trackio"] | None, DisallowNone] = None
     """Write the metrics to this tool too. TensorBoard reads the folder tensorboard/ of the run."""
 
     recompute: bool = False
@@ -154,7 +154,7 @@ class Settings:
 # warmup_steps determine them as well, but may change, so that a diverged run can be rescued.
 FREE_ON_RESUME = (
     *("config", "run", "resume", "plan", "shard", "context_parallel", "device", "threads"),
-    *("recompute", "no_graphs", "log"),
+    *("recompute", "no_graphs", "log", "chunk_size"),
     *("max_steps", "max_minutes", "stop_at_loss", "patience", "eval_every", "checkpoint_every"),
     *("lr", "warmup_steps"),
 )
@@ -162,6 +162,7 @@ FREE_ON_RESUME = (
 OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
 LARGEST = 2**63  # too large for an integer of torch
 MOST_TOKENS = 1 << 26  # in a step of the optimizer, whose batches are all in memory
+LEAST_MEMORY = 1e6  # bytes; --memory 8 lacks its unit
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 OF_THE_TEXT = ("data", "max_documents", "encoding", "text_field", "tokenizer", "vocab_size")
 MODEL_SIZES = ("d_model", "n_layers", "d_state", "head_dim", "expand", "n_groups")
@@ -241,6 +242,8 @@ def _complete(
         settings = add_options(replace(_defaults(known), **values))
         _finish_new(settings)
     check(settings)
+    if not (settings.resume or settings.from_):
+        _check_model(settings)
     return settings
 
 
@@ -288,6 +291,20 @@ def _finish_new(settings: Settings) -> None:
         settings.max_steps = PRESETS[settings.preset].max_steps
 
 
+def _check_model(settings: Settings) -> None:
+    """Raise InputError if no model and tokenizer can have these sizes, before any text is read."""
+    if settings.vocab_size is not None:
+        from ysnake.text import tokenizer
+
+        tokenizer.check_size(settings.tokenizer or "bpe", settings.vocab_size)
+    try:
+        model_config(settings, settings.vocab_size or PRESETS[settings.preset].max_vocab, 0)
+    except InputError as error:
+        names = "|".join(MODEL_SIZES)
+        reason = re.sub(rf"\b({names})\b", lambda found: option(found[0]), error.reason)
+        raise InputError(reason, error.field and option(error.field)) from error
+
+
 def _check_text(settings: Settings, stored: Settings) -> None:
     """Raise InputError if another text or tokenizer is wanted than that of --tokens-from."""
     if settings.from_ is not None:
@@ -303,6 +320,8 @@ def _check_text(settings: Settings, stored: Settings) -> None:
 
 def _shown(value: Any) -> str:
     """A value as a user writes it."""
+    if value is None:
+        return "the default"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
@@ -321,9 +340,10 @@ def _check_resumed(settings: Settings, stored: Settings) -> None:
     for f in fields(Settings):
         given, own = getattr(settings, f.name), getattr(stored, f.name)
         if f.name not in FREE_ON_RESUME and not _same(given, own):
-            raise InputError(
-                f"a run is resumed with its own, {own}; got {given}", field=option(f.name)
-            )
+            reason = f"a run is resumed with its own, {_shown(own)}; got {_shown(given)}"
+            if f.name == "data":
+                reason += f"; --from {stored.folder} trains its weights on other text in a new run"
+            raise InputError(reason, field=option(f.name))
 
 
 def _same(given: Any, own: Any) -> bool:
@@ -422,6 +442,7 @@ def parse_size(text: str) -> float:
         InputError: the text is no such size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
-    if match is None or float(match[1]) == 0:
+    size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
+    if size < LEAST_MEMORY:
         raise InputError(f"expected a size like 8GB, got {text!r}", field="--memory")
-    return float(match[1]) * UNITS[match[2].upper()]
+    return size

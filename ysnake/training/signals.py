@@ -1,13 +1,18 @@
 """Signals that ask training to stop: Ctrl-C, a closed terminal, a request to terminate."""
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 # SIGHUP: the terminal was closed. Windows has no SIGHUP; only Windows has SIGBREAK.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+STOPPING = (
+    "stopping after this batch or evaluation, then saving; a second Ctrl-C ends without saving"
+)
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
 
@@ -41,16 +46,33 @@ def stop_at_once() -> AbstractContextManager[None]:
     return _handling(_interrupt)
 
 
-class Stop:
-    """Remembers whether a signal has asked training to stop. A second Ctrl-C interrupts at once."""
+def _say(line: str) -> None:
+    """Write a line to standard error. A signal may come while `print` runs, so this is not print.
 
-    requested = False
+    Nobody may read it any more: the terminal may be closed.
+    """
+    with suppress(OSError, ValueError, AttributeError):  # closed, without a file, or no stderr
+        start = "\n" if os.isatty(sys.stderr.fileno()) else ""  # leave the line of the bar
+        os.write(sys.stderr.fileno(), f"{start}{line}\n".encode())
+
+
+class Stop:
+    """Remembers whether a signal has asked training to stop. A second Ctrl-C interrupts at once.
+
+    Args:
+        quiet: say nothing when the signal comes.
+    """
+
+    def __init__(self, quiet: bool = True) -> None:
+        self.requested, self.quiet = False, quiet
 
     @contextmanager
     def listening(self) -> Iterator["Stop"]:
         def request(number: int, _frame: object) -> None:
             if self.requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
+            if not (self.requested or self.quiet):
+                _say(STOPPING)
             self.requested = True
 
         with _handling(request):

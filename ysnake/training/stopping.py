@@ -12,7 +12,7 @@ ENDINGS = {
     "time": "the time is up",
     "loss": "the training loss is down to {loss:.3f}",
     "patience": "the held-out loss has stopped getting better",
-    "interrupted": "interrupted; --resume continues from here",
+    "interrupted": "interrupted",
     "diverged": "loss or gradient were not finite ten times in a row, so the run was stopped; "
     "last/ holds step {kept}, from before; resume with a lower --lr or a longer --warmup-steps",
 }
@@ -47,9 +47,16 @@ def summary(run: Run, program: str = cli.MODULES) -> str:
         f"picture: {cli.markup(run.folder / 'loss.png')}",
         f'next: {cli.command_line("run", program)} {folder} --prompt "..."',
     ]
-    if further := _further(run):
-        train = cli.command_line("train", program)
-        lines.append(f"train it further: {train} --run {folder} --resume {further}")
+    resume = f"{cli.command_line('train', program)} --run {folder} --resume"
+    if progress.ended == "interrupted":
+        lines.append(f"continue: {resume}")
+    elif further := _further(run):
+        lines.append(f"train it further: {resume} {further}")
+    if progress.ended == "time" and progress.step < run.settings.warmup_steps:
+        lines.append(
+            f"the learning rate did not reach its peak, since the warm-up takes "
+            f"{amount(run.settings.warmup_steps, 'step')}; a lower --warmup-steps helps"
+        )
     falling = progress.evaluations > 1 and progress.evaluations_since_best == 0
     if falling and progress.ended in ("steps", "time"):
         lines.append("the held-out loss was still falling, so more training will help")
