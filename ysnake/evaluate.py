@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from ysnake.inference.model_options import (
+    CheckpointOption,
     DeviceOption,
     PathOption,
     ThreadsOption,
@@ -24,6 +25,7 @@ class Options:
     """Measure the loss per token and the bits per byte of a model on documents."""
 
     path: PathOption = None
+    checkpoint: CheckpointOption = None
     data: Annotated[tuple[Path, ...], arg(metavar="PATH...")] = ()
     """Files and folders of documents, as for training."""
     max_documents: int | None = None
@@ -55,7 +57,9 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
     from ysnake.inference.decoding import Decoder
     from ysnake.inference.score import score
 
-    folder, tokenizer, model = read_model(options.path, None, options.device, options.threads)
+    folder, tokenizer, model = read_model(
+        options.path, options.checkpoint, options.device, options.threads
+    )
     model.config.check_frame()
     decoder = Decoder(model, options.weights)
     console = cli.console()

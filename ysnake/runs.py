@@ -2,8 +2,10 @@
 
 import csv
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +17,16 @@ from ysnake.shared.files import read_json
 from ysnake.shared.shown import escape_controls
 from ysnake.training.settings import OF_A_LAUNCH
 
+Shown = Callable[[str, Any], str]  # a value of a summary, by its name, as text
+OTHER_TOKENIZERS = (
+    "the runs have different tokenizers: nats per token cannot be compared, bits per byte can"
+)
 FORMATS = {
     "parameters": "{:,}",
     "steps": "{:,}",
     "loss": "{:.3f}",
     "best held-out loss": "{:.3f}",
+    "best bits per byte": "{:.4f}",
     "tokens/s": "{:,.0f}",
 }
 
@@ -29,7 +36,8 @@ class Options:
     """List the runs in runs/. The newest is first."""
 
     compare: Annotated[tuple[Path, Path] | None, arg(metavar="RUN RUN")] = None
-    """Compare two runs: print the settings in which they differ, and draw both losses."""
+    """Compare two runs: print the settings in which they differ, and draw both losses. The name
+    of a run in runs/ is enough."""
     picture: Annotated[Path, arg(metavar="FILE")] = Path("compare.png")
     """The file that --compare draws into."""
     csv: bool = False
@@ -39,20 +47,25 @@ class Options:
 def main(argv: list[str], program: str = cli.MODULES) -> int:
     """List or compare as the command line says; returns the exit code."""
     options = cli.parse(Options, argv, cli.command_line("runs", program))
-    if options.compare:
-        rows = comparison(*options.compare)
+    shown = as_plain_value if options.csv else as_text
+    compared = options.compare and (find(options.compare[0]), find(options.compare[1]))
+    if compared:
+        rows = comparison(*compared, shown)
     else:
         if prepared := cli.being_made():
             print(escape_controls(prepared), file=sys.stderr)
             if not cli.runs():
                 return cli.DONE
-        rows = listing()
+        rows = listing(shown)
     if options.csv:
         csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
     else:
         show(rows)
-    if options.compare is not None:
-        draw(*options.compare, options.picture)
+    if compared:
+        learnt = {tokenizer(folder) for folder in compared} - {None}
+        if len(learnt) > 1:
+            print(OTHER_TOKENIZERS, file=sys.stderr)
+        draw(*compared, options.picture)
     return cli.DONE
 
 
@@ -64,25 +77,47 @@ def show(rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(map(str.ljust, cells, widths)).rstrip())
 
 
-def listing() -> list[list[str]]:
+def find(folder: Path) -> Path:
+    """The folder of a run; its name is enough for a run in runs/."""
+    inside = cli.RUNS / folder
+    return inside if inside.is_dir() and not folder.exists() else folder
+
+
+def tokenizer(folder: Path) -> bytes | None:
+    """The content of the run's tokenizer.json; None if there is no checkpoint."""
+    path = folder / "last" / "tokenizer.json"
+    return path.read_bytes() if path.is_file() else None
+
+
+def listing(shown: Shown) -> list[list[str]]:
     """The table of all runs, with its headings."""
     folders = sorted(cli.runs(), key=run_files.changed, reverse=True)
     if not folders:
         raise InputError(cli.no_run())
-    found = [summary(folder) for folder in folders]
+    found = [summary(folder, shown) for folder in folders]
     return [list(found[0]), *(list(each.values()) for each in found)]
 
 
-def summary(folder: Path) -> dict[str, str]:
+def summary(folder: Path, shown: Shown) -> dict[str, str]:
     """The summary of a run, as text."""
-    return {name: _cell(name, value) for name, value in run_files.summary(folder).items()}
+    return {name: shown(name, value) for name, value in run_files.summary(folder).items()}
 
 
-def _cell(name: str, value: Any) -> str:
+def as_text(name: str, value: Any) -> str:
+    """A value of a summary for people."""
+    if name == "when":
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(value))
     return "" if value is None else FORMATS.get(name, "{}").format(value)
 
 
-def comparison(first: Path, second: Path) -> list[list[str]]:
+def as_plain_value(name: str, value: Any) -> str:
+    """A value of a summary for programs: numbers without separators, times as in ISO 8601."""
+    if name == "when":
+        return datetime.fromtimestamp(value).astimezone().isoformat(timespec="seconds")
+    return "" if value is None else str(value)
+
+
+def comparison(first: Path, second: Path, shown: Shown) -> list[list[str]]:
     """The table of what differs between two runs: settings, then results."""
     if first.resolve() == second.resolve():
         raise InputError(f"expected two different runs, got {first} twice", field="--compare")
@@ -94,8 +129,9 @@ def comparison(first: Path, second: Path) -> list[list[str]]:
     for name in dict.fromkeys([*a, *b]):
         if name not in ("run", *OF_A_LAUNCH) and a.get(name) != b.get(name):
             rows.append([name, str(a.get(name)), str(b.get(name))])
-    results = [summary(folder) for folder in (first, second)]
-    return rows + [[name, *(r[name] for r in results)] for name in results[0] if name != "run"]
+    results = [summary(folder, shown) for folder in (first, second)]
+    names = [name for name in results[0] if name not in ("run", "data")]  # these are above
+    return rows + [[name, *(r[name] for r in results)] for name in names]
 
 
 def draw(first: Path, second: Path, picture: Path) -> None:

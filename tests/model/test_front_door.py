@@ -3,6 +3,8 @@
 import importlib.util
 import shutil
 import sys
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,6 +204,11 @@ def test_runs_are_listed(two_runs, monkeypatch, capsys):
     assert head.startswith("run,state,parameters,data,steps,loss")
     assert {line.split(",")[0] for line in lines} == {"runs/first", "runs/second"}
     assert all(line.split(",")[1] == "all steps done" for line in lines)
+    row = dict(zip(head.split(","), lines[0].split(","), strict=True))
+    assert int(row["parameters"]) > 1000
+    assert datetime.fromisoformat(row["when"]).tzinfo is not None
+    best = min(m["bits_per_byte"] for m in run_files.metrics(Path(row["run"])) if "val_loss" in m)
+    assert float(row["best bits per byte"]) == best
     assert runs.main([]) == 0
     assert "runs/second" in capsys.readouterr().out
     with run_lock.lock(two_runs / "runs/first" / run_lock.TRAINING, "busy"):
@@ -218,11 +225,23 @@ def test_two_runs_are_compared(two_runs, monkeypatch, capsys):
     stored = two_runs / "runs/second/settings.json"
     stored.write_text(stored.read_text().replace('"resume": false', '"resume": true'))
     assert runs.main(["--compare", "runs/first", "runs/second"]) == 0
-    out = capsys.readouterr().out
+    said = capsys.readouterr()
+    out = said.out
     assert "0.002" in out
     assert "resume" not in out  # how the last start was made is no setting of the run
     assert "d_model" not in out  # the same in both
     assert (two_runs / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "tokenizers" not in said.err
+    # the name of a run in runs/ is enough, and another tokenizer is mentioned
+    shutil.copytree(two_runs / "runs/second", two_runs / "runs/third")
+    data = two_runs / "runs/third/settings.json"
+    data.write_text(data.read_text().replace("snakes.txt", "other.txt"))
+    (two_runs / "runs/third/last/tokenizer.json").write_text("{}")
+    assert runs.main(["--compare", "first", "third"]) == 0
+    said = capsys.readouterr()
+    assert "nats per token cannot be compared, bits per byte can" in said.err
+    assert [line.split()[0] for line in said.out.splitlines()].count("data") == 1
+    shutil.rmtree(two_runs / "runs/third")
     with pytest.raises(InputError, match="--compare: expected two different runs"):
         runs.main(["--compare", "runs/first", "runs/../runs/first"])
     with pytest.raises(InputError, match="not a run"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import httpx
 import pytest
@@ -104,6 +105,21 @@ def test_each_row_does_what_it_says(ask, where):
             assert ask(where, name, value)[0] == 200, name
     status, text = ask(where, "in_no_table", 1)
     assert (status, "in_no_table" in text) == (400, True)
+
+
+def test_the_lines_for_curl_work(address):
+    """Each is sent as curl sends it: with -d alone the body is called a form."""
+    lines = [shlex.split(line) for line in PAGE.splitlines() if line.startswith("curl ")]
+    assert len(lines) == 2
+    for _, url, *options in lines:
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        kind = given.get("-H", "Content-Type: application/x-www-form-urlencoded")
+        headers = dict([kind.split(": ")])
+        body = given["-d"].replace("NAME", NAME)
+        url = url.replace("http://127.0.0.1:11435", address)
+        answer = httpx.post(url, content=body, headers=headers, timeout=60)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == NAME
 
 
 def test_each_endpoint_answers(address):

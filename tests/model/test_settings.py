@@ -1,9 +1,11 @@
 """Settings: what is refused by type and by bound, and which command line resumes a run."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+from small import ROOT
 
 from ysnake.model.config import ModelConfig
 from ysnake.shared.errors import InputError
@@ -108,6 +110,27 @@ def test_a_flag_of_the_run_may_be_given_again(begun):
 def write_flags(folder, **flags):
     path = folder / "settings.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | flags))
+
+
+def test_another_chunk_size_may_be_given(begun):
+    assert resumed("--run", "run", "--chunk-size", "32").chunk_size == 32
+    assert resumed("--run", "run").chunk_size is None
+
+
+def test_the_page_names_what_a_resumed_run_may_change():
+    page = (ROOT / "docs/train.md").read_text(encoding="utf-8")
+    said = page.partition("These may change: ")[2].partition(" With another")[0]
+    free = {settings.option(name) for name in settings.FREE_ON_RESUME}
+    assert set(re.findall(r"--[a-z-]+", said)) == free - {"--config", "--run", "--resume", "--plan"}
+
+
+def test_a_refused_setting_is_shown_as_a_user_writes_it(begun):
+    with pytest.raises(InputError) as error:
+        resumed("--run", "run", "--data", "b.txt", "c.txt")
+    assert "PosixPath" not in str(error.value)
+    assert "a.txt; got b.txt c.txt; --from run trains its weights" in str(error.value)
+    with pytest.raises(InputError, match="its own, the default; got 300"):
+        resumed("--run", "run", "--vocab-size", "300")
 
 
 def test_another_rate_and_other_limits_may_be_given(begun):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +74,7 @@ def summary(folder: Path) -> dict[str, Any]:
     lines = metrics(folder)
     losses = [line["train_loss"] for line in lines[-RECENT:] if line.get("train_loss") is not None]
     held_out = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
+    bits = [line["bits_per_byte"] for line in lines if line.get("bits_per_byte") is not None]
     speeds = sorted(line["tokens_per_s"] for line in lines if line.get("tokens_per_s"))
     data = read_json(folder / SETTINGS).get("data") or []
     return {
@@ -85,6 +85,7 @@ def summary(folder: Path) -> dict[str, Any]:
         "steps": lines[-1]["step"] if lines else 0,
         "loss": sum(losses) / len(losses) if losses else None,
         "best held-out loss": min(held_out, default=None),
+        "best bits per byte": min(bits, default=None),
         "tokens/s": speeds[len(speeds) // 2] if speeds else None,
-        "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(changed(folder))),
+        "when": changed(folder),
     }

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from ysnake.model.network import Model
     from ysnake.text.data import Corpus, Counts
 
+NO_TEXT = "no text in these files"
+
 
 def start(settings: Settings, console: "Console") -> Run:
     """Make the folder of a new run: tokenizer, tokens on disk, first weights. All or nothing."""
@@ -49,6 +51,8 @@ def start(settings: Settings, console: "Console") -> Run:
             counts = _tokenise(corpus, tokenizer, model.config, tokens, console)
             said = [*counts.lines(), *corpus.left_out.lines()]
         framing = (tokenizer.get_vocab_size(), *model.config.check_frame())
+        if corpus is not None and not counts.bytes:
+            raise InputError(NO_TEXT, field="--data")
         n_tokens = len(data.Tokens.open(tokens / "train.tokens", *framing))
         if n_tokens <= settings.seq_len:
             raise InputError(
@@ -168,17 +172,22 @@ def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") ->
     from ysnake.text import tokenizer as tokenizers
 
     wanted = settings.vocab_size or PRESETS[settings.preset].max_vocab
+    found = False
     with progress(console) as show:
 
         def texts() -> Iterator[str]:
+            nonlocal found
             advance = counted(show, corpus.size, "reading for the vocabulary")
             for part in data.split(corpus.pieces()):
+                found = True
                 if not part.held_out:
                     yield part.text
                 advance(len(part.text))
             announce(console, show, "choosing the entries of the vocabulary")
 
         tokenizer = tokenizers.train(settings.tokenizer or "bpe", texts(), wanted)
+    if not found:
+        raise InputError(NO_TEXT, field="--data")
     size = tokenizer.get_vocab_size()
     if size < wanted and settings.vocab_size is not None:
         raise InputError(

@@ -71,12 +71,12 @@ def plot_two(runs: dict[str, list[dict]], path: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for (name, lines), color in zip(runs.items(), ("#1b7837", "#762a83"), strict=True):
-        name = escape_controls(name)
+        name, mean = escape_controls(name), f" (mean of {RECENT} steps)"
         train = [(x["tokens"], x["train_loss"]) for x in lines if x["train_loss"] is not None]
         val = [(x["tokens"], x["val_loss"]) for x in lines if x.get("val_loss") is not None]
         if train:
             tokens, losses = zip(*train, strict=True)
-            axes.plot(tokens, recent_means(losses), color=color, label=f"{name}, training")
+            axes.plot(tokens, recent_means(losses), color=color, label=f"{name}, training{mean}")
         if val:
             axes.plot(*zip(*val, strict=True), "o--", color=color, label=f"{name}, held out")
     axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", ylim=(0, None))
