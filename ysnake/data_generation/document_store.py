@@ -45,11 +45,11 @@ class DocumentStore:
         self.tasks = (task for task in tasks(kind, seed) if task not in done)
         self.prompts = lines(f"{kind}_prompts")
         self.asked = 0  # questions without an answer yet
-        self.thinks = False  # whether answers begin inside a thought, as those of some models
+        self.thinks = False  # whether an answer closed a thought that it had not opened
 
     @property
     def needs_more(self) -> bool:
-        """Whether more questions are needed if all open ones give a document."""
+        """Whether there would be too few documents even if every open question gave one."""
         return self.counts[KEPT] + self.asked < self.count
 
     @property

@@ -55,7 +55,7 @@ def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]
         records = [json.loads(line) for line in whole]
         ends = document_ends(records)
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: what was asked, in {ledger.name}, is damaged") from error
+        raise InputError(f"{path}: {ledger.name}, the list of its questions, is damaged") from error
     size, end = file.seek(0, os.SEEK_END), ends[-1]
     if records and records[-1]["verdict"] == KEPT and ends[-2] <= size < end:
         file.truncate(ends[-2])

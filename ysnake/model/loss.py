@@ -12,7 +12,7 @@ from ysnake_kernels.loss import cross_entropy_
 
 SLICE = 1 << 23  # logits of a slice: 32 MB in float32
 GPU_SLICE = 1 << 27  # a GPU works at its full speed on large slices only: 256 MB in bfloat16
-LEAST_ROWS = 256  # of a slice, whatever the vocabulary: with fewer the products are slow
+LEAST_ROWS = 256  # of a slice, for any vocabulary: products with fewer rows are slow
 
 
 def slice_rows(vocab_size: int, device: str) -> int:
@@ -52,7 +52,7 @@ class _SummedLoss(torch.autograd.Function):
             logits = product(h, weight)
             total += cross_entropy_(logits, targets[i : i + rows])
             if differentiated:
-                dlogits = logits  # by now
+                dlogits = logits  # overwritten with its gradient
                 dhidden[i : i + rows] = product(dlogits, weight.t())
                 if dlogits.dtype == exact:
                     dweight.addmm_(dlogits.t(), h, beta=int(i > 0))  # 0 does not read dweight

@@ -126,7 +126,7 @@ class Service:
             raise Refused(f"{expected}, got {size} bytes, which make more", code=code)
 
         def encode() -> list:
-            # this is the only encoding function that does not block other threads
+            # unlike the other encoding functions, this one releases the interpreter lock
             return self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
 
         encoded = iter(encode() if size <= SHORT else await asyncio.to_thread(encode))

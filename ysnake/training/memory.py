@@ -66,7 +66,7 @@ def predict(config: ModelConfig, settings: Settings) -> Plan:
     tokens = batch_size * seq_len
     block = tokens * (c.d_model + projected)  # the input of a block and of its mixer
     kept = c.n_layers * block
-    if settings.recompute:  # freed inputs make room for the gradients
+    if settings.recompute:  # the gradients take the memory of inputs that are freed
         kept = max(0, c.n_layers * tokens * c.d_model - parameters) + block
     if settings.carry_state:  # before the window and after it
         kept += 2 * c.n_layers * batch_size * (c.d_inner * c.d_state + c.d_conv * c.conv_width)
@@ -122,7 +122,7 @@ def fit(settings: Settings, config: ModelConfig) -> None:
 def check(settings: Settings, config: ModelConfig, device: str) -> None:
     """Raise InputError if a step would take more memory than this machine has.
 
-    Not checked on a GPU, which reports it immediately, and with --shard.
+    A GPU reports it at once, so there it is not checked. Nor is it with --shard.
     """
     limit = available()
     if device != "cpu" or limit is None or settings.shard:

@@ -19,7 +19,7 @@ ITERATIONS = (
     (2.6613, -1.9772, 0.4526),
 )
 MOMENTUM = 0.95
-UPDATE_SIZE = 0.2  # the root mean square of an update with learning rate 1, as AdamW's is
+UPDATE_SIZE = 0.2  # root mean square of an update at learning rate 1; AdamW's is about as large
 
 
 class Muon(torch.optim.Optimizer):
@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _update(grad: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
-    """Add the gradient to the momentum. Returns the update, spread over ranks as the weight is."""
+    """Add the gradient to the momentum. Returns the update, sharded as the weight is."""
     momentum.lerp_(grad, 1 - group["momentum"])
     ahead = grad.lerp(momentum, group["momentum"])  # Nesterov's
     if not hasattr(ahead, "full_tensor"):

@@ -240,7 +240,7 @@ class Ranks:
             mesh = init_device_mesh(device, (self.size,))
             for module in (*model.backbone.layers, model):  # each moves its weights to the device
                 fully_shard(module, mesh=mesh)
-            # that a block returns a view: no block changes in place what another has returned
+            # FSDP2 warns that a block returns a view. No block changes its input in place.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
             register_fsdp_forward_method(model, "loss")
             return model.loss

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def autocast(precision: str, device: "torch.device") -> "AbstractContextManager[object]":
-    """Where the products of a forward pass run in bfloat16. On a CPU `rounded_products` does it."""
+    """A context in which products are in bfloat16, on a GPU. On a CPU see `rounded_products`."""
     import torch
 
     chosen = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")

@@ -80,7 +80,7 @@ def add_gradients(run: Run, given: Sequence[Any]) -> "list[Tensor]":
     pairs = zip(states[::2], states[1::2], strict=True)
     state = [LayerState(conv, ssm) for conv, ssm in pairs] or None
     loss = batch_loss(run, ids, targets, seq_idx, state) / n_targets
-    (loss * run.ranks.size).backward()  # the ranks average gradients; each has a share of the sum
+    (loss * run.ranks.size).backward()  # the ranks average their gradients, and we need the sum
     return [loss.detach(), *(t for layer in state or () for t in (layer.conv, layer.ssm))]
 
 

@@ -2,7 +2,7 @@
 
 `install()` makes both packages importable. transformers and others then find them as if they had
 been installed, on any device. They get the contents of `functions`, `modules`, `mamba_1`, `norms`
-and `blocks`. Models of transformers get some functions of `for_transformers` instead.
+and `blocks`. Models of transformers get functions of `for_transformers` in place of some.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What models of transformers get in place of the plain functions, so that they compute the same.
+"""Functions for models of transformers, which then compute the same as without the drop-in.
 
 A model passes tensors to a function, not modules. So a function that replaces several modules
 cannot see their adapters, hooks, masks and other settings. By default models get no such function.

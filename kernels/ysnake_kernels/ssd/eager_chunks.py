@@ -149,7 +149,7 @@ class EdgeStates:
         layout, new = scan.layout, partial(Buffer, scan.dtype, scan.device)
         self.sizes = layout.b, layout.r * layout.p, layout.n
         self.several = new()
-        self.one = new(), new()  # taken in turns, since the known state may lie in the other
+        self.one = new(), new()  # used in turns: the known state may be in the other
 
     def after(self, entering: Tensor | None, chunks: range) -> tuple[Tensor | None, Tensor]:
         """For chunks of which the first entering state is known."""
@@ -174,7 +174,7 @@ class EdgeStates:
 def select(states: Tensor, chunks: range, from_a_state: bool) -> tuple[Tensor | None, Tensor]:
     """Out of the states at all edges: those that enter a piece's chunks, and those that leave them.
 
-    The first are None where a piece begins the sequence, unless the sequence starts `from_a_state`.
+    The entering states are None for the first piece, unless the sequence starts `from_a_state`.
     """
     entering = states[chunks.start : chunks.stop] if chunks.start or from_a_state else None
     return entering, states[chunks.start + 1 : chunks.stop + 1]

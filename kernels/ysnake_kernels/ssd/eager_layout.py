@@ -41,9 +41,9 @@ class Layout:
     def _pieces(self, from_a_state: bool) -> list[range]:
         """The numbers of each piece's chunks.
 
-        If no state enters the first chunk, that chunk is a piece by itself. So is the last chunk
-        then, because the state that leaves it may not be wanted. A last chunk with fewer tokens is
-        always a piece by itself.
+        If no state enters the first chunk, then the first and the last chunk are pieces by
+        themselves: the first reads no state, and the state that leaves the last may not be wanted.
+        A last chunk with fewer tokens is always a piece by itself.
         """
         most = max(1, PIECE_ELEMENTS // (self.batch * self.q * self.heads * self.p))
         first = 0 if from_a_state else min(1, self.n_chunks - 1)

@@ -100,7 +100,7 @@ def rows_kernel(
         seen &= doc[:, None] == ft.document(place, tile, tj)[None, :]
         entered = doc == ft.document(place, tile, tl.maximum(chunk.t0 - 1, tile.start))
     # B and C are loaded here for CB only. The loop loads C again for each head, and B is loaded
-    # again after it, from the cache. Held through the loop they would take registers of others.
+    # again after it, from the cache. Kept during the loop, they would need too many registers.
     C_i, B_j = ft.load_tile(Cs, tile, group, n, K.N), ft.load_tile(Bs, chunk, group, n, K.N)
     CB = ft.dot(C_i, tl.trans(B_j), K)  # [i, j]
     dCB = tl.zeros([K.Q, K.CHUNK], K.ACC)

@@ -28,7 +28,7 @@ class Constants(NamedTuple):
     N2: int
     HEADS: int
     PER_GROUP: int  # heads of a group
-    UNIT: int  # the strides of tokens that a kernel gets are multiples of this
+    UNIT: int  # divides the strides of tokens that a kernel gets
     D_PER_CHANNEL: bool
     SOFTPLUS: bool
     LOW: float
@@ -149,7 +149,7 @@ class Config(NamedTuple):
     p_slice: int  # the most channels of a head that one program computes
     warps: int
     stages: int
-    chunk: int = 0  # of backward, on the line for "states": tokens between stored states
+    chunk: int = 0  # on the line for "states": tokens between two states that backward stores
 
 
 @cache
@@ -165,7 +165,7 @@ def family_and_processors(place: torch.device) -> tuple[str, int]:
     return family, properties.multi_processor_count
 
 
-# (kernel, bytes of a factor of its products, size[, family]) -> configuration. The size is "wide"
+# (kernel, bytes of a number in its products, size[, family]) -> configuration. The size is "wide"
 # for states above 128. A kernel without a line for "wide" uses the one for "usual".
 #
 # Registers are the limit. `forward` and `states` hold a state of p_slice x N2 numbers in them,
@@ -175,8 +175,8 @@ TABLE = {
     ("states", 2, "usual"): Config(tile=64, p_slice=64, warps=4, stages=2, chunk=64),
     ("rows", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=1),
     ("columns", 2, "usual"): Config(tile=32, p_slice=64, warps=4, stages=1),
-    # The fastest on an H200. Rows and columns spill registers to memory there, but two programs
-    # share a multiprocessor.
+    # The fastest on an H200, and used on an H100 too. Rows and columns spill registers to memory
+    # there, but two programs share a multiprocessor.
     ("states", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=8, stages=2, chunk=64),
     ("rows", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=4, stages=2),
     ("columns", 2, "usual", "sm_90"): Config(tile=64, p_slice=64, warps=4, stages=2),
