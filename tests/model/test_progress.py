@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -76,8 +77,10 @@ def test_a_log_gets_lines_with_speed_and_time_left(here, monkeypatch, capsys):
     assert line.endswith(" left")
     assert "reading for the vocabulary: 6%, 0.0 million characters" in out
     assert "evaluating 100%" in out
-    code, out, _ = entry(evaluate.main, run.path, "--data", "snakes.txt")
+    chosen = ["--data", "snakes.txt", "--checkpoint", "best"]
+    code, out, _ = entry(evaluate.main, run.path, *chosen)
     assert code == 0
+    assert out.splitlines()[-1].startswith(f"{run.path / 'best'}: ")
     assert " million characters" in out
     assert "nats per token" in out.splitlines()[-1]
 
@@ -91,6 +94,22 @@ def test_a_terminal_gets_a_bar_that_vanishes():
         show(0.25, "step 1 [of] 4")
     assert "step 1 [of] 4" in out.getvalue()
     assert "a sample" in out.getvalue()
+
+
+def test_a_bar_without_a_fraction_pulses():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="truecolor", width=100)
+
+    def colors():
+        return set(re.findall(r"38;2;\d+;\d+;\d+", out.getvalue()))
+
+    with progress.progress(console) as show:
+        show(0.25, "reading")
+    assert len(colors()) < 4
+    with progress.progress(console) as show:
+        show(0.25, "reading")
+        show(None, "choosing")
+    assert len(colors()) > 6
 
 
 @pytest.mark.parametrize(

@@ -61,11 +61,12 @@ def _terminal_bar(console: "Console") -> Iterator[Show]:
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=1.0)
+        bar.add_task("", total=1.0)
+        (task,) = bar.tasks
 
         def show(done: float | None, text: str) -> None:
-            total = None if done is None else 1.0
-            bar.update(task, total=total, completed=done or 0.0, description=text)
+            task.total = None if done is None else 1.0  # `update` leaves a total for None
+            bar.update(task.id, completed=done or 0.0, description=text)
 
         yield show
 
