@@ -17,20 +17,11 @@ from ysnake.shared import cli
 from ysnake.text import tokenizer
 
 ROOT = Path(__file__).parents[2]
-# sizes of the tiny model as command-line options
+# the tiny model and its training, as command-line options
 TINY = [
-    "--d-model",
-    "32",
-    "--n-layers",
-    "2",
-    "--d-state",
-    "8",
-    "--head-dim",
-    "8",
-    "--seq-len",
-    "24",
-    "--batch-size",
-    "4",
+    *("--d-model", "32", "--n-layers", "2", "--d-state", "8", "--head-dim", "8"),
+    *("--seq-len", "24", "--batch-size", "4"),
+    *("--optimizer", "adamw", "--lr", "0.003", "--schedule", "cosine"),
 ]
 
 

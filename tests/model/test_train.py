@@ -358,7 +358,8 @@ def test_help_explains_every_setting(tmp_path):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_presets_learn_at_any_batch_size(tmp_path, preset, batch_size):
-    options = ["--preset", preset, "--batch-size", batch_size, "--lr", "1e-2", "--seq-len", "8"]
+    lr = max(1e-2, 4 * PRESETS[preset].settings.get("lr", 0))
+    options = ["--preset", preset, "--batch-size", batch_size, "--lr", lr, "--seq-len", "8"]
     command = ["ysnake.train", *options, "--max-steps", "300", "--run", "run"]
     done = python(*command, "--eval-every", "1000", cwd=tmp_path, timeout=7200)
     assert done.returncode == 0, done.stderr

@@ -174,7 +174,7 @@ PRESETS = {
     "quick": Preset(
         "about 3M parameters; learns a part of the shipped corpus by heart in minutes on a CPU",
         max_vocab=4096,
-        max_steps=600,
+        max_steps=350,
         settings={
             "d_model": 256,
             "n_layers": 4,
@@ -182,7 +182,9 @@ PRESETS = {
             "max_documents": 128,
             "seq_len": 128,
             "batch_size": 8,
-            "lr": 3e-3,
+            "optimizer": "muon",
+            "lr": 6e-3,
+            "schedule": "linear",
             "warmup_steps": 50,
             "eval_every": 50,
             "stop_at_loss": 0.15,
