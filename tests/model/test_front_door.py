@@ -190,8 +190,8 @@ def two_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     data = corpus(folder)
     for name, lr in (("first", "0.001"), ("second", "0.002")):
-        argv = ["--data", str(data), "--run", str(folder / "runs" / name), "--lr", lr]
-        argv += ["--vocab-size", "300", "--max-steps", "3", "--eval-every", "2", *TINY]
+        argv = [*TINY, "--data", str(data), "--run", str(folder / "runs" / name), "--lr", lr]
+        argv += ["--vocab-size", "300", "--max-steps", "3", "--eval-every", "2"]
         assert train.main(argv) == 0
     return folder
 

@@ -158,6 +158,7 @@ FREE_ON_RESUME = (
     *("max_steps", "max_minutes", "stop_at_loss", "patience", "eval_every", "checkpoint_every"),
     *("lr", "warmup_steps"),
 )
+OF_OLD_RUNS = {"optimizer": "adamw", "schedule": "cosine"}  # their settings.json lacks them
 # These settings are not stored: each start determines them again.
 OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
 LARGEST = 2**63  # too large for an integer of torch
@@ -202,7 +203,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The settings in a file. Those of a run come without what belongs to a single launch."""
     values = settings_file.read(path)
     if path.suffix == ".json":
-        values = {name: value for name, value in values.items() if name not in OF_A_LAUNCH}
+        values = {k: v for k, v in (OF_OLD_RUNS | values).items() if k not in OF_A_LAUNCH}
     if "config" in values:
         raise InputError(f"{path}: config: a file of settings cannot name another one")
     return settings_file.checked(values, get_type_hints(Settings), str(path))
