@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints, overload
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,13 +20,13 @@ class LanguageModel:
 
     @overload
     def generate(
-        self, prompt: str, max_tokens: int = ..., *, stop: Sequence[str] = ...,
+        self, prompt: str, max_tokens: int = ..., *, stop: str | Sequence[str] = ...,
         stream: Literal[False] = ..., **sampling: float | None,
     ) -> str: ...  # fmt: skip
 
     @overload
     def generate(
-        self, prompt: str, max_tokens: int = ..., *, stop: Sequence[str] = ...,
+        self, prompt: str, max_tokens: int = ..., *, stop: str | Sequence[str] = ...,
         stream: Literal[True], **sampling: float | None,
     ) -> Iterator[str]: ...  # fmt: skip
 
@@ -35,7 +35,7 @@ class LanguageModel:
         prompt: str,
         max_tokens: int = 200,
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         stream: bool = False,
         **sampling: float | None,
     ) -> str | Iterator[str]:
@@ -44,13 +44,14 @@ class LanguageModel:
         Args:
             prompt: the beginning of the text. The result does not contain it.
             max_tokens: largest number of tokens to generate.
-            stop: end where one of these texts appears. The result does not contain it.
+            stop: end where this text, or one of these texts, appears. The result does not contain
+                it.
             stream: return an iterator over pieces of the text, each as soon as it is generated.
             sampling: temperature, top_k, top_p, repetition_penalty and seed, as in
                 `ysnake.inference.sampling.Sampling`.
 
         Raises:
-            InputError: a value is out of range.
+            InputError: a value has a wrong type or is out of range.
             TypeError: there is no such argument.
         """
         from ysnake.inference.conversation import read
@@ -59,18 +60,27 @@ class LanguageModel:
         from ysnake.inference.text_stream import texts, until
         from ysnake.shared.errors import InputError, named_as_in_python
 
-        if max_tokens < 1:
-            raise InputError(f"expected at least 1, got {max_tokens}", field="max_tokens")
         known = [field.name for field in fields(Sampling)]
         if unknown := sampling.keys() - set(known):
-            raise TypeError(f"generate: no argument {min(unknown)}; expected {', '.join(known)}")
+            names = ", ".join(["prompt", "max_tokens", "stop", "stream", *known])
+            raise TypeError(f"generate: no argument {min(unknown)}; expected {names}")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        _check("prompt", prompt, str)
+        _check("max_tokens", max_tokens, int)
+        for text in stops:
+            _check("stop", text, str)
+        for name, kind in get_type_hints(Sampling).items():
+            if name in sampling:
+                _check(name, sampling[name], kind)
+        if max_tokens < 1:
+            raise InputError(f"expected at least 1, got {max_tokens}", field="max_tokens")
         options: dict[str, Any] = {**sampling}
         context = Context(self.decoder, self.tokenizer.get_vocab_size())
         with named_as_in_python([*known, "prompt"]):
             how = Sampling(**options)
             read(context, self.tokenizer, prompt)
         tokens = context.generate(how, max_tokens)
-        pieces = until(texts(self.tokenizer, tokens), tuple(stop))
+        pieces = until(texts(self.tokenizer, tokens), stops)
         return pieces if stream else "".join(pieces)
 
     def logits(self, text: str) -> "Tensor":
@@ -86,6 +96,7 @@ class LanguageModel:
 
         from ysnake.text.tokenizer import encode
 
+        _check("text", text, str)
         config = self.decoder.model.config
         ids = [config.bos_id, *encode(self.tokenizer, text)]
         device = self.decoder.model.backbone.embeddings.weight.device
@@ -96,7 +107,17 @@ class LanguageModel:
         """The mean loss of a document in nats per token. The token that ends it counts too."""
         from ysnake.inference.score import score
 
+        _check("text", text, str)
         return score(self.decoder, self.tokenizer, [(text, True)], lambda n: None).loss_per_token
+
+
+def _check(name: str, value: Any, kind: Any) -> None:
+    """Raise InputError if an argument has another type."""
+    from ysnake.shared.errors import InputError
+    from ysnake.shared.field_types import is_a, name_of
+
+    if not is_a(kind, value):
+        raise InputError(f"expected {name_of(kind)}, got {value!r}"[:300], field=name)
 
 
 def load(

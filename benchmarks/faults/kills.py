@@ -45,10 +45,10 @@ class Kind:
 
 KINDS = (
     Kind("one process"),
-    Kind("one, states carried on", 1, ("--carry-state",)),
+    Kind("one, states carried on", 1, ("--carry-state", "--optimizer", "adamw")),
     Kind("one, factorised head", 1, ("--output-size", "16", "--accumulate", "2")),
     Kind("two processes", 2),
-    Kind("two, sharded", 2, ("--shard",)),
+    Kind("two, sharded", 2, ("--shard", "--optimizer", "adamw")),
     Kind("two, sequences split", 2, ("--context-parallel", "2")),
     Kind("four processes", 4),
 )

@@ -380,7 +380,9 @@ def test_a_file_of_another_hand_is_left_alone(tmp_path):
 
 def test_a_damaged_ledger_is_named(tmp_path):
     (tmp_path / ".words.jsonl").write_text("{}}\n")
-    with pytest.raises(InputError, match=r"words\.txt: .*\.words\.jsonl, is damaged"):
+    with pytest.raises(
+        InputError, match=r"words\.txt: .*\.words\.jsonl, the list of its questions, is"
+    ):
         store(tmp_path)
 
 
@@ -409,7 +411,9 @@ def test_a_ledger_of_another_hand_is_refused(tmp_path, records):
     text = "".join(json.dumps(record) + "\n" for record in records) + "torn"
     (tmp_path / ".words.jsonl").write_text(text)
     (tmp_path / "words.txt").write_text("my own words\n")
-    with pytest.raises(InputError, match=r"words\.txt: .*\.words\.jsonl, is damaged"):
+    with pytest.raises(
+        InputError, match=r"words\.txt: .*\.words\.jsonl, the list of its questions, is"
+    ):
         store(tmp_path)
     assert (tmp_path / ".words.jsonl").read_text() == text
     assert (tmp_path / "words.txt").read_text() == "my own words\n"

@@ -29,6 +29,7 @@ def test_generate_is_what_the_command_writes(folder, model, tmp_path):
     assert done.stdout == escape_controls(text, keep="\n\t") + "\n"
     assert "".join(model.generate("The adder", 9, temperature=0, stream=True)) == text
     assert model.generate("The adder", 9, temperature=0, stop=[text[3:5]]) == text[:3]
+    assert model.generate("The adder", 9, temperature=0, stop=text[3:5]) == text[:3]
 
 
 def test_loss_follows_from_the_logits(model):
@@ -46,8 +47,14 @@ def test_wrong_arguments(model, tmp_path):
         model.generate("a", 0)
     with pytest.raises(InputError, match="temperature"):
         model.generate("a", temperature=-1)
-    with pytest.raises(TypeError, match="generate: no argument mood"):
-        model.generate("a", mood=1)
+    with pytest.raises(TypeError, match="no argument max_token; expected prompt, max_tokens, stop"):
+        model.generate("a", max_token=1)
+    for wrong in ({"max_tokens": "5"}, {"max_tokens": 2.5}, {"temperature": "hot"}, {"stop": [3]}):
+        with pytest.raises(InputError, match=f"{min(wrong)}: expected .*, got "):
+            model.generate("a", **wrong)
+    for call in (model.logits, model.loss, model.generate):
+        with pytest.raises(InputError, match="expected text, got 3"):
+            call(3)
     with pytest.raises(InputError, match="nowhere"):
         ysnake.load(tmp_path / "nowhere")
 

@@ -62,7 +62,7 @@ def test_a_tool_that_is_missing_is_named_before_anything_begins(here, monkeypatc
     find_spec = importlib.util.find_spec
     missing = lambda name, *more: None if name == "wandb" else find_spec(name, *more)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", missing)
-    with pytest.raises(InputError, match=r"--log: wandb is not installed: .*\[wandb\]"):
+    with pytest.raises(InputError, match=r"log: wandb is not installed: .*\[wandb\]"):
         ysnake.train("snakes.txt", run="run", log="wandb", max_steps=2, **HOW)
     assert not (here / "run").exists()
     with pytest.raises(InputError, match="log: expected one of tensorboard, wandb, trackio"):
@@ -92,5 +92,5 @@ def test_a_tool_that_fails_ends_no_training(here, monkeypatch, capsys):
         raise RuntimeError("no account\nsecond line")
 
     monkeypatch.setitem(tool_log.TOOLS, "tensorboard", refusing)
-    with pytest.raises(InputError, match=r"--log: tensorboard cannot be used \(.*no account\)"):
+    with pytest.raises(InputError, match=r"log: tensorboard cannot be used \(.*no account\)"):
         ysnake.train(run=run.path, resume=True, max_steps=5, quiet=True)

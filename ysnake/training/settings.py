@@ -104,7 +104,8 @@ class Settings:
     max_steps: int | None = None
     """Stop after this many steps; by default those of the preset, or none with --max-minutes."""
     max_minutes: float | None = None
-    """Stop after this many minutes. Without --max-steps the learning rate follows the time."""
+    """Stop after this many minutes of the whole run, also before it was resumed. Without
+    --max-steps the learning rate follows the time."""
     stop_at_loss: float | None = None
     """Stop when the mean training loss of 50 steps is at most this (nats per token)."""
     patience: int | None = None
