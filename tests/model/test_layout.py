@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 from small import ROOT, environment
@@ -91,6 +92,36 @@ def test_folders_use_only_the_folders_below_them(folder):
 def test_every_folder_has_its_floor():
     folders = {path.parent.name for path in (ROOT / "ysnake").glob("*/__init__.py")}
     assert folders == FLOORS.keys()
+
+
+def imported(file):
+    """What a module imports while it runs, as names of modules or of things in them."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for_types = {
+        id(part)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for part in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in for_types:
+            for alias in node.names:
+                yield node.module, f"{node.module}.{alias.name}"
+
+
+@pytest.mark.parametrize("package", ["ysnake", "kernels/ysnake_kernels"])
+def test_no_modules_import_each_other(package):
+    """Also not inside functions."""
+    root = (ROOT / package).parent
+    files = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / package).rglob("*.py")
+    }
+    graph = {
+        name: {inside if inside in files else module for module, inside in imported(path)} - {name}
+        for name, path in files.items()
+    }
+    assert len(list(TopologicalSorter(graph).static_order())) > 50
 
 
 def test_files_and_functions_are_short():

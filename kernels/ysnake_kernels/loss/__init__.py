@@ -9,8 +9,7 @@ from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import FLOATS
 from ysnake_kernels.loss import eager, reference
 
-IGNORED = -100
-"""The target of tokens that do not count, as in torch."""
+IGNORED = reference.IGNORED
 
 
 def _implementation(name: str) -> Callable[[Tensor, Tensor], Tensor]:

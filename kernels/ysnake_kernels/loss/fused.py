@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.loss import IGNORED as IGNORED_TARGET
+from ysnake_kernels.loss.reference import IGNORED as IGNORED_TARGET
 from ysnake_kernels.numerics import common_unit, next_power_of_2
 from ysnake_kernels.triton_launch import launcher
 
