@@ -30,7 +30,7 @@ SIZES: dict[str, dict[str, object]] = {
     "24M": {"d_model": 512, "n_layers": 10, "vocab_size": 13_183},
     "71M": {"d_model": 768, "n_layers": 13, "vocab_size": 28_590},
 }
-# In the first report "baseline" is what the others are compared with.
+# The report compares the others with "baseline".
 RECIPES: dict[str, dict[str, object]] = {
     "baseline": {"optimizer": "adamw", "schedule": "cosine", "init": "hippo"},
     "linear": {"schedule": "linear"},
@@ -93,8 +93,9 @@ def main(argv: list[str]) -> int:
 
 
 def folder(options: Options, name: str, lr: float, seed: int) -> Path:
-    """The folder of a training. Its path holds all that this program varies."""
+    """The folder of a training. Its path holds all options but the text."""
     long = f"{options.minutes:g}-minutes" if options.minutes else f"{options.steps}-steps"
+    long += f"-warmup-{options.warmup_steps}"
     return options.runs / f"{options.size}-{long}" / name / f"lr-{lr:g}-seed-{seed}"
 
 
@@ -108,6 +109,7 @@ def train(options: Options, run: Path, recipe: dict[str, object]) -> None:
     """Start or continue a training, in a process of its own."""
     command = [sys.executable, "-m", "ysnake.train", "--run", str(run)]
     if (run / "last").is_dir():
+        check_text(options, run)
         command.append("--resume")
     else:
         steps = options.steps or 10**6
@@ -131,7 +133,17 @@ def train(options: Options, run: Path, recipe: dict[str, object]) -> None:
 def finished(options: Options) -> list[Path]:
     """The folders of the trainings with these sizes and this length that have come to their end."""
     here = folder(options, "", 0, 0).parent
-    return sorted(path for path in here.glob("*/lr-*-seed-*") if path.is_dir() and ended(path))
+    found = sorted(path for path in here.glob("*/lr-*-seed-*") if path.is_dir() and ended(path))
+    for run in found:
+        check_text(options, run)
+    return found
+
+
+def check_text(options: Options, run: Path) -> None:
+    """Raise InputError if a training that is there has another text."""
+    data = json.loads((run / "settings.json").read_text())["data"]
+    if data != [str(path.resolve()) for path in options.text]:
+        raise InputError(f"--text: {run} was trained on {', '.join(data)}; choose another --runs")
 
 
 def trained(options: Options) -> Iterator[Trained]:

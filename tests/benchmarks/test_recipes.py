@@ -53,6 +53,10 @@ def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
     written = metrics.stat().st_mtime_ns
     assert recipes.main(options) == 0
     assert metrics.stat().st_mtime_ns == written
+    other = tmp_path / "other.txt"
+    other.write_text("another text")
+    with pytest.raises(InputError, match=r"--text: .* was trained on .*/text\.txt"):
+        recipes.main(["--text", str(other), *options[2:]])
     files = {path.suffix for path in (tmp_path / "out").iterdir()}
     assert files == {".json", ".md", ".png"}
     (result,) = json.loads(next((tmp_path / "out").glob("*.json")).read_text())["runs"]
