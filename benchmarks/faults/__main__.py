@@ -30,7 +30,7 @@ PARTS = {
     "restarts": Restarts,
 }
 # seconds of each part before the next part takes its turn
-TURNS = {"kills": 30.0, "requests": 15.0, "files": 30.0, "clients": 120.0, "restarts": 0.0}
+TURNS = {"kills": 30.0, "requests": 15.0, "files": 15.0, "clients": 120.0, "restarts": 0.0}
 
 
 @dataclass

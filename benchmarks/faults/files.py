@@ -1,7 +1,7 @@
 """Files from strangers: each must load, or be refused in one line that names it.
 
-A process of its own changes good files as hypothesis draws it, and reads them, thousands a minute.
-It ends itself if a file takes longer than `LONGEST`.
+Processes of their own change good files as hypothesis draws it, and read them, thousands a minute.
+A process ends itself if a file takes longer than `LONGEST`.
 """
 
 import faulthandler
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LONGEST = 20.0  # seconds within which a file must be read or refused
 ADDRESSES = 8 << 30  # most bytes of address space of the process, which begins with about 3 GB
 GROWTH = 300_000_000  # bytes by which the process may grow, whatever it reads
+WORKERS, SEEDS_APART = 2, 1_000_000  # processes, and what separates their seeds
 DRAWS, EACH = 20, 20  # draws for a target before the next one, and files of each draw
 OPTION = r"(--)?[a-z-]+: "  # a message about settings.json may begin so
 TEMPLATE = """{% set ns = namespace(text='') %}{% for m in messages[0:] %}{% if loop.first %}
@@ -227,13 +228,11 @@ def serve(folder: Path, seed: int) -> None:
         print(number + 1, flush=True)
 
 
-class Files:
-    """The attack on files, in a process of its own."""
-
-    name = "fuzzed files"
+class Worker:
+    """A process that attacks one target for each line that it is sent."""
 
     def __init__(self, folder: Path, seed: int):
-        self.folder, self.log = folder / "files", folder / "files.log"
+        self.folder, self.log = folder, folder.with_suffix(".log")
         self.folder.mkdir()
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -244,27 +243,53 @@ class Files:
                 stderr=log,
                 text=True,
             )
-        self.count, self.first_size = 0, 0
+        self.first_size = 0
 
-    def go(self, seconds: float, draws: int = DRAWS) -> str:
-        """Attack for this many seconds. Returns a summary of all files so far."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            print(draws, file=self.process.stdin, flush=True)
-            if not self.process.stdout.readline():
-                code = self.process.wait()
-                raise Lost(f"{code}: {self.log.read_text()}\nthe file is in {self.folder}")
-            self.count += draws * EACH
-            size = resident(self.process.pid)
-            self.first_size = self.first_size or size
-            if size > self.first_size + GROWTH:
-                raise Lost(f"reading files took {size:,} bytes: {self.log.read_text()}")
-        return f"{self.count:,} {self.name}"
+    def begin(self, draws: int) -> None:
+        """Attack the next target with this many draws."""
+        print(draws, file=self.process.stdin, flush=True)
+
+    def wait(self) -> None:
+        """Wait until the target is done. Raises Lost if the process ended or has grown."""
+        if not self.process.stdout.readline():
+            code = self.process.wait()
+            raise Lost(f"{code}: {self.log.read_text()}\nthe file is in {self.folder}")
+        size = resident(self.process.pid)
+        self.first_size = self.first_size or size
+        if size > self.first_size + GROWTH:
+            raise Lost(f"reading files took {size:,} bytes: {self.log.read_text()}")
 
     def close(self) -> None:
         """End the process."""
         self.process.stdin.close()
         self.process.wait(60)
+
+
+class Files:
+    """The attack on files, in `WORKERS` processes with different seeds."""
+
+    name = "fuzzed files"
+
+    def __init__(self, folder: Path, seed: int):
+        seeds = (seed + SEEDS_APART * n for n in range(WORKERS))
+        self.workers = [Worker(folder / f"files{n}", own) for n, own in enumerate(seeds)]
+        self.count = 0
+
+    def go(self, seconds: float, draws: int = DRAWS) -> str:
+        """Attack for this many seconds. Returns a summary of all files so far."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for worker in self.workers:
+                worker.begin(draws)
+            for worker in self.workers:
+                worker.wait()
+            self.count += draws * EACH * WORKERS
+        return f"{self.count:,} {self.name}"
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self.workers:
+            worker.close()
 
 
 if __name__ == "__main__":
