@@ -33,7 +33,7 @@ from ysnake.model.config import PRESETS, model_config
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 from ysnake.training import memory
-from ysnake.training.settings import MODEL_SIZES, Settings
+from ysnake.training.options import MODEL_SIZES, Settings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

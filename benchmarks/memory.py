@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ysnake.model.config import PRESETS, model_config
 from ysnake.training import memory
-from ysnake.training.settings import Settings
+from ysnake.training.options import Settings
 
 # preset, vocabulary, sequence, batch, chunk, --recompute, GB that the original project reports
 ROWS = [

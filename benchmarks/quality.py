@@ -19,7 +19,7 @@ from benchmarks.compare_report import GPT2, HF, YSNAKE
 from benchmarks.contestants import gpt2, memory, saved
 from ysnake.model.config import IGNORED
 from ysnake.shared.errors import InputError
-from ysnake.training.settings import Settings
+from ysnake.training.options import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -45,6 +45,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
             prog="ysnake",
             args=["--tyro-print-completion", options.shell],
             config=(*cli.STYLE, tyro.conf.OmitSubcommandPrefixes),
+            registry=cli.KINDS,
         )
     print(script.getvalue().replace(PRINTED, WITHOUT_BREAKS))
     if options.shell == "bash":  # where tyro knows no completion, complete the names of files
@@ -54,7 +55,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
 
 def options_of(command: str) -> type:
     """The dataclass with the options of a command."""
-    module = "training.settings" if command == "train" else command.replace("-", "_")
+    module = "training.options" if command == "train" else command.replace("-", "_")
     found = importlib.import_module(f"ysnake.{module}")
     return found.Settings if command == "train" else found.Options
 

@@ -18,6 +18,11 @@ class LanguageModel:
     def __init__(self, decoder: "Decoder", tokenizer: "Tokenizer"):
         self.decoder, self.tokenizer = decoder, tokenizer
 
+    def __repr__(self) -> str:
+        config = self.decoder.model.config
+        sizes = f"d_model={config.d_model}, n_layers={config.n_layers}"
+        return f"<LanguageModel {sizes}, vocabulary of {self.tokenizer.get_vocab_size()}>"
+
     @overload
     def generate(
         self, prompt: str, max_tokens: int = ..., *, stop: str | Sequence[str] = ...,

@@ -1,6 +1,6 @@
 """`python -m ysnake.train`: train a model on documents, watch it learn, stop and resume at will.
 
-The options are in `ysnake.training.settings`, the work is in `ysnake.training.session`. This module
+The options are in `ysnake.training.options`, the work is in `ysnake.training.session`. This module
 can also be called, so `ysnake.train(...)` trains from Python.
 """
 

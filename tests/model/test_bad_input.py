@@ -190,7 +190,7 @@ LIST = {
     "nowhere: no such checkpoint folder ": (run, "nowhere", "--prompt", "x"),
     "done/third: no such checkpoint folder": (run, "done/third", "--prompt", "x"),
     "snakes.txt: no such checkpoint folder": (run, "snakes.txt", "--prompt", "x"),
-    "empty/tokenizer.json: no such file; a folder without one": (run, "empty", "--prompt", "x"),
+    "config.json: no such file, so empty is neither": (run, "empty", "--prompt", "x"),
     "invalid choice 'first'": (run, *MODEL, "--checkpoint", "first"),
     "--max-tokens: expected at least 1, got 0": (run, *MODEL, "--max-tokens", "0"),
     "--temperature: expected at least 0, got nan": (run, *MODEL, "--temperature", "nan"),

@@ -13,6 +13,7 @@ TYPED = {
     "ysnake tr": {"train"},
     "ysnake train --pre": {"--precision", "--preset"},
     "ysnake train --init ": {"hippo", "uniform"},
+    "ysnake run --checkpoint ": {"best", "last"},
     "ysnake generate-data --co": {"--count"},
     "ysnake ": {*front.COMMANDS, "-h", "--help"},
 }

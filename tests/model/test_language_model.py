@@ -42,6 +42,11 @@ def test_loss_follows_from_the_logits(model):
     assert model.loss(text) == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_it_shows_its_sizes(model):
+    size = model.tokenizer.get_vocab_size()
+    assert repr(model) == f"<LanguageModel d_model=32, n_layers=2, vocabulary of {size}>"
+
+
 def test_wrong_arguments(model, tmp_path):
     with pytest.raises(InputError, match="max_tokens"):
         model.generate("a", 0)

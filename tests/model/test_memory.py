@@ -16,7 +16,7 @@ from ysnake.checkpoints import checkpoint
 from ysnake.model.config import ModelConfig
 from ysnake.shared.errors import InputError
 from ysnake.training import memory
-from ysnake.training.settings import Settings
+from ysnake.training.options import Settings
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 SIZES = {"vocab_size": 1024, "d_model": 256, "n_layers": 3, "d_state": 64}

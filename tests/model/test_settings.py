@@ -10,7 +10,7 @@ from small import ROOT
 from ysnake.model.config import ModelConfig
 from ysnake.shared.errors import InputError
 from ysnake.training import memory, settings
-from ysnake.training.settings import MOST_TOKENS, Settings
+from ysnake.training.options import MOST_TOKENS, Settings
 
 
 def stored(folder, **changes):
@@ -136,6 +136,24 @@ def test_a_refused_setting_is_shown_as_a_user_writes_it(begun):
 def test_another_rate_and_other_limits_may_be_given(begun):
     again = resumed("--run", "run", "--lr", "1e-5", "--warmup-steps", "7", "--max-steps", "99")
     assert (again.lr, again.warmup_steps, again.max_steps) == (1e-5, 7, 99)
+
+
+def test_an_option_without_a_value_by_default_is_shown_with_its_kind(capsys):
+    with pytest.raises(SystemExit):
+        settings.parse(["--help"])
+    shown = capsys.readouterr().out
+    assert "--max-steps INT" in shown
+    assert "--tokenizer {bpe,word}" in shown
+    assert "{None}" not in shown
+
+
+def test_the_learning_rate_has_a_long_name_too():
+    assert settings.parse(["--learning-rate", "0.25"]).lr == 0.25
+
+
+def test_none_lifts_a_limit_of_a_resumed_run(begun):
+    again = resumed("--run", "run", "--max-steps", "None", "--max-minutes", "9")
+    assert (again.max_steps, again.max_minutes) == (None, 9)
 
 
 def test_a_resumed_run_keeps_a_limit(begun):

@@ -11,6 +11,7 @@ import pytest
 from small import corpus, environment, python
 
 import ysnake
+from ysnake.model.config import PRESETS
 from ysnake.shared.errors import InputError
 from ysnake.training import settings, step
 
@@ -134,7 +135,7 @@ def test_a_file_of_settings_and_options_that_win_over_it(here):
     read = settings.parse(["--config", "run.toml", "--batch-size", "5", "--carry-state"])
     assert (read.data, read.preset, read.seq_len) == ((Path("snakes.txt"),), "ys-24m", 99)
     assert (read.batch_size, read.carry_state, read.stop_at_loss) == (5, True, 2)
-    assert read.d_model == settings.PRESETS["ys-24m"].settings["d_model"]
+    assert read.d_model == PRESETS["ys-24m"].settings["d_model"]
     assert read.max_documents is None  # the limit of a preset is not for the user's data
     assert settings.parse(["--config", "run.toml", "--preset", "quick"]).d_model == 256
     assert settings.parse(["--config", "run.toml", "--no-carry-state"]).carry_state is False
@@ -158,6 +159,7 @@ def test_the_settings_of_a_run_make_the_same_run(here):
     ("text", "said"),
     [
         ("speed = 1\nlearning-rate = 2", "unknown settings: learning_rate, speed;"),
+        ("batchsize = 4", "unknown settings: batchsize; did you mean batch_size?"),
         ("lr = 'fast'", "f.toml: lr: expected a number, got 'fast'"),
         ("data = [1]", "f.toml: data: expected a list of paths"),
         ("[train]\nlr = 1", "unknown settings: train;"),

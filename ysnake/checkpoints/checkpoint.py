@@ -316,6 +316,8 @@ def _shapes(config: ModelConfig) -> Shapes:
 def load_config(folder: Path) -> ModelConfig:
     """The model that the folder's config.json describes."""
     path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, so {folder} is neither a checkpoint nor a run")
     content = read_json(path)
     try:
         config = from_json(content)
@@ -332,6 +334,7 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         InputError: it is missing, or does not fit the model.
     """
     folder = find(folder)
+    rows = load_config(folder).vocab_size
     path = folder / tokenizers.FILE
     if not path.is_file():
         raise InputError(
@@ -340,7 +343,6 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
         )
     tokenizer = tokenizers.load(folder)
     manifest.verify(path)
-    rows = load_config(folder).vocab_size
     size = tokenizer.get_vocab_size()
     last = max(tokenizer.get_vocab().values(), default=-1)
     if last >= rows:

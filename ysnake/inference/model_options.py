@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import DisallowNone, Positional, arg
+from tyro.conf import Positional, arg
 
 from ysnake.shared import cli
 
@@ -23,7 +23,6 @@ PathOption = Positional[
 ]
 CheckpointOption = Annotated[
     Literal["best", "last"] | None,
-    DisallowNone,
     arg(help="The checkpoint of the run; by default best if --patience ended training, else last."),
 ]
 DeviceOption = Annotated[str, arg(help="auto (CUDA if available, else CPU), cpu, cuda or mps.")]

@@ -4,10 +4,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import tyro
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    UnsupportedTypeAnnotationError,
+)
 
 from ysnake.shared import run_lock, terminal
 from ysnake.shared.errors import InputError
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 MOST_THREADS = 4096
 STYLE = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)  # of all options
+KINDS = ConstructorRegistry()  # how tyro reads the types of options, where not in its own way
 
 # The two ways to start a command. Its name follows.
 MODULES, PROGRAM = "python -m ysnake.", "ysnake "
@@ -35,6 +43,33 @@ def command_line(name: str, program: str = MODULES) -> str:
         program: MODULES or PROGRAM, as the user started the present command.
     """
     return program + (name if program == MODULES else name.replace("_", "-"))
+
+
+@KINDS.primitive_rule
+def optional(
+    info: PrimitiveTypeInfo,
+) -> PrimitiveConstructorSpec | UnsupportedTypeAnnotationError | None:
+    """Show an option of `kind | None` as one of `kind`. The word None still means None."""
+    kinds = get_args(info.type)
+    if len(kinds) != 2 or type(None) not in kinds:
+        return None
+    kind = kinds[0] if kinds[1] is type(None) else kinds[1]
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
+    if isinstance(spec, UnsupportedTypeAnnotationError):
+        return spec
+
+    def none_or(words: list[str]) -> Any:
+        return None if words == ["None"] else spec.instance_from_str(words)
+
+    def words_of(value: Any) -> list[str]:
+        return ["None"] if value is None else spec.str_from_instance(value)
+
+    return replace(
+        spec,
+        instance_from_str=none_or,
+        is_instance=lambda value: value is None or spec.is_instance(value),
+        str_from_instance=words_of,
+    )
 
 
 def parse(
@@ -56,6 +91,7 @@ def parse(
         args=argv,
         default=default,
         config=STYLE,
+        registry=KINDS,
     )
     return parsed
 

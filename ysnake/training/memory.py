@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ysnake.model.config import VOCAB_MULTIPLE, ModelConfig
 from ysnake.shared.errors import InputError
 from ysnake.shared.shown import amount
-from ysnake.training.settings import Settings, parse_size
+from ysnake.training.options import Settings, parse_size
 from ysnake.training.sharing import share
 
 if TYPE_CHECKING:

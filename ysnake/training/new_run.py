@@ -15,10 +15,10 @@ from ysnake.shared.progress import announce, counted, progress
 from ysnake.shared.shown import amount, escape_controls
 from ysnake.training import launch, memory, run_folder
 from ysnake.training import settings as settings_of
+from ysnake.training.options import SHIPPED, Settings
 from ysnake.training.parallel import Ranks
 from ysnake.training.resume import own_config
 from ysnake.training.run import Progress, Run, assemble, save_last
-from ysnake.training.settings import SHIPPED, Settings
 from ysnake.training.signals import stop_at_once
 
 if TYPE_CHECKING:

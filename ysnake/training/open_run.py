@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from ysnake.shared import cli, run_lock
 from ysnake.training import run_folder
 from ysnake.training.new_run import start
+from ysnake.training.options import Settings
 from ysnake.training.parallel import Ranks
 from ysnake.training.resume import resume
 from ysnake.training.run import Run
-from ysnake.training.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ysnake.training.settings import Optimizer
+from ysnake.training.options import Optimizer
 
 if TYPE_CHECKING:
     import torch

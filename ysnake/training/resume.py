@@ -13,9 +13,9 @@ from ysnake.shared.errors import InputError
 from ysnake.shared.shown import amount
 from ysnake.training import memory, parallel
 from ysnake.training import settings as settings_of
+from ysnake.training.options import Settings
 from ysnake.training.parallel import Ranks
 from ysnake.training.run import SHARDS, WRITTEN, Progress, Run, assemble
-from ysnake.training.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,8 +11,8 @@ from ysnake.shared import cli
 from ysnake.shared.files import read_json
 from ysnake.shared.run_files import RECENT
 from ysnake.training.optimizer import make_optimizer
+from ysnake.training.options import Settings
 from ysnake.training.parallel import Ranks
-from ysnake.training.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,9 +6,9 @@ from ysnake.shared import cli
 from ysnake.training import parallel, tool_log
 from ysnake.training.loop import fit
 from ysnake.training.open_run import open_run
+from ysnake.training.options import Settings
 from ysnake.training.precision import rounded_products
 from ysnake.training.run import Progress
-from ysnake.training.settings import Settings
 from ysnake.training.signals import Stop
 from ysnake.training.step import warm_up_warning
 from ysnake.training.stopping import reason_to_end, summary

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ def checked(values: Mapping[str, Any], kinds: Mapping[str, Any], source: str) ->
     plain = {name.replace("-", "_"): value for name, value in values.items()}
     named = {"from_" if name == "from" else name: value for name, value in plain.items()}
     if unknown := sorted(named.keys() - kinds.keys()):
+        close = get_close_matches(unknown[0], kinds, 1)
+        hint = f"did you mean {close[0].rstrip('_')}? " if close else ""
         raise InputError(
-            f"{source}: unknown settings: {', '.join(unknown)}; ysnake train --help lists all"
+            f"{source}: unknown settings: {', '.join(unknown)}; {hint}ysnake train --help lists all"
         )
     found = {name: from_plain(kinds[name], value) for name, value in named.items()}
     for name, value in found.items():

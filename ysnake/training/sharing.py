@@ -5,7 +5,7 @@ import os
 from ysnake.model.config import ModelConfig
 from ysnake.shared.errors import InputError
 from ysnake.training.launch import TORCHRUN, launched
-from ysnake.training.settings import Settings
+from ysnake.training.options import Settings
 
 
 def check(settings: Settings) -> None:

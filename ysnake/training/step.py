@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ysnake.training import parallel
+from ysnake.training.options import Settings
 from ysnake.training.precision import autocast
 from ysnake.training.run import MEAN_OVER, Progress, Run, forget_carried
-from ysnake.training.settings import Settings
 from ysnake.training.signals import Stop
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
+from ysnake.training.options import Settings
 from ysnake.training.run import Run
-from ysnake.training.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
