@@ -2,18 +2,21 @@
 
 A recipe is a set of options of `ysnake.train`. Each recipe trains with each learning rate and each
 seed, with the same batches in the same order. They are compared by the held-out loss per byte.
-Finished runs are not repeated, and stopped runs continue.
+Finished runs are not repeated, and stopped runs continue. With --at-once several trainings share
+the processor, each on its own cores.
 """
 
 import json
+import os
 import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -67,6 +70,9 @@ class Options:
     """Train for this many minutes, instead of a number of steps."""
     warmup_steps: int = 50
     """Steps until the learning rate reaches its peak."""
+    at_once: int = 1
+    """Trainings beside each other. Each takes its part of the cores. On two cores, two trainings
+    with one thread each need less time than one after the other with two threads."""
     runs: Path = Path("runs/recipes")
     """Where the trainings are kept."""
     out: Path = ROOT / "benchmarks/results/recipes"
@@ -82,20 +88,43 @@ def main(argv: list[str]) -> int:
         raise InputError(
             f"--recipe: expected some of {', '.join(RECIPES)}, got {', '.join(sorted(unknown))}"
         )
+    if options.at_once < 1:
+        raise InputError(f"--at-once: expected at least 1, got {options.at_once}")
     console = Console()
-    wanted = [(n, lr, seed) for seed, n, lr in product(options.seed, names, options.lr)]
-    for name, lr, seed in track(wanted, "training", console=console):
-        run = folder(options, name, lr, seed)
-        if not ended(run):
-            train(options, run, RECIPES[name] | {"lr": lr, "seed": seed})
-        report(options, console)
+    wanted = [Training(n, lr, seed) for seed, n, lr in product(options.seed, names, options.lr)]
+    train_unless_ended(options, wanted[0])  # alone, since the others take its tokens
+    pool = ThreadPoolExecutor(options.at_once)
+    try:
+        going = [pool.submit(train_unless_ended, options, each) for each in wanted]
+        for done in track(as_completed(going), "training", total=len(going), console=console):
+            done.result()
+            report(options)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return 0
+
+
+class Training(NamedTuple):
+    """What is trained: a recipe with a learning rate and a seed."""
+
+    recipe: str
+    lr: float
+    seed: int
+
+
+def train_unless_ended(options: Options, training: Training) -> None:
+    """Train to the end what has not been trained to its end."""
+    run = folder(options, *training)
+    if not ended(run):
+        recipe = RECIPES[training.recipe]
+        train(options, run, recipe | {"lr": training.lr, "seed": training.seed})
 
 
 def folder(options: Options, name: str, lr: float, seed: int) -> Path:
     """The folder of a training. Its path holds all options but the text."""
     long = f"{options.minutes:g}-minutes" if options.minutes else f"{options.steps}-steps"
     long += f"-warmup-{options.warmup_steps}"
+    long += f"-{options.at_once}-at-once" if options.at_once > 1 else ""
     return options.runs / f"{options.size}-{long}" / name / f"lr-{lr:g}-seed-{seed}"
 
 
@@ -122,6 +151,7 @@ def train(options: Options, run: Path, recipe: dict[str, object]) -> None:
         for name, value in (values | end).items():
             flag = "--" + name.replace("_", "-")
             command += [flag] if value is True else [flag, str(value)]
+    command += ["--threads", str(max(1, (os.cpu_count() or 1) // options.at_once))]
     run.parent.mkdir(parents=True, exist_ok=True)
     path = run.parent / f"{run.name}.log"
     with path.open("a") as log:
@@ -159,7 +189,7 @@ def trained(options: Options) -> Iterator[Trained]:
         yield Trained(path.parent.name, settings["lr"], settings["seed"], curve)
 
 
-def report(options: Options, console: Console) -> None:
+def report(options: Options) -> None:
     """Write the curves, the table and the picture of everything that is trained."""
     found = list(trained(options))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,8 @@ def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
     text.write_text("A snake has no legs, and the hedge has no snake. " * 400)
     tiny = {"d_model": 32, "n_layers": 1, "d_state": 8, "head_dim": 8, "vocab_size": 270}
     monkeypatch.setitem(recipes.SIZES, "3M", tiny)
-    options = ["--text", str(text), "--steps", "2", "--lr", "0.01", "--seed", "0"]
+    options = ["--text", str(text), "--steps", "2", "--lr", "0.01", "--seed", "0", "1"]
+    options += ["--at-once", "2"]
     options += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert recipes.main(options) == 0
     metrics = next((tmp_path / "runs").rglob("metrics.jsonl"))
@@ -59,8 +60,10 @@ def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
         recipes.main(["--text", str(other), *options[2:]])
     files = {path.suffix for path in (tmp_path / "out").iterdir()}
     assert files == {".json", ".md", ".png"}
-    (result,) = json.loads(next((tmp_path / "out").glob("*.json")).read_text())["runs"]
-    assert (result["recipe"], result["lr"], result["seed"]) == ("baseline", 0.01, 0)
+    results = json.loads(next((tmp_path / "out").glob("*.json")).read_text())["runs"]
+    assert [each["seed"] for each in results] == [0, 1]
+    result = results[0]
+    assert (result["recipe"], result["lr"]) == ("baseline", 0.01)
     assert [point[0] for point in result["curve"]] == [2048, 4096]
     assert 0 < result["curve"][1][2] < 10
 
