@@ -1,6 +1,7 @@
 """How much faster the drop-in makes models of transformers: `python -m benchmarks.family_speed`.
 
-Each model has two layers of the original sizes and a small vocabulary. transformers chooses its
+Each model has a small vocabulary and a few layers of the original sizes. Where the kinds of layers
+differ, they stand in about the same proportion as in the original. transformers chooses its
 operators when a model is imported. So each way runs in a process of its own. The two processes take
 turns. The processor time of a run is measured, since other programs affect it less. A ratio above 1
 means that the drop-in is faster.
@@ -17,7 +18,7 @@ import torch
 WAYS = ("plain", "drop-in")
 MODES = ("prefill", "step", "training")
 LENGTHS = {torch.float32: 256, torch.bfloat16: 64}  # many CPUs are slow in bfloat16
-LAYERS = {"num_hidden_layers": 2, "vocab_size": 512, "pad_token_id": 0, "bos_token_id": 0}
+COMMON = {"num_hidden_layers": 2, "vocab_size": 512, "pad_token_id": 0, "bos_token_id": 0}
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4}
 MAMBA_2 = {"mamba_d_state": 128, "mamba_d_head": 64, "mamba_n_groups": 1}
 # model -> class of its configuration, and its sizes
@@ -32,7 +33,8 @@ MODELS = {
             "mamba_n_heads": 48,
             "shared_intermediate_size": 4096,
             "num_local_experts": 0,
-            "layer_types": ["mamba", "attention"],
+            "num_hidden_layers": 10,
+            "layer_types": [*["mamba"] * 9, "attention"],
         },
     ),
     "Falcon-H1-0.5B": (
@@ -67,7 +69,8 @@ MODELS = {
             "intermediate_size": 12288,
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
-            "layer_types": ["conv", "full_attention"],
+            "num_hidden_layers": 5,
+            "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention"],
         },
     ),
     "Qwen3.5-2B": (
@@ -79,7 +82,8 @@ MODELS = {
             "num_key_value_heads": 2,
             "linear_num_key_heads": 16,
             "linear_num_value_heads": 16,
-            "layer_types": ["linear_attention", "full_attention"],
+            "num_hidden_layers": 4,
+            "layer_types": [*["linear_attention"] * 3, "full_attention"],
         },
     ),
     "Mamba-130m": ("Mamba", {"hidden_size": 768}),
@@ -92,7 +96,7 @@ def build(name: str, dtype: torch.dtype) -> torch.nn.Module:
     import transformers
 
     prefix, sizes = MODELS[name]
-    config = getattr(transformers, f"{prefix}Config")(**LAYERS | sizes)
+    config = getattr(transformers, f"{prefix}Config")(**COMMON | sizes)
     torch.manual_seed(0)
     kind = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")
     return kind(config).to(dtype)
