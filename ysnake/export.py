@@ -36,7 +36,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
 
     from ysnake.checkpoints import checkpoint
 
-    path = options.path or cli.newest_run()
+    path = options.path or cli.newest_run_named()
     folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint)
     name = folder.parent.name if folder.name in ("best", "last") else folder.name
     write_gguf(options.gguf, model, tokenizer, options.type, name)
@@ -51,7 +51,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
     with files.replacing(beside) as new:
         new.write_text(text, encoding="utf-8", errors="surrogateescape")
     size = f"{options.gguf.stat().st_size / 1e6:.1f} MB"
-    create = f"ollama create {shlex.quote(name)} -f {shlex.quote(str(beside))}"
+    create = f"ollama create {shlex.quote(options.gguf.stem)} -f {shlex.quote(str(beside))}"
     cli.console().print(
         f"[bold]{cli.markup(options.gguf)}[/]: {cli.markup(folder)}, {model.n_parameters():,} "
         f"parameters as {options.type}, {size}\n{cli.markup(create)}"

@@ -19,7 +19,8 @@ from ysnake.training.settings import OF_A_LAUNCH
 
 Shown = Callable[[str, Any], str]  # a value of a summary, by its name, as text
 OTHER_TOKENIZERS = (
-    "the runs have different tokenizers: nats per token cannot be compared, bits per byte can"
+    "the runs have different tokenizers: nats per token cannot be compared, so the picture has "
+    "bits per byte"
 )
 FORMATS = {
     "parameters": "{:,}",
@@ -63,9 +64,9 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         show(rows)
     if compared:
         learnt = {tokenizer(folder) for folder in compared} - {None}
-        if len(learnt) > 1:
+        if per_byte := len(learnt) > 1:
             print(OTHER_TOKENIZERS, file=sys.stderr)
-        draw(*compared, options.picture)
+        draw(*compared, options.picture, per_byte)
     return cli.DONE
 
 
@@ -134,12 +135,13 @@ def comparison(first: Path, second: Path, shown: Shown) -> list[list[str]]:
     return rows + [[name, *(r[name] for r in results)] for name in names]
 
 
-def draw(first: Path, second: Path, picture: Path) -> None:
+def draw(first: Path, second: Path, picture: Path, per_byte: bool) -> None:
     """Draw the losses of two runs into one picture."""
     from ysnake.training.plot import plot_two
 
     with cli.writing(picture):
-        plot_two({str(folder): run_files.metrics(folder) for folder in (first, second)}, picture)
+        lines = {str(folder): run_files.metrics(folder) for folder in (first, second)}
+        plot_two(lines, picture, per_byte)
     print(f"picture: {escape_controls(str(picture))}", file=sys.stderr)
 
 

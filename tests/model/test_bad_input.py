@@ -73,10 +73,15 @@ MODEL = ["model", "--prompt", "x"]
 LIST = {
     "missing: no such file or folder": (train, *TINY, "--data", "missing"),
     "empty: no .txt, .md, .jsonl file in this folder": (train, *TINY, "--data", "empty"),
-    "binary.txt: a binary file, or text that needs": (train, *TINY, "--data", "binary.txt"),
+    "binary.txt: a binary file (leave it out), or text that needs": (
+        train,
+        *TINY,
+        "--data",
+        "binary.txt",
+    ),
     "latin.txt: not text in UTF-8 (byte 2)": (train, *TINY, "--data", "latin.txt"),
     "x.pdf: expected a folder or a .txt, .md, .jsonl file": (train, *TINY, "--data", "x.pdf"),
-    "wide.txt: not text in UTF-8 (byte 0); --encoding names another, for instance utf-16": (
+    "wide.txt: not text in UTF-8 (byte 0); if it is utf-16: --encoding utf-16 reads": (
         *(train, *TINY, "--data", "wide.txt"),
     ),
     "latin.txt: not text in ASCII (byte 2)": (
@@ -185,6 +190,7 @@ LIST = {
     "--from: starts a new run, so it does not go with --resume": (train, *AGAIN, "--from", "model"),
     "--seq-len: a run is resumed with its own, 24": (train, *AGAIN, "--seq-len", "9"),
     "Unrecognized options: --sequence": (train, *NEW, "--sequence", "9"),
+    "--max-minutes: the run has trained 1 step and": (train, *AGAIN, "--max-minutes", "1e-9"),
     # run
     "runs: no run there yet; ysnake train makes one": (run, "--prompt", "x"),
     "nowhere: no such checkpoint folder ": (run, "nowhere", "--prompt", "x"),
@@ -224,7 +230,7 @@ LIST = {
     "Required options": (export, "model"),
     "--gguf: expected a file to write, got .": (export, "model", "--gguf", ""),
     "empty: expected a file to write, found a folder": (export, "model", "--gguf", "empty"),
-    "nowhere/x.gguf: No such file or directory": (export, "model", "--gguf", "nowhere/x.gguf"),
+    "--gguf: nowhere: no such folder; make it first": (export, "model", "--gguf", "nowhere/x.gguf"),
     "llama.cpp has no such tokenizer as this model's": (export, "words", "--gguf", "x.gguf"),
     "invalid choice 'q2'": (export, "model", "--gguf", "x.gguf", "--type", "q2"),
     # serve

@@ -181,10 +181,12 @@ def test_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, errors = entry(export.main, folder, "--gguf", "a.gguf", "--type", "q8_0")
     assert code == 0, errors
-    assert "ollama create model -f Modelfile" in out
+    assert "ollama create a -f Modelfile" in out
     assert f"a.gguf: {folder}, " in out
     lines = (tmp_path / "Modelfile").read_text().splitlines()
-    assert lines[:3] == [modelfile.WRITTEN_BY_US, "FROM ./a.gguf", 'TEMPLATE "{{ .Prompt }}"']
+    assert lines[0] == modelfile.WRITTEN_BY_US
+    assert lines[1].startswith(modelfile.HASH)
+    assert lines[2:4] == ["FROM ./a.gguf", 'TEMPLATE "{{ .Prompt }}"']
     assert 'PARAMETER stop "<|endoftext|>"' in lines
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     assert types["blk.0.ssm_in.weight"] == types["token_embd.weight"] == "Q8_0"
@@ -198,6 +200,15 @@ def test_files_of_the_user_are_not_replaced(tmp_path):
     assert entry(export.main, folder, "--gguf", out / "x.gguf")[0] == 0
     assert entry(export.main, folder, "--gguf", out / "y.gguf")[0] == 0
     assert "FROM ./y.gguf" in (out / "Modelfile").read_text()
+    changed = (out / "Modelfile").read_text().replace("0.8", "0.3")
+    for text in (changed, changed.replace("# SHA-256", "# sha-256")):
+        (out / "Modelfile").write_text(text)
+        code, _, errors = entry(export.main, folder, "--gguf", out / "x.gguf")
+        assert (code, errors.count("\n")) == (2, 1)
+        assert (out / "Modelfile").read_text() == text
+    code, _, errors = entry(export.main, folder, "--gguf", out / "none/x.gguf")
+    assert code == 2
+    assert f"--gguf: {out / 'none'}: no such folder; make it first" in errors
     for name in ("Modelfile", "modelfile"):
         code, _, errors = entry(export.main, folder, "--gguf", out / name)
         assert (code, errors.count("\n")) == (2, 1)
@@ -206,7 +217,7 @@ def test_files_of_the_user_are_not_replaced(tmp_path):
     (out / "y.gguf").unlink()
     code, _, errors = entry(export.main, folder, "--gguf", out / "y.gguf")
     assert (code, errors.count("\n")) == (2, 1)
-    assert f"{out / 'Modelfile'}: exists, and this command did not write it" in errors
+    assert f"{out / 'Modelfile'}: exists, and was written or changed by someone else" in errors
     assert (out / "Modelfile").read_text() == "FROM mine\n"
     assert {path.name for path in out.iterdir()} == {"Modelfile", "x.gguf"}
 

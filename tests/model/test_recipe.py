@@ -17,8 +17,9 @@ COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.star
 def test_the_recipe_works_to_its_end(tmp_path, monkeypatch):
     pytest.importorskip("gguf", reason="pip install -e '.[gguf]' has it")
     monkeypatch.chdir(tmp_path)
-    Path("my_texts").mkdir()
-    corpus(Path("my_texts"))
+    for name in ("my_texts", "unseen"):
+        Path(name).mkdir()
+        corpus(Path(name))
     for line in COMMANDS:
         words = shlex.split(line)[1:]
         if words[0] == "train":
@@ -31,5 +32,5 @@ def test_the_recipe_works_to_its_end(tmp_path, monkeypatch):
     Path("Modelfile").write_text("FROM mine\n")
     code, _, errors = entry(front.main, *shlex.split(COMMANDS[-1])[1:])
     assert (code, errors.count("\n")) == (2, 1)
-    assert "Modelfile: exists, and this command did not write it" in errors
+    assert "Modelfile: exists, and was written or changed by someone else" in errors
     assert Path("Modelfile").read_text() == "FROM mine\n"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from ysnake.model.config import ModelConfig
 from ysnake.shared.errors import InputError
 from ysnake.training import memory, settings
 from ysnake.training.options import MOST_TOKENS, Settings
+from ysnake.training.run import Progress
+from ysnake.training.stopping import replace_limits
 
 
 def stored(folder, **changes):
@@ -154,6 +157,24 @@ def test_the_learning_rate_has_a_long_name_too():
 def test_none_lifts_a_limit_of_a_resumed_run(begun):
     again = resumed("--run", "run", "--max-steps", "None", "--max-minutes", "9")
     assert (again.max_steps, again.max_minutes) == (None, 9)
+
+
+def test_another_limit_lifts_one_that_is_reached():
+    """Else a run whose steps are done would not go on by time."""
+    stored = Settings(max_steps=20, max_minutes=None)
+    done = Progress(step=20, elapsed=90)
+    again = replace(stored, max_minutes=9)
+    lines = replace_limits(again, stored, done)
+    assert (again.max_steps, again.max_minutes) == (None, 9)
+    assert lines == ["--max-steps 20 has been reached; it is lifted"]
+    for unchanged in (stored, Settings(max_steps=20, max_minutes=None, patience=3)):
+        assert replace_limits(unchanged, stored, done) == []
+        assert unchanged.max_steps == 20
+    later = replace(stored, max_steps=40, max_minutes=9)
+    assert replace_limits(later, stored, done) == []
+    assert (later.max_steps, later.max_minutes) == (40, 9)
+    with pytest.raises(InputError, match=r"--max-minutes: .* 20 steps and 1.5 minutes .* got 1;"):
+        replace_limits(replace(stored, max_minutes=1), stored, done)
 
 
 def test_a_resumed_run_keeps_a_limit(begun):

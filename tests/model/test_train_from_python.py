@@ -76,7 +76,7 @@ def test_it_trains_in_another_thread(here):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"learning_rate": 1, "step": 2}, "ysnake.train: unknown settings: learning_rate, step"),
+        ({"epochs": 1, "step": 2}, "ysnake.train: unknown settings: epochs, step"),
         ({"lr": "fast"}, "ysnake.train: lr: expected a number, got 'fast'"),
         ({"data": 3}, "ysnake.train: data: expected a list of paths, got"),
         ({"lr": -1.0}, "lr: expected at least 0"),
@@ -158,7 +158,8 @@ def test_the_settings_of_a_run_make_the_same_run(here):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("speed = 1\nlearning-rate = 2", "unknown settings: learning_rate, speed;"),
+        ("speed = 1\nepochs = 2", "unknown settings: epochs, speed;"),
+        ("learning-rate = -2", "--lr: expected at least 0, got -2"),
         ("batchsize = 4", "unknown settings: batchsize; did you mean batch_size?"),
         ("lr = 'fast'", "f.toml: lr: expected a number, got 'fast'"),
         ("data = [1]", "f.toml: data: expected a list of paths"),

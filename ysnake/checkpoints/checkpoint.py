@@ -144,7 +144,7 @@ def find(folder: Path | str) -> Path:
     if not folder.exists() and old.exists():
         return old
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such checkpoint folder")
+        raise InputError(f"{folder}: no such checkpoint folder; ysnake runs lists the runs")
     return folder
 
 

@@ -1,19 +1,20 @@
 """The Modelfile beside a GGUF file, which `ollama create` reads."""
 
+import hashlib
 from pathlib import Path
 
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 
 MODELFILE = "Modelfile"
-WRITTEN_BY_US = "# Written by ysnake.export, which replaces it when it writes here again."
+WRITTEN_BY_US = "# Written by ysnake.export. It replaces this file only if nobody has changed it."
+HASH = "# SHA-256 of the lines below: "
 
 
 def modelfile(file: Path, parameters: dict[str, float]) -> str:
     """The text that `ollama create -f` reads: plain completion with these default parameters."""
-    return "\n".join(
+    text = "\n".join(
         (
-            WRITTEN_BY_US,
             f"FROM ./{file.name}",
             'TEMPLATE "{{ .Prompt }}"',
             'PARAMETER stop "<|endoftext|>"',
@@ -21,16 +22,20 @@ def modelfile(file: Path, parameters: dict[str, float]) -> str:
             "",
         )
     )
+    return "\n".join((WRITTEN_BY_US, HASH + _sha256(text), text))
 
 
 def check(file: Path) -> Path:
     """The path of the Modelfile beside `file`.
 
     Raises:
-        InputError: writing would replace a file that this command did not write.
+        InputError: there is no folder to write to, or writing would replace a file that this
+            command did not write or that was changed.
     """
     if not file.name:
         raise InputError(f"expected a file to write, got {file}", field="--gguf")
+    if not file.parent.is_dir():
+        raise InputError(f"{file.parent}: no such folder; make it first", field="--gguf")
     beside = file.with_name(MODELFILE)
     if file.name.lower() == MODELFILE.lower():
         raise InputError(
@@ -38,12 +43,19 @@ def check(file: Path) -> Path:
         )
     if beside.is_symlink() or (beside.exists() and not _is_ours(beside)):
         raise InputError(
-            f"{beside}: exists, and this command did not write it; move it, or export to another "
-            "folder"
+            f"{beside}: exists, and was written or changed by someone else; move it, or export to "
+            "another folder"
         )
     return beside
 
 
 def _is_ours(path: Path) -> bool:
-    with cli.writing(path), path.open("rb") as file:
-        return file.readline().strip() == WRITTEN_BY_US.encode()
+    with cli.writing(path):
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    mark, _, text = text.partition("\n")
+    line, _, text = text.partition("\n")
+    return mark == WRITTEN_BY_US and line == HASH + _sha256(text)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

@@ -82,7 +82,7 @@ def read_model(
     Raises:
         InputError: an argument is wrong, or there is no model to load.
     """
-    path = path or cli.newest_run()
+    path = path or cli.newest_run_named()
 
     from ysnake.checkpoints import checkpoint as checkpoints
 

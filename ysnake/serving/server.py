@@ -23,8 +23,9 @@ def listen(options: Options) -> socket.socket:
             dualstack_ipv6=options.host == "::" and socket.has_dualstack_ipv6(),
         )
     except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{options.host}:{options.port}: {error}", field="--host, --port"
+            f"{options.host}:{options.port}: {reason}; choose others", field="--host, --port"
         ) from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # send each token immediately
     return listener

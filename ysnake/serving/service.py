@@ -162,7 +162,7 @@ class Service:
         if not asked:
             raise Refused("model: expected the name of a model")
         if asked.removesuffix(":latest") != self.name:
-            raise Refused(f"model '{asked}' not found", 404, "model_not_found")
+            raise Refused(f"model '{asked}' not found, only '{self.name}'", 404, "model_not_found")
         return asked
 
 

@@ -179,6 +179,13 @@ def newest_run() -> Path:
     return max(found, key=lambda folder: (folder / "settings.json").stat().st_mtime)
 
 
+def newest_run_named() -> Path:
+    """The newest run, for a command that was given none. Prints its name, apart from the output."""
+    folder = newest_run()
+    print(f"the newest run: {escape_controls(str(folder))}", file=sys.stderr)
+    return folder
+
+
 def pick_device(name: str) -> str:
     """The device to compute on: `auto` means CUDA if this machine has a GPU, else the CPU.
 

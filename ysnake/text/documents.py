@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TextIO
 from ysnake.shared.errors import InputError
 from ysnake.text.tokenizer import EOT
 
+BINARY = "a binary file (leave it out), or text that needs --encoding utf-16"
 PIECE = 1 << 20  # characters; a longer document is read in pieces of about this size
 COUNTED = 1 << 28  # characters that are read to count the documents beyond a limit
 SUFFIXES = (".txt", ".md", ".jsonl")
@@ -162,13 +163,27 @@ def read_file(
         with path.open("rb") as file:
             at = _first_bad_byte(file, encoding)
             file.seek(0)
-            utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            beginning = file.read(4096)
         raise InputError(
-            f"{path}: not text in {form.encoding.upper()} (byte {at}); --encoding names another, "
-            f"for instance {'utf-16' if utf16 else 'cp1252'}"
+            f"{path}: not text in {form.encoding.upper()} (byte {at}); "
+            f"{_remedy(beginning, form.encoding)}"
         ) from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
+
+
+def _remedy(beginning: bytes, encoding: str) -> str:
+    """What helps where a file with this beginning is not text in the expected encoding."""
+    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        guess = "utf-16"
+    elif b"\0" in beginning:
+        return BINARY
+    else:
+        guess = "cp1252" if codecs.lookup(encoding).name == "utf-8" else "utf-8"
+    return (
+        f"if it is {guess}: --encoding {guess} reads all files so, "
+        f"iconv -f {guess} -t {encoding} converts one file"
+    )
 
 
 def _without_empty_lines(pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -194,7 +209,7 @@ def _text_pieces(file: TextIO, path: Path) -> Iterator[Piece]:
     size = 0
     while line := file.readline(PIECE):
         if "\0" in line:
-            raise InputError(f"{path}: a binary file, or text that needs --encoding utf-16")
+            raise InputError(f"{path}: {BINARY}")
         if line.rstrip() == EOT:
             yield "".join(lines), True
             lines, size = [], 0

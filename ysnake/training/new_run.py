@@ -57,7 +57,8 @@ def start(settings: Settings, console: "Console") -> Run:
         if n_tokens <= settings.seq_len:
             raise InputError(
                 f"all documents together have {amount(n_tokens, 'token')} to train on, "
-                f"fewer than a window of {settings.seq_len} and the token after it",
+                f"fewer than a window of {settings.seq_len} and the token after it; more text or "
+                "a smaller number helps",
                 field="--seq-len",
             )
         manifest.write(tokens)

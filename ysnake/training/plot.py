@@ -64,8 +64,15 @@ def recent_means(losses: Sequence[float]) -> list[float]:
     return [fmean(losses[max(0, end - RECENT) : end]) for end in ends]
 
 
-def plot_two(runs: dict[str, list[dict]], path: Path) -> None:
-    """Draw the losses of runs, by name, from the lines of their metrics.jsonl."""
+def plot_two(runs: dict[str, list[dict]], path: Path, per_byte: bool = False) -> None:
+    """Draw the losses of runs, by name, from the lines of their metrics.jsonl.
+
+    Args:
+        runs: the lines of each.
+        path: of the picture.
+        per_byte: draw the held-out losses alone, in bits per byte, which other tokenizers do not
+            change.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -73,13 +80,15 @@ def plot_two(runs: dict[str, list[dict]], path: Path) -> None:
     for (name, lines), color in zip(runs.items(), ("#1b7837", "#762a83"), strict=True):
         name, mean = escape_controls(name), f" (mean of {RECENT} steps)"
         train = [(x["tokens"], x["train_loss"]) for x in lines if x["train_loss"] is not None]
-        val = [(x["tokens"], x["val_loss"]) for x in lines if x.get("val_loss") is not None]
-        if train:
+        held_out = "bits_per_byte" if per_byte else "val_loss"
+        val = [(x["tokens"], x[held_out]) for x in lines if x.get(held_out) is not None]
+        if train and not per_byte:
             tokens, losses = zip(*train, strict=True)
             axes.plot(tokens, recent_means(losses), color=color, label=f"{name}, training{mean}")
         if val:
             axes.plot(*zip(*val, strict=True), "o--", color=color, label=f"{name}, held out")
-    axes.set(xlabel="tokens trained on", ylabel="loss (nats per token)", ylim=(0, None))
+    unit = "bits per byte" if per_byte else "nats per token"
+    axes.set(xlabel="tokens trained on", ylabel=f"loss ({unit})", ylim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     for text in axes.legend(frameon=False).get_texts():

@@ -16,6 +16,7 @@ from ysnake.training import settings as settings_of
 from ysnake.training.options import Settings
 from ysnake.training.parallel import Ranks
 from ysnake.training.run import SHARDS, WRITTEN, Progress, Run, assemble
+from ysnake.training.stopping import replace_limits
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +30,7 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
     from ysnake.checkpoints import checkpoint
 
     folder = settings.folder / "last"
+    stored = settings_of.read(settings.folder)
     ranks.on_first(lambda: _verify_tokens(settings.folder / "data"))
     last, saved, model, tokenizer = ranks.on_all(lambda: _read_last(settings.folder))
     try:
@@ -51,6 +53,8 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
             _forget_samples_after(run.folder / "samples.txt", run.progress.samples_size)
 
     if settings.resume:
+        for line in replace_limits(settings, stored, run.progress):
+            console.print(line)
         ranks.on_all(lambda: None)  # every rank has read its files
         ranks.on_first(settle)
         console.print(

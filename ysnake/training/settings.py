@@ -207,6 +207,8 @@ def _check_resumed(settings: Settings, stored: Settings) -> None:
             reason = f"a run is resumed with its own, {_shown(own)}; got {_shown(given)}"
             if f.name == "data":
                 reason += f"; --from {stored.folder} trains its weights on other text in a new run"
+            else:
+                reason += "; leave the option out, or start a new run"
             raise InputError(reason, field=option(f.name))
 
 

@@ -17,6 +17,9 @@ else:
     import tomli as tomllib
 
 
+OTHER_NAMES = {"from": "from_", "learning_rate": "lr"}
+
+
 def read(path: Path) -> dict[str, Any]:
     """The content of a file of settings, whatever names and values it has."""
     if path.suffix == ".json":
@@ -46,7 +49,7 @@ def checked(values: Mapping[str, Any], kinds: Mapping[str, Any], source: str) ->
         InputError: a name is unknown, or a value has a wrong type.
     """
     plain = {name.replace("-", "_"): value for name, value in values.items()}
-    named = {"from_" if name == "from" else name: value for name, value in plain.items()}
+    named = {OTHER_NAMES.get(name, name): value for name, value in plain.items()}
     if unknown := sorted(named.keys() - kinds.keys()):
         close = get_close_matches(unknown[0], kinds, 1)
         hint = f"did you mean {close[0].rstrip('_')}? " if close else ""

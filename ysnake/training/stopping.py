@@ -3,8 +3,10 @@
 import shlex
 
 from ysnake.shared import cli
+from ysnake.shared.errors import InputError, option
 from ysnake.shared.shown import amount
-from ysnake.training.run import MEAN_OVER, Run, saved_step
+from ysnake.training.options import Settings
+from ysnake.training.run import MEAN_OVER, Progress, Run, saved_step
 
 GIVE_UP_AFTER = 10  # steps in a row without a finite loss
 ENDINGS = {
@@ -33,6 +35,37 @@ def reason_to_end(run: Run) -> str | None:
     if settings.patience is not None and progress.evaluations_since_best >= settings.patience:
         return "patience"
     return None
+
+
+def replace_limits(settings: Settings, stored: Settings, progress: Progress) -> list[str]:
+    """Lift a limit that a resumed run has reached, if the user gives another one.
+
+    Args:
+        settings: of the resumed run. A limit that is lifted becomes None.
+        stored: what the run had before.
+        progress: how far the run is.
+
+    Returns:
+        A line for the user about each limit that is lifted.
+
+    Raises:
+        InputError: the run has already reached a limit that the user gives.
+    """
+    done = {"max_steps": progress.step, "max_minutes": progress.elapsed / 60}
+    limits = {name: getattr(settings, name) for name in done}
+    reached = {name for name, limit in limits.items() if limit is not None and limit <= done[name]}
+    new = {name for name, limit in limits.items() if limit not in (None, getattr(stored, name))}
+    for name in sorted(reached & new):
+        raise InputError(
+            f"the run has trained {amount(progress.step, 'step')} and "
+            f"{done['max_minutes']:.1f} minutes already, got {limits[name]:g}; a larger number "
+            "trains it further",
+            field=option(name),
+        )
+    lifted = sorted(reached) if new else []
+    for name in lifted:
+        setattr(settings, name, None)
+    return [f"{option(name)} {limits[name]:g} has been reached; it is lifted" for name in lifted]
 
 
 def summary(run: Run, program: str = cli.MODULES) -> str:
