@@ -41,6 +41,8 @@ RECIPES: dict[str, dict[str, object]] = {
     "linear-uniform": {"schedule": "linear", "init": "uniform"},
     "muon": {"optimizer": "muon"},
     "muon-linear-uniform": {"optimizer": "muon", "schedule": "linear", "init": "uniform"},
+    "zero-out": {"zero_out": True},
+    "muon-linear-zero": {"optimizer": "muon", "schedule": "linear", "zero_out": True},
     "no-decay": {"weight_decay": 0.0},
     "short-warmup": {"warmup_steps": 20},
     "carry-state": {"carry_state": True},

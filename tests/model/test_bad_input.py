@@ -148,6 +148,9 @@ LIST = {
     "--tokenizer: fixed by the checkpoint that --from names": (
         *(train, "--data", "snakes.txt", "--from", "model", "--tokenizer", "bpe"),
     ),
+    "--zero-out: fixed by the checkpoint that --from names": (
+        *(train, "--data", "snakes.txt", "--from", "model", "--preset", "ys-24m", "--zero-out"),
+    ),
     "--init: fixed by the checkpoint that --from names": (
         *(train, "--data", "snakes.txt", "--from", "model", "--init", "uniform"),
     ),

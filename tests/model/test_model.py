@@ -181,6 +181,9 @@ def test_initialisation():
     uniform = Model(model().config, init="uniform").backbone.layers[0].mixer
     assert uniform.A_log.exp().min() >= 1
     assert uniform.A_log.exp().max() <= 16
+    assert not hippo.out_proj.weight.eq(0).all()
+    closed = Model(model().config, zero_out=True)
+    assert all(layer.mixer.out_proj.weight.eq(0).all() for layer in closed.backbone.layers)
     dt = torch.nn.functional.softplus(hippo.dt_bias)
     assert dt.min() >= 0.000999
     assert dt.max() <= 0.1001

@@ -8,8 +8,12 @@ from torch import nn
 
 
 @torch.no_grad()
-def initialise(model: Any, init: str) -> None:
+def initialise(model: Any, init: str, zero_out: bool = False) -> None:
     """Draw the first weights of a `Model`.
+
+    `zero_out`: the output projections are zero, so that each block begins as the identity (as in
+    ReZero, arXiv 2003.04887, where a factor is zero). Otherwise they are drawn and divided by the
+    square root of the number of layers.
 
     `hippo`: A_n = -(n + 1) over the heads, the diagonal of the HiPPO-LegS matrix (S4D-Real, arXiv
     2206.12037). `uniform`: -A uniform in [1, 16]. Either way dt is log-uniform in [dt_min, dt_max].
@@ -33,4 +37,7 @@ def initialise(model: Any, init: str) -> None:
         low, high = math.log(c.dt_min), math.log(c.dt_max)
         dt = torch.empty_like(mixer.dt_bias).uniform_(low, high).exp_().clamp_(min=c.dt_floor)
         mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-        mixer.out_proj.weight /= math.sqrt(c.n_layers)
+        if zero_out:
+            mixer.out_proj.weight.zero_()
+        else:
+            mixer.out_proj.weight /= math.sqrt(c.n_layers)

@@ -262,8 +262,8 @@ class FactorisedHead(nn.Module):
 class Model(nn.Module):
     """A Mamba-2 language model. No positional embedding: the recurrence orders the tokens."""
 
-    def __init__(self, config: ModelConfig, init: str = "hippo"):
-        """Weights are drawn from torch's global generator; `init` is as in `initialise`."""
+    def __init__(self, config: ModelConfig, init: str = "hippo", zero_out: bool = False):
+        """Draw the weights by `initialise`, with torch's global generator."""
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
@@ -275,7 +275,7 @@ class Model(nn.Module):
             self.lm_head = Linear(c.d_model, c.vocab_size, bias=False)
             if c.tied:
                 self.lm_head.weight = self.backbone.embeddings.weight
-        initialise(self, init)
+        initialise(self, init, zero_out)
 
     def forward(
         self, ids: Tensor, seq_idx: Tensor | None = None, state: State | None = None

@@ -101,7 +101,7 @@ def _tokenizer_and_model(
     memory.fit(settings, config)
     memory.check(settings, config, device)
     torch.manual_seed(settings.seed)
-    return tokenizer, Model(config, settings.init)
+    return tokenizer, Model(config, settings.init, settings.zero_out)
 
 
 def plan(settings: Settings, console: "Console") -> Any:

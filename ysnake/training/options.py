@@ -83,6 +83,8 @@ class Settings:
     its weights with the embedding."""
     init: Literal["hippo", "uniform"] = "hippo"
     """Initial decay rates: hippo means A_n = -(n + 1) over the heads, uniform -A in [1, 16]."""
+    zero_out: bool = False
+    """Begin with output projections of zero. Each layer then begins as the identity."""
 
     lr: Annotated[float, arg(aliases=("--learning-rate",))] = 1e-3
     """Peak learning rate."""

@@ -26,7 +26,8 @@ FREE_ON_RESUME = (
     *("max_steps", "max_minutes", "stop_at_loss", "patience", "eval_every", "checkpoint_every"),
     *("lr", "warmup_steps"),
 )
-OF_OLD_RUNS = {"optimizer": "adamw", "schedule": "cosine"}  # their settings.json lacks them
+# The settings.json of older runs lacks these.
+OF_OLD_RUNS = {"optimizer": "adamw", "schedule": "cosine", "zero_out": False}
 # These settings are not stored: each start determines them again.
 OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
 OF_THE_TEXT = ("data", "max_documents", "encoding", "text_field", "tokenizer", "vocab_size")
@@ -142,9 +143,10 @@ def _finish_new(settings: Settings) -> None:
     if settings.from_ is None:
         settings.tokenizer = settings.tokenizer or "bpe"
     else:
-        if settings.tokenizer is not None or settings.init != Settings.init:
-            name = "init" if settings.tokenizer is None else "tokenizer"
-            raise InputError("fixed by the checkpoint that --from names", field=option(name))
+        preset = PRESETS[settings.preset].settings
+        for name in ("tokenizer", "init", "zero_out"):
+            if getattr(settings, name) != preset.get(name, getattr(Settings, name)):
+                raise InputError("fixed by the checkpoint that --from names", field=option(name))
         for name, size in _sizes_of(settings.from_).items():
             if getattr(settings, name) != size:
                 raise InputError(
