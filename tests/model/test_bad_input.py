@@ -187,7 +187,7 @@ LIST = {
     "--device: meta is not available here": (train, *NEW, "--device", "meta"),
     "--device: expected auto, cpu, cuda or mps, got quick": (train, *NEW, "--device", "quick"),
     "invalid choice 'float8'": (train, *NEW, "--precision", "float8"),
-    "nowhere/settings.json: no such file, so there is no run": (
+    "nowhere/settings.json: no such file, so nowhere is not a run": (
         *(train, "--run", "nowhere", "--resume"),
     ),
     "--from: starts a new run, so it does not go with --resume": (train, *AGAIN, "--from", "model"),

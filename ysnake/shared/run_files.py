@@ -50,8 +50,25 @@ def state(folder: Path) -> str:
     path = folder / "last" / "progress.json"
     if not path.exists():
         return "no checkpoint"
-    ended = read_json(path).get("ended")
-    return STATES.get(str(ended), str(ended)) if ended else "can be resumed"
+    progress = read_json(path)
+    ended = progress.get("ended")
+    if not ended or _has_a_new_limit(read_json(folder / SETTINGS), progress):
+        return "can be resumed"
+    return STATES.get(str(ended), str(ended))
+
+
+def _has_a_new_limit(settings: dict[str, Any], progress: dict[str, Any]) -> bool:
+    """Whether a run that had reached a limit was resumed with another, and killed before a save."""
+    limits = {
+        "steps": ("max_steps", progress["step"]),
+        "time": ("max_minutes", progress["elapsed"] / 60),
+        "patience": ("patience", progress["evaluations_since_best"]),
+    }
+    if progress["ended"] not in limits:
+        return False
+    name, done = limits[progress["ended"]]
+    limit = settings.get(name)
+    return limit is None or done < limit
 
 
 def parameters(folder: Path) -> int | None:

@@ -240,7 +240,7 @@ def read(folder: Path) -> Settings:
     """The settings of the run in this folder."""
     path = folder / "settings.json"
     if not path.exists():
-        raise InputError(f"{path}: no such file, so there is no run to resume")
+        raise InputError(f"{path}: no such file, so {folder} is not a run")
     values = read_json(path)
     try:
         if not isinstance(values["data"], list):
