@@ -100,6 +100,8 @@ def _part(runs: list[Trained], base: Rates | None, target: float | None, axis: i
     """What the runs take to reach the target, divided by what the baseline takes in all."""
     if base is None or target is None:
         return ""
+    if runs is base[best_rate(base)]:
+        return "1.00"
     whole = fmean(run.curve[-1][axis] for run in base[best_rate(base)])
     taken = [run.reached(target, axis) for run in runs]
     reached = [each for each in taken if each is not None]

@@ -36,6 +36,7 @@ def test_the_table_says_what_a_recipe_takes_to_reach_the_baseline():
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             rows.setdefault(cells[0], cells)
     assert rows["baseline"][1:4] == ["0.002", "4.0500", "4.0000 to 4.1000 (2)"]
+    assert rows["baseline"][5:] == ["1.00", "1.00"]  # though its second seed stays above the mean
     assert rows["other"][1] == "0.002 (edge)"
     # 9 falls to 4 in 100 tokens, so 4.05 is reached after 99, and the baseline takes 200
     assert rows["other"][5:] == ["0.49", "0.49"]
