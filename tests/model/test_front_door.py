@@ -215,6 +215,9 @@ def test_runs_are_listed(two_runs, monkeypatch, capsys):
     text = stored.read_text()
     stored.write_text(text.replace('"max_steps": 3', '"max_steps": 9'))  # as a resumed run has it
     assert run_files.state(two_runs / "runs/first") == "can be resumed"
+    stored.write_text("[1]")
+    with pytest.raises(InputError, match=r"settings.json: damaged \(expected an object\)"):
+        runs.main([])
     stored.write_text(text)
     with run_lock.lock(two_runs / "runs/first" / run_lock.TRAINING, "busy"):
         assert run_files.state(two_runs / "runs/first") == "in training"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ysnake.shared import run_lock
+from ysnake.shared.errors import InputError
 from ysnake.shared.files import read_json
 
 SETTINGS, METRICS, SAMPLES = "settings.json", "metrics.jsonl", "samples.txt"
@@ -50,25 +51,35 @@ def state(folder: Path) -> str:
     path = folder / "last" / "progress.json"
     if not path.exists():
         return "no checkpoint"
-    progress = read_json(path)
+    progress = _object(path)
     ended = progress.get("ended")
-    if not ended or _has_a_new_limit(read_json(folder / SETTINGS), progress):
+    if not ended or _has_a_new_limit(_object(folder / SETTINGS), progress):
         return "can be resumed"
     return STATES.get(str(ended), str(ended))
 
 
 def _has_a_new_limit(settings: dict[str, Any], progress: dict[str, Any]) -> bool:
     """Whether a run that had reached a limit was resumed with another, and killed before a save."""
-    limits = {
-        "steps": ("max_steps", progress["step"]),
-        "time": ("max_minutes", progress["elapsed"] / 60),
-        "patience": ("patience", progress["evaluations_since_best"]),
+    limits = {  # why it ended -> the setting, what counts towards it, and how much of that is one
+        "steps": ("max_steps", "step", 1),
+        "time": ("max_minutes", "elapsed", 60),
+        "patience": ("patience", "evaluations_since_best", 1),
     }
-    if progress["ended"] not in limits:
+    if str(progress["ended"]) not in limits:
         return False
-    name, done = limits[progress["ended"]]
-    limit = settings.get(name)
-    return limit is None or done < limit
+    name, counted, unit = limits[progress["ended"]]
+    limit, done = settings.get(name), progress.get(counted)
+    if not isinstance(done, int | float):
+        return False
+    return limit is None or (isinstance(limit, int | float) and done < limit * unit)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises InputError if it holds something else."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: damaged (expected an object)")
+    return found
 
 
 def parameters(folder: Path) -> int | None:
@@ -93,7 +104,7 @@ def summary(folder: Path) -> dict[str, Any]:
     held_out = [line["val_loss"] for line in lines if line.get("val_loss") is not None]
     bits = [line["bits_per_byte"] for line in lines if line.get("bits_per_byte") is not None]
     speeds = sorted(line["tokens_per_s"] for line in lines if line.get("tokens_per_s"))
-    data = read_json(folder / SETTINGS).get("data") or []
+    data = _object(folder / SETTINGS).get("data") or []
     return {
         "run": str(folder),
         "state": state(folder),
