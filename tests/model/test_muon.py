@@ -30,10 +30,13 @@ def test_with_its_coefficients_a_matrix_gets_the_update_of_torch(shape, monkeypa
 
 
 def test_singular_values_are_near_one():
-    values = torch.linalg.svdvals(orthogonal(torch.randn(40, 96)))
-    assert values.min() > 0.6
-    assert values.max() < 1.3
-    assert orthogonal(torch.zeros(4, 8)).abs().max() == 0
+    several = torch.stack([torch.randn(40, 96), torch.randn(40, 96) * 1e3, torch.zeros(40, 96)])
+    *made, zeros = orthogonal(several)
+    for each in made:
+        values = torch.linalg.svdvals(each)
+        assert values.min() > 0.6
+        assert values.max() < 1.3
+    assert zeros.abs().max() == 0
 
 
 @pytest.fixture
@@ -83,3 +86,34 @@ def test_adamw_updates_the_other_weights(trained):
         projection = name.endswith("_proj.weight")
         assert torch.equal(own, theirs) is not projection, name
         assert ("momentum" in optimizer.state[own]) is projection, name
+
+
+def test_matrices_that_are_updated_together_get_the_same_update(trained, monkeypatch):
+    m, before, _ = trained
+    twin = model(n_groups=2)
+    together = make_optimizer(twin, 0.0, "muon")
+    make_moments(together)
+    monkeypatch.setattr(muon, "_stacks", lambda weights: [weights])
+    with torch.no_grad():
+        for p, own in zip(twin.named_parameters(), m.parameters(), strict=True):
+            p[1].copy_(before[p[0]])
+            p[1].grad = own.grad
+    for group in together.param_groups:
+        group["lr"] = 1.0
+    together.step()
+    for own, theirs in zip(m.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own, theirs)
+
+
+def test_a_restored_state_has_its_steps_on_the_device_of_the_weight():
+    def muon_on(device):
+        matrix, vector = (
+            torch.nn.Parameter(torch.ones(shape, device=device)) for shape in ((4, 4), 4)
+        )
+        groups = [{"params": [matrix], "rows": [4]}, {"params": [vector]}]
+        return Muon([group | {"weight_decay": 0.0} for group in groups], (0.9, 0.95))
+
+    stored, restored = muon_on("cpu"), muon_on("meta")
+    make_moments(stored)
+    restored.load_state_dict(stored.state_dict())
+    assert {each["step"].device.type for each in restored.state.values()} == {"meta"}

@@ -20,13 +20,15 @@ ITERATIONS = (
 )
 MOMENTUM = 0.95
 UPDATE_SIZE = 0.2  # root mean square of an update at learning rate 1; AdamW's is about as large
+STACKED = 1 << 25  # elements of the matrices that a GPU updates together: 128 MB in float32
 
 
 class Muon(torch.optim.Optimizer):
     """An optimizer with two kinds of groups.
 
-    A group with `rows` holds matrices, which Muon updates. `rows` lists how many rows each part of
-    a matrix has; each part is made orthogonal by itself. AdamW updates the other groups.
+    A group with `rows` holds matrices of one shape, which Muon updates. `rows` lists how many rows
+    each part of a matrix has; each part is made orthogonal by itself. AdamW updates the other
+    groups.
 
     Args:
         groups: as torch's optimizers take them; each has its `weight_decay`.
@@ -37,6 +39,15 @@ class Muon(torch.optim.Optimizer):
         defaults = {"lr": 0.0, "betas": betas, "eps": 1e-8, "momentum": MOMENTUM, "rows": None}
         super().__init__(groups, defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a state. The fused AdamW needs the number of steps on the device of the weight.
+
+        torch leaves it on the CPU, since these groups lack AdamW's option `fused`.
+        """
+        super().__setstate__(state)
+        for weight, memory in self.state.items():
+            memory["step"] = memory["step"].to(weight.device)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all weights that have a gradient. `make_moments` must have run before."""
@@ -45,12 +56,22 @@ class Muon(torch.optim.Optimizer):
             if group["rows"] is None:
                 self._adamw(weights, group)
                 continue
-            for weight in weights:
-                assert weight.grad is not None
-                self.state[weight]["step"] += 1
-                update = _update(weight.grad, self.state[weight]["momentum"], group)
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(update, alpha=group["lr"])
+            for some in _stacks(weights):
+                self._muon(some, group)
+
+    def _muon(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        """Update some matrices together."""
+        ahead = []
+        for weight in weights:
+            assert weight.grad is not None
+            state = self.state[weight]
+            state["step"] += 1
+            state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
+            ahead.append(weight.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov's
+        updates = _orthogonal_parts(torch.stack([_whole(each) for each in ahead]), group["rows"])
+        for weight, update in zip(weights, updates, strict=True):
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.sub_(_sharded_like(weight, update), alpha=group["lr"])
 
     def _adamw(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[weight] for weight in weights]
@@ -72,37 +93,57 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def _update(grad: Tensor, momentum: Tensor, group: dict[str, Any]) -> Tensor:
-    """Add the gradient to the momentum. Returns the update, sharded as the weight is."""
-    momentum.lerp_(grad, 1 - group["momentum"])
-    ahead = grad.lerp(momentum, group["momentum"])  # Nesterov's
-    if not hasattr(ahead, "full_tensor"):
-        return _orthogonal_parts(ahead, group["rows"])
+def _stacks(weights: list[Tensor]) -> list[list[Tensor]]:
+    """Matrices of one shape, divided into lists that are updated together.
+
+    A GPU computes small matrices faster together. A CPU computes them one by one, which takes
+    less memory.
+    """
+    if not weights:
+        return []
+    on_gpu = weights[0].device.type == "cuda"
+    size = max(1, STACKED // weights[0].numel()) if on_gpu else 1
+    return [weights[i : i + size] for i in range(0, len(weights), size)]
+
+
+def _whole(matrix: Tensor) -> Tensor:
+    """The matrix on every rank, if it is sharded."""
+    return matrix.full_tensor() if hasattr(matrix, "full_tensor") else matrix
+
+
+def _sharded_like(weight: Tensor, update: Tensor) -> Tensor:
+    """This rank's part of an update that is the same on every rank."""
+    if not hasattr(weight, "full_tensor"):
+        return update
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    assert isinstance(ahead, DTensor)
-    update = _orthogonal_parts(ahead.full_tensor(), group["rows"])  # the same on every rank
-    return distribute_tensor(update, ahead.device_mesh, ahead.placements, src_data_rank=None)
+    assert isinstance(weight, DTensor)
+    return distribute_tensor(update, weight.device_mesh, weight.placements, src_data_rank=None)
 
 
-def _orthogonal_parts(matrix: Tensor, rows: list[int]) -> Tensor:
-    """The update of each part, one above the other."""
-    parts = matrix.split(rows)
-    return torch.cat([orthogonal(p) * (UPDATE_SIZE * max(p.shape) ** 0.5) for p in parts])
+def _orthogonal_parts(matrices: Tensor, rows: list[int]) -> Tensor:
+    """The updates of some matrices: in each, the update of each part, one above the other."""
+    parts = matrices.split(rows, dim=1)
+    scales = [UPDATE_SIZE * max(part.shape[1:]) ** 0.5 for part in parts]
+    return torch.cat([orthogonal(p) * scale for p, scale in zip(parts, scales, strict=True)], 1)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About the orthogonal matrix nearest to this one: its singular values are 0.7 to 1.3.
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About the orthogonal matrix nearest to each of these: its singular values are 0.7 to 1.3.
 
-    Singular values below a hundredth of the matrix's norm stay below 0.7.
+    Singular values below a hundredth of a matrix's norm stay below 0.7.
 
     The products are in bfloat16 on a GPU. On a CPU torch's matmul precision decides.
+
+    Args:
+        matrices: (matrices, rows, columns).
     """
-    dtype = torch.bfloat16 if matrix.device.type == "cuda" else torch.float32
-    X = (matrix / matrix.norm().clamp_min(1e-7)).to(dtype)
-    tall = len(X) > X.shape[1]
-    X = X.T if tall else X
+    dtype = torch.bfloat16 if matrices.device.type == "cuda" else torch.float32
+    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
+    X = (matrices / norms.clamp_min(1e-7)).to(dtype)
+    tall = X.shape[1] > X.shape[2]
+    X = X.mT if tall else X
     for a, b, c in ITERATIONS:
-        gram = X @ X.T
-        X = torch.addmm(X, torch.addmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
-    return (X.T if tall else X).to(matrix.dtype)
+        gram = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    return (X.mT if tall else X).to(matrices.dtype)
