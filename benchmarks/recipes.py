@@ -3,30 +3,35 @@
 A recipe is a set of options of `ysnake.train`. Each recipe trains with each learning rate and each
 seed, with the same batches in the same order. They are compared by the held-out loss per byte.
 Finished runs are not repeated, and stopped runs continue. With --at-once several trainings share
-the processor, each on its own cores.
+the machine: each has its own cores, and all use the same GPU if there is one.
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import tyro
-from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 
 from benchmarks.recipes_report import LN2, Trained, draw, markdown
 from ysnake.doctor import processor
+from ysnake.shared import cli
 from ysnake.shared.errors import InputError
+from ysnake.training import settings as settings_of
+from ysnake.training.signals import Stop
 
 ROOT = Path(__file__).parents[1]
+POLLED = 0.2  # seconds between looks at whether a signal came
 BATCH = {"seq_len": 256, "batch_size": 8}
 SIZES: dict[str, dict[str, object]] = {
     "3M": {"d_model": 256, "n_layers": 4, "d_state": 64, "vocab_size": 4096},
@@ -39,7 +44,9 @@ RECIPES: dict[str, dict[str, object]] = {
     "linear": {"schedule": "linear"},
     "uniform": {"init": "uniform"},
     "linear-uniform": {"schedule": "linear", "init": "uniform"},
+    "linear-zero": {"schedule": "linear", "zero_out": True},
     "muon": {"optimizer": "muon"},
+    "muon-linear": {"optimizer": "muon", "schedule": "linear"},
     "muon-linear-uniform": {"optimizer": "muon", "schedule": "linear", "init": "uniform"},
     "zero-out": {"zero_out": True},
     "muon-linear-zero": {"optimizer": "muon", "schedule": "linear", "zero_out": True},
@@ -56,8 +63,10 @@ RECIPES: dict[str, dict[str, object]] = {
 class Options:
     """Train each recipe with each learning rate and seed, and report the held-out losses."""
 
-    text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH...")]
+    text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH...")] = ()
     """Files and folders to train on, as for `ysnake.train --data`."""
+    tokens_from: Annotated[Path | None, tyro.conf.arg(metavar="RUN")] = None
+    """Train on the tokens of this run, instead of --text. The text need not be there."""
     size: Literal["3M", "24M", "71M"] = "3M"
     """Size of the model: its number of parameters, about."""
     recipe: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ("baseline",)
@@ -66,12 +75,19 @@ class Options:
     """Peak learning rates. The best should not be the first or the last."""
     seed: tuple[int, ...] = (0, 1, 2)
     """Seeds: first weights and order of the batches."""
+    bracket: bool = False
+    """Train with the first seed at each rate, and also at half the lowest and at twice the highest
+    rate for as long as that is the best. Train with the other seeds at the best rate only."""
     steps: int | None = 300
     """Steps of a training."""
     minutes: float | None = None
     """Train for this many minutes, instead of a number of steps."""
     warmup_steps: int = 50
     """Steps until the learning rate reaches its peak."""
+    evaluations: int = 5
+    """Points on the curve of a training."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints, from which a stopped training continues."""
     at_once: int = 1
     """Trainings beside each other. Each takes its part of the cores. On two cores, two trainings
     with one thread each need less time than one after the other with two threads."""
@@ -83,27 +99,38 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Train what is missing, and write the report after each training."""
-    options = tyro.cli(Options, prog="python -m benchmarks.recipes", args=argv)
+    options = tyro.cli(Options, prog="python -m benchmarks.recipes", args=argv, config=cli.STYLE)
     names = tuple(RECIPES) if options.recipe == ("all",) else options.recipe
     unknown = set(names) - set(RECIPES)
     if unknown:
         raise InputError(
             f"--recipe: expected some of {', '.join(RECIPES)}, got {', '.join(sorted(unknown))}"
         )
-    if options.at_once < 1:
-        raise InputError(f"--at-once: expected at least 1, got {options.at_once}")
-    console = Console()
-    wanted = [Training(n, lr, seed) for seed, n, lr in product(options.seed, names, options.lr)]
-    train_unless_ended(options, wanted[0])  # alone, since the others take its tokens
-    pool = ThreadPoolExecutor(options.at_once)
-    try:
-        going = [pool.submit(train_unless_ended, options, each) for each in wanted]
-        for done in track(as_completed(going), "training", total=len(going), console=console):
-            done.result()
-            report(options)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return 0
+    for name in ("at_once", "evaluations"):
+        if getattr(options, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag}: expected at least 1, got {getattr(options, name)}")
+    read_text(options)
+    seeds = options.seed[:1] if options.bracket else options.seed
+    wanted = [Training(n, lr, seed) for seed, n, lr in product(seeds, names, options.lr)]
+    if options.tokens_from is None:
+        train_unless_ended(options, wanted[0])  # alone, since the others take its tokens
+    return train_all(options, wanted)
+
+
+def read_text(options: Options) -> None:
+    """Set --text to the text of --tokens-from, and check the two options."""
+    if bool(options.text) == (options.tokens_from is not None):
+        raise InputError("--text, --tokens-from: expected one of them")
+    if options.tokens_from is not None:
+        stored = settings_of.read(options.tokens_from)
+        wanted = SIZES[options.size]["vocab_size"]
+        if stored.vocab_size != wanted:
+            raise InputError(
+                f"--tokens-from: --size {options.size} needs a vocabulary of {wanted}, "
+                f"got {stored.vocab_size}"
+            )
+        options.text = stored.data
 
 
 class Training(NamedTuple):
@@ -112,6 +139,72 @@ class Training(NamedTuple):
     recipe: str
     lr: float
     seed: int
+
+
+def train_all(options: Options, wanted: Sequence[Training]) -> int:
+    """Train these and what --bracket adds to them. Returns the exit code.
+
+    If a training fails, the others continue. Ctrl-C and SIGTERM stop the trainings too; the next
+    execution continues them.
+    """
+    submitted: dict[Future[None], Training] = {}
+    going: set[Future[None]] = set()
+    failed: list[Training] = []
+    new = list(wanted)
+    pool = ThreadPoolExecutor(options.at_once)
+    with ExitStack() as stack:
+        show = stack.enter_context(Progress())
+        stop = stack.enter_context(Stop(quiet=False).listening())
+        stack.callback(pool.shutdown, cancel_futures=True)
+        bar = show.add_task("training", total=None)
+        while new or going:
+            begun = {pool.submit(train_unless_ended, options, each): each for each in new}
+            submitted |= begun
+            show.update(bar, total=len(submitted))
+            done, going = wait(going | set(begun), POLLED, return_when=FIRST_COMPLETED)
+            if stop.requested:
+                return cli.INTERRUPTED
+            for future in done:
+                try:
+                    future.result()
+                except InputError as error:
+                    show.console.print(f"error: {error}", markup=False, soft_wrap=True)
+                    failed.append(submitted[future])
+            show.advance(bar, len(done))
+            new = []
+            if done:
+                found = report(options)
+                added = bracket(options, wanted, found, failed) if options.bracket else []
+                new = [each for each in added if each not in submitted.values()]
+    return cli.FAILED if failed else cli.DONE
+
+
+def bracket(
+    options: Options,
+    wanted: Sequence[Training],
+    found: Sequence[Trained],
+    failed: Sequence[Training],
+) -> list[Training]:
+    """What --bracket trains next: rates beyond the best, or other seeds at the best rate.
+
+    A recipe has to wait until all its rates that are wanted have been trained or have failed.
+    """
+    first, *others = options.seed
+    losses = {Training(*each): math.inf for each in failed}
+    losses |= {Training(each.recipe, each.lr, each.seed): each.loss for each in found}
+    more = []
+    for name in dict.fromkeys(each.recipe for each in wanted):
+        if any(each.recipe == name and each not in losses for each in wanted):
+            continue
+        rates = {lr: loss for (n, lr, seed), loss in losses.items() if (n, seed) == (name, first)}
+        best = min(rates, key=rates.__getitem__)
+        if math.isinf(rates[best]):
+            continue
+        if best in (min(rates), max(rates)):
+            more += [Training(name, lr, first) for lr in (best / 2, best * 2)]
+        else:
+            more += [Training(name, best, seed) for seed in others]
+    return more
 
 
 def train_unless_ended(options: Options, training: Training) -> None:
@@ -132,8 +225,11 @@ def folder(options: Options, name: str, lr: float, seed: int) -> Path:
 
 def ended(run: Path) -> bool:
     """Whether this training has reached its end."""
-    path = run / "last/progress.json"
-    return path.is_file() and json.loads(path.read_text())["ended"] in ("steps", "time")
+    try:
+        progress = json.loads((run / "last/progress.json").read_text())
+    except FileNotFoundError:  # also while the training replaces last/
+        return False
+    return progress["ended"] in ("steps", "time")
 
 
 def train(options: Options, run: Path, recipe: dict[str, object]) -> None:
@@ -145,11 +241,12 @@ def train(options: Options, run: Path, recipe: dict[str, object]) -> None:
     else:
         steps = options.steps or 10**6
         values = SIZES[options.size] | BATCH | {"warmup_steps": options.warmup_steps}
-        values |= {"eval_every": max(1, min(steps // 5, 250)), "checkpoint_every": 100} | recipe
+        values |= {"eval_every": max(1, min(steps // options.evaluations, 250))}
+        values |= {"checkpoint_every": options.checkpoint_every} | recipe
         end = {"max_minutes": options.minutes} if options.minutes else {"max_steps": steps}
         command += ["--preset", "ys-24m", "--data", *map(str, options.text)]
-        if others := finished(options):
-            command += ["--tokens-from", str(others[0])]
+        if source := options.tokens_from or next(iter(finished(options)), None):
+            command += ["--tokens-from", str(source)]
         for name, value in (values | end).items():
             flag = "--" + name.replace("_", "-")
             command += [flag] if value is True else [flag, str(value)]
@@ -184,29 +281,46 @@ def trained(options: Options) -> Iterator[Trained]:
         settings = json.loads((path / "settings.json").read_text())
         lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
         curve = [
-            (line["tokens"], line["seconds"], line["bits_per_byte"] * LN2)
+            (line["tokens"], line["seconds"], nats(line["bits_per_byte"]))
             for line in lines
-            if line.get("bits_per_byte") is not None
+            if "bits_per_byte" in line
         ]
         yield Trained(path.parent.name, settings["lr"], settings["seed"], curve)
 
 
-def report(options: Options) -> None:
-    """Write the curves, the table and the picture of everything that is trained."""
+def nats(bits: float | None) -> float:
+    """The same number in nats. None was not finite."""
+    return math.inf if bits is None else bits * LN2
+
+
+def machine(options: Options) -> str:
+    """The machine that trains, as it was when the first of these trainings began."""
+    path = folder(options, "", 0, 0).parent / "machine.txt"
+    if not path.is_file():
+        import torch
+
+        chip = processor()
+        if torch.cuda.is_available():
+            chip = f"{torch.cuda.get_device_name()}, products in bfloat16"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{platform.system()}, {chip}\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def report(options: Options) -> list[Trained]:
+    """Write the curves, the table and the picture of everything that is trained. Returns it."""
     found = list(trained(options))
     options.out.mkdir(parents=True, exist_ok=True)
     name = folder(options, "", 0, 0).parent.name
     text = ", ".join(path.name for path in options.text)
-    where = f"{platform.system()}, {processor()}"
+    where = machine(options)
     title = f"{name} on {text}, {BATCH['batch_size']} x {BATCH['seq_len']} tokens a step ({where})"
     curves = {"title": title, "runs": [vars(each) for each in found]}
     (options.out / f"{name}.json").write_text(json.dumps(curves) + "\n")
     (options.out / f"{name}.md").write_text(markdown(found, title))
     draw(found, title, options.out / f"{name}.png")
+    return found
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    cli.run(main)

@@ -11,7 +11,19 @@ from matplotlib.figure import Figure
 
 LN2 = math.log(2)
 BASELINE = "baseline"
-HEAD = ("recipe", "rate", "nats per byte", "over the seeds", "tokens/s", "tokens", "time")
+HEAD = (
+    "recipe",
+    "rate",
+    "nats per byte",
+    "lowest to highest (seeds)",
+    "tokens/s",
+    "tokens",
+    "time",
+)
+LEGEND = f"""\
+Each recipe is shown at its best learning rate, among the rates that most seeds have trained.
+`(edge)` marks a best rate that is the lowest or the highest that was tried. `tokens` and `time` are
+what the recipe takes to reach the final loss of `{BASELINE}`, as a part of what that takes."""
 
 
 @dataclass
@@ -50,7 +62,7 @@ def by_recipe(trained: Iterable[Trained]) -> dict[str, Rates]:
 
 
 def best_rate(rates: Rates) -> float:
-    """The learning rate with the lowest mean loss, among those that all seeds have trained."""
+    """The learning rate with the lowest mean loss, among those that most seeds have trained."""
     seeds = max(map(len, rates.values()))
     whole = [lr for lr, runs in rates.items() if len(runs) == seeds]
     return min(whole, key=lambda lr: fmean(run.loss for run in rates[lr]))
@@ -74,22 +86,18 @@ def markdown(trained: Sequence[Trained], title: str) -> str:
         rows.append((fmean(losses), cells))
     lines = [f"# {title}", "", _row(HEAD), _row(["---"] * len(HEAD))]
     lines += [_row(cells) for _, cells in sorted(rows)]
-    lines += [
-        "",
-        "Each recipe is shown at its best learning rate. `(edge)` marks a best rate that is",
-    ]
-    lines += ["the lowest or the highest that was tried. `tokens` and `time` are what the recipe"]
-    lines += [f"takes to reach the final loss of `{BASELINE}`, as a part of what that takes."]
-    lines += ["", "Mean loss at each rate:", ""]
+    lines += ["", LEGEND, "", "Mean loss at each rate (seeds):", ""]
     all_rates = sorted({run.lr for run in trained})
     lines += [_row(["recipe", *(f"{lr:g}" for lr in all_rates)])]
     lines += [_row(["---"] * (1 + len(all_rates)))]
     for name, rates in recipes.items():
-        means = (
-            f"{fmean(r.loss for r in rates[lr]):.4f}" if lr in rates else "" for lr in all_rates
-        )
+        means = (_mean(rates[lr]) if lr in rates else "" for lr in all_rates)
         lines.append(_row([name, *means]))
     return "\n".join(lines) + "\n"
+
+
+def _mean(runs: list[Trained]) -> str:
+    return f"{fmean(run.loss for run in runs):.4f} ({len(runs)})"
 
 
 def _row(cells: Iterable[str]) -> str:

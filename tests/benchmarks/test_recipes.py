@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import recipes
 from benchmarks.recipes_report import Trained, best_rate, by_recipe, markdown
+from ysnake import train
 from ysnake.shared.errors import InputError
 
 
@@ -38,15 +39,49 @@ def test_the_table_says_what_a_recipe_takes_to_reach_the_baseline():
     assert rows["baseline"][1:4] == ["0.002", "4.0500", "4.0000 to 4.1000 (2)"]
     assert rows["baseline"][5:] == ["1.00", "1.00"]  # though its second seed stays above the mean
     assert rows["other"][1] == "0.002 (edge)"
+    assert "| baseline | 4.2500 (2) | 4.0500 (2) | 5.0000 (2) | 2.0000 (1) |" in markdown(RUNS, "")
     # 9 falls to 4 in 100 tokens, so 4.05 is reached after 99, and the baseline takes 200
     assert rows["other"][5:] == ["0.49", "0.49"]
 
 
-def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
-    text = tmp_path / "text.txt"
-    text.write_text("A snake has no legs, and the hedge has no snake. " * 400)
+def bracket(*runs, failed=(), lr=(2e-3, 4e-3, 8e-3)):
+    """What --bracket adds to a grid of rates of one recipe, for two seeds."""
+    wanted = [recipes.Training("baseline", rate, 0) for rate in lr]
+    options = recipes.Options(lr=lr, seed=(0, 1))
+    added = recipes.bracket(options, wanted, [run("baseline", *each) for each in runs], failed)
+    return [(each.lr, each.seed) for each in added]
+
+
+def test_other_seeds_train_at_the_best_rate_of_the_first():
+    grid = [(2e-3, 0, 5), (4e-3, 0, 4), (8e-3, 0, 6)]
+    assert bracket(*grid[:2]) == []  # a rate is still missing
+    assert bracket(*grid) == [(4e-3, 1)]
+    assert bracket(*grid, (2e-3, 1, 3)) == [(4e-3, 1)]  # the first seed decides
+    diverged = recipes.Training("baseline", 8e-3, 0)
+    assert bracket(*grid[:2], failed=[diverged]) == [(4e-3, 1)]
+
+
+def test_a_best_rate_at_the_edge_is_bracketed():
+    rising = [(2e-3, 0, 5), (4e-3, 0, 6), (8e-3, 0, 7)]
+    assert (1e-3, 0) in bracket(*rising)
+    assert bracket(*rising, (1e-3, 0, 5.5)) == [(2e-3, 1)]
+    falling = [(2e-3, 0, 7), (4e-3, 0, 6), (8e-3, 0, 5)]
+    assert (16e-3, 0) in bracket(*falling)
+    failed = [recipes.Training("baseline", rate, 0) for rate in (2e-3, 4e-3, 8e-3)]
+    assert bracket(failed=failed) == []
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    """A text, and a model that trains on it in no time."""
     tiny = {"d_model": 32, "n_layers": 1, "d_state": 8, "head_dim": 8, "vocab_size": 270}
     monkeypatch.setitem(recipes.SIZES, "3M", tiny)
+    path = tmp_path / "text.txt"
+    path.write_text("A snake has no legs, and the hedge has no snake. " * 400)
+    return path
+
+
+def test_what_is_trained_is_not_trained_again(text, tmp_path):
     options = ["--text", str(text), "--steps", "2", "--lr", "0.01", "--seed", "0", "1"]
     options += ["--at-once", "2"]
     options += ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
@@ -67,6 +102,26 @@ def test_what_is_trained_is_not_trained_again(tmp_path, monkeypatch):
     assert (result["recipe"], result["lr"]) == ("baseline", 0.01)
     assert [point[0] for point in result["curve"]] == [2048, 4096]
     assert 0 < result["curve"][1][2] < 10
+
+
+def test_tokens_are_enough_and_a_failed_training_stops_no_other(text, tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    sizes = [f"--{k}={v}".replace("_", "-") for k, v in recipes.SIZES["3M"].items()]
+    train.main(["--data", str(text), *sizes, "--max-steps", "1", "--run", str(made)])
+    moved = made.rename(tmp_path / "moved")
+    text.unlink()
+    monkeypatch.setitem(recipes.RECIPES, "broken", {"batch_size": 0})
+    out = tmp_path / "out"
+    options = ["--tokens-from", str(moved), "--recipe", "broken", "baseline", "--steps", "2"]
+    options += ["--lr", "0.01", "--seed", "0", "--runs", str(tmp_path / "runs"), "--out", str(out)]
+    assert recipes.main(options) == 1
+    results = json.loads(next(out.glob("*.json")).read_text())
+    assert "on text.txt, 8 x 256 tokens" in results["title"]
+    assert [each["recipe"] for each in results["runs"]] == ["baseline"]
+    with pytest.raises(InputError, match="--tokens-from: --size 24M needs a vocabulary of 13183"):
+        recipes.main([*options, "--size", "24M"])
+    with pytest.raises(InputError, match="--text, --tokens-from: expected one of them"):
+        recipes.main([*options, "--text", str(text)])
 
 
 def test_an_unknown_recipe_is_named():
