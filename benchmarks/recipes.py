@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
     seeds = options.seed[:1] if options.bracket else options.seed
     wanted = [Training(n, lr, seed) for seed, n, lr in product(seeds, names, options.lr)]
     if options.tokens_from is None:
-        train_unless_ended(options, wanted[0])  # alone, since the others take its tokens
+        train_unless_ended(options, wanted[0], Stop())  # alone, since the others take its tokens
     return train_all(options, wanted)
 
 
@@ -158,7 +158,7 @@ def train_all(options: Options, wanted: Sequence[Training]) -> int:
         stack.callback(pool.shutdown, cancel_futures=True)
         bar = show.add_task("training", total=None)
         while new or going:
-            begun = {pool.submit(train_unless_ended, options, each): each for each in new}
+            begun = {pool.submit(train_unless_ended, options, each, stop): each for each in new}
             submitted |= begun
             show.update(bar, total=len(submitted))
             done, going = wait(going | set(begun), POLLED, return_when=FIRST_COMPLETED)
@@ -207,10 +207,10 @@ def bracket(
     return more
 
 
-def train_unless_ended(options: Options, training: Training) -> None:
-    """Train to the end what has not been trained to its end."""
+def train_unless_ended(options: Options, training: Training, stop: Stop) -> None:
+    """Train to the end what has not been trained to its end, unless a stop was requested."""
     run = folder(options, *training)
-    if not ended(run):
+    if not (ended(run) or stop.requested):
         recipe = RECIPES[training.recipe]
         train(options, run, recipe | {"lr": training.lr, "seed": training.seed})
 

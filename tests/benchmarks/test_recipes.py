@@ -8,6 +8,7 @@ from benchmarks import recipes
 from benchmarks.recipes_report import Trained, best_rate, by_recipe, markdown
 from ysnake import train
 from ysnake.shared.errors import InputError
+from ysnake.training.signals import Stop
 
 
 def run(recipe, lr, seed, *losses):
@@ -127,3 +128,11 @@ def test_tokens_are_enough_and_a_failed_training_stops_no_other(text, tmp_path, 
 def test_an_unknown_recipe_is_named():
     with pytest.raises(InputError, match=r"--recipe: expected some of baseline, .*, got no-such"):
         recipes.main(["--text", "x", "--recipe", "no-such"])
+
+
+def test_no_training_begins_after_a_stop(tmp_path):
+    options = recipes.Options(text=(tmp_path,), runs=tmp_path / "runs")
+    stop = Stop()
+    stop.requested = True
+    recipes.train_unless_ended(options, recipes.Training("baseline", 1e-3, 0), stop)
+    assert not options.runs.exists()
