@@ -46,6 +46,8 @@ STAGES = {
     ),
     "sanitize": Stage("sanitize", 45, ("memcheck", "racecheck"), 2, dry_jobs=("memcheck",)),
     "sweep": Stage("sweep", 60),
+    "precompile-layer": Stage("precompile", 45, ("layer",), interpreted=False),
+    "sweep-layer": Stage("layer", 45),
     "time": Stage("measure", 50, ("fused", "eager", "first call"), dry_jobs=("fused", "eager")),
     "peers": Stage("peers", 120, ("compile", "scan", "mixer"), dry_jobs=("scan",)),
     "train": Stage(
@@ -72,6 +74,8 @@ CALLS = {
         "versions",
         "precompile-sweep",
         "sweep",
+        "precompile-layer",
+        "sweep-layer",
         "time",
         "peers",
         "train",

@@ -11,12 +11,13 @@ import torch
 import ysnake_kernels as ours
 from torch import Tensor
 
-from benchmarks.gpu import cases
+from benchmarks.gpu import cases, layer
 from benchmarks.gpu.cases import TINY, Case, arguments, compare, finite
 from benchmarks.gpu.common import Options, captured, reason
 from benchmarks.traffic import Shape
 
 LONG, MILLION, PIECE = 131072, 2**20, 65536  # tokens
+LAYERS = (3, 2), (1, 1), (16, 1), (64, 1), (70, 2)  # batches and groups of a layer's step
 FORMS = ("plain", "documents", "carried state", "documents, carried state", "recompute")
 FORMS += ("autocast", "decoding")  # ways to run a model, which are all checked
 
@@ -48,6 +49,9 @@ def of_dtype(job: str, options: Options) -> Checks:
             return compare(cases.case(name, dtype, device, dry), dtype, "reference", slack)
 
         yield name, check
+    for batch, groups in LAYERS[:1] if dry else LAYERS:
+        call = partial(layer.compare, batch, groups, dtype, options)
+        yield f"layer step, batch {batch}", call
     large = TINY if dry else Shape()
     for op in ("scan",) if dry else ("scan", "mixer"):
         tensors = arguments(large, dtype, device)[op]

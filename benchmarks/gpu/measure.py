@@ -45,12 +45,11 @@ def run(job: str, options: Options) -> None:
 def moved(op: str, mode: str, s: Shape, processors: int) -> float:
     """Bytes that our kernels read and write at least."""
     from ysnake_kernels.ssd import fused_backward, fused_plan
+    from ysnake_kernels.triton_products import family_and_processors
 
     small = {name: sum(k.bytes for k in ks) for name, ks in traffic.others(s).items()}
     conv, conv_back, norm, norm_back, step = small.values()
-    family, _ = fused_plan.family_and_processors(
-        torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    family, _ = family_and_processors(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     states, *halves = (
         fused_plan.TABLE[fused_plan.table_key(kind, 2, "usual", family)]
         for kind in ("states", "rows", "columns")

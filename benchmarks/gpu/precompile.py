@@ -9,11 +9,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import ysnake_kernels as ours
 
-from benchmarks.gpu import cases, check, small, sweep, train
+from benchmarks.gpu import cases, check, layer, small, sweep, train
 from benchmarks.gpu.cases import BOTH, FORWARD, OPTIONS, TINY, arguments
 from benchmarks.gpu.common import Options, reason
 from benchmarks.traffic import Shape
@@ -57,6 +58,8 @@ def tasks(job: str, options: Options) -> list[Task]:
             if op != "step"
         ]
 
+    if job == "layer":
+        return layer.tasks(device)
     found = layers(Shape(), Shape(1, 32768))
     if job == "sweep":
         found += layers(replace(Shape(), state=64)) + models(device) + sweep.tasks(device)
@@ -64,6 +67,9 @@ def tasks(job: str, options: Options) -> list[Task]:
         found.append(("sanitizer", lambda: small.main("tiny")))
         found += [(f"model, {form}", of_model(form)) for form in check.FORMS]
         for dtype in (torch.float64, torch.bfloat16, torch.float32, torch.float16):
+            for batch, groups in check.LAYERS:
+                one = partial(layer.compare, batch, groups, dtype, options)
+                found.append((f"layer step of {batch}, {str(dtype)[6:]}", one))
             for name in cases.names(dry):
                 found.append((f"{name}, {str(dtype)[6:]}", of_case(name, dtype)))
             if dtype != torch.bfloat16:

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 import ysnake_kernels as ours
 from torch import Tensor
+from ysnake_kernels import triton_products
 from ysnake_kernels.ssd import fused_plan
 from ysnake_kernels.ssd.fused_plan import Config
 
@@ -115,7 +116,7 @@ def lines(entry: Entry, candidate: Config | dict) -> dict[tuple, Config]:
     """The lines of the table that a candidate replaces, by the keys of this machine."""
     given = candidate if isinstance(candidate, dict) else {entry.key: candidate}
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family, _ = fused_plan.family_and_processors(place)
+    family, _ = triton_products.family_and_processors(place)
     return {fused_plan.table_key(*key, family): config for key, config in given.items()}
 
 

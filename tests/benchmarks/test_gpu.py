@@ -116,7 +116,9 @@ def test_the_sweep_changes_the_table_and_puts_it_back():
 
 
 def test_the_sweep_changes_the_line_that_the_card_looks_up(monkeypatch):
-    monkeypatch.setattr(sweep.fused_plan, "family_and_processors", lambda place: ("sm_90", 132))
+    monkeypatch.setattr(
+        sweep.triton_products, "family_and_processors", lambda place: ("sm_90", 132)
+    )
     entry = next(e for e in sweep.ENTRIES if e.key == ("rows", 2, "usual"))
     assert list(sweep.lines(entry, entry.configs[0])) == [("rows", 2, "usual", "sm_90")]
 

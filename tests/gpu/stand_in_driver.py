@@ -95,10 +95,11 @@ def activate(launches: bool) -> None:
 def fused_on_cpu(multiprocessors: int = MULTIPROCESSORS) -> Iterator[None]:
     """Let the operators take the fused path for tensors in host memory, as for an H100's."""
     backend = import_module("ysnake_kernels.backend")
-    fused_plan = import_module("ysnake_kernels.ssd.fused_plan")
-    import_module("ysnake_kernels.ssd.fused")  # it imports all that ask for the device
+    products = import_module("ysnake_kernels.triton_products")
+    for package in ("ssd", "layer_step"):  # all that ask for the device
+        import_module(f"ysnake_kernels.{package}.fused")
     name = "family_and_processors"
-    real = getattr(fused_plan, name)
+    real = getattr(products, name)
     ours = [module for name, module in sys.modules.items() if name.startswith("ysnake_kernels")]
     with ExitStack() as patches:
         patches.enter_context(patch.object(backend, "_choose", lambda device: "fused"))

@@ -14,6 +14,7 @@ from ysnake_kernels.ssd import fused, fused_backward, fused_forward, fused_plan
 from ysnake_kernels.ssd.fused_plan import Config, segments
 from ysnake_kernels.ssd.inputs import ScanInputs, SequenceGradients
 from ysnake_kernels.triton_launch import Launcher
+from ysnake_kernels.triton_products import arithmetic
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODULES = (fused_forward, fused_backward)
@@ -326,7 +327,7 @@ def test_float32_precision_follows_both_settings_of_torch():
 
 
 def test_tf32_only_where_the_gpu_has_it():
-    of = {f: fused_plan.arithmetic(f, False, *[torch.float16] * 3) for f in ("gfx942", "gfx1100")}
+    of = {f: arithmetic(f, False, *[torch.float16] * 3) for f in ("gfx942", "gfx1100")}
     assert {family: numbers[2] for family, numbers in of.items()} == {
         "gfx942": "tf32",
         "gfx1100": "ieee",

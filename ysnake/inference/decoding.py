@@ -103,7 +103,7 @@ class _Layer:
         mixer = block.mixer
         self.norm = _Norm(block.norm)
         self.in_proj, self.out_proj = mixer.in_proj.forward, mixer.out_proj.forward
-        self.weights = prepare(mixer.step_weights(mixer.rates()), torch.float32)
+        self.weights = prepare(mixer.step_weights(), torch.float32)
 
     def __call__(self, h: Tensor, conv: Tensor, ssm: Tensor) -> None:
         """h: (batch, d_model); conv and ssm as in `LayerState`."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from ysnake_kernels.layer_step import layer_step
 
 from ysnake.model.cuda_graph import Graph
 from ysnake.model.network import Model, State
@@ -20,9 +21,10 @@ class ReplayedStep:
     """One token for each row. Replayed as soon as the same state has come twice."""
 
     def __init__(self, model: Model):
+        """Copies some small weights. Weights that change later have no effect on these."""
         self.model = model
         with torch.no_grad():
-            self.rates = [block.mixer.rates() for block in model.backbone.layers]
+            self.layers = [block.step_weights() for block in model.backbone.layers]
         self.graphs: OrderedDict[tuple, Graph | None] = OrderedDict()
         self.pool: Any = None
 
@@ -46,9 +48,7 @@ class ReplayedStep:
 
     def write(self, ids: Tensor, state: State) -> Tensor:
         """As `Model.step`, with fewer kernels."""
-        backbone = self.model.backbone
-        h, mixed = backbone.embed(ids[:, None]), None
-        for block, A, layer in zip(backbone.layers, self.rates, state, strict=True):
-            h, projected = block.project(h, mixed)
-            mixed = block.mixer.one_token(projected, A, layer)
-        return self.model.lm_head(backbone.normed(h, mixed)[:, -1])
+        h = self.model.backbone.embed(ids)
+        for weights, layer in zip(self.layers, state, strict=True):
+            layer_step(h, layer.conv, layer.ssm, weights)
+        return self.model.lm_head(self.model.backbone.normed(h, None))

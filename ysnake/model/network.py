@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ysnake_kernels import rms_norm_gated
 from ysnake_kernels.backend import as_chosen_here
 from ysnake_kernels.conv import last_tokens
+from ysnake_kernels.layer_step.weights import LayerWeights
 from ysnake_kernels.linear import Linear, normed_linear, products_dtype
 from ysnake_kernels.mixer import MixerInputs, MixerSizes, check_and_run
 from ysnake_kernels.mixer.part import Neighbours, mixer_part
@@ -88,7 +89,8 @@ class Mixer(nn.Module):
         """
         inference = not torch.is_grad_enabled()
         if state is not None and projected.shape[1] == 1 and inference:
-            return self.one_token(projected, self.rates(), state)
+            y = mixer_step(projected[:, 0], state.conv, state.ssm, self.step_weights())
+            return self.out_proj(y[:, None])
         if self.neighbours is not None and state is None:
             return mixer_part(self.inputs(projected, seq_idx, None, True), self.neighbours)
         out, ssm = check_and_run(self.inputs(projected, seq_idx, state, not inference))
@@ -136,16 +138,11 @@ class Mixer(nn.Module):
         """A, (heads,): the log of a head's decay in a step of size 1."""
         return -torch.exp(self.A_log.float())
 
-    def step_weights(self, A: Tensor) -> MixerWeights:
-        """The weights between the projections, for one token; A as `rates` gives it."""
+    def step_weights(self) -> MixerWeights:
+        """The weights between the projections, for one token."""
         c, taps = self.config, self.conv1d.weight[:, 0]
-        parameters = (taps, self.conv1d.bias, self.dt_bias, A, self.D, self.norm.weight)
+        parameters = (taps, self.conv1d.bias, self.dt_bias, self.rates(), self.D, self.norm.weight)
         return MixerWeights(*parameters, self.sizes, c.dt_limit, c.norm_eps)
-
-    def one_token(self, projected: Tensor, A: Tensor, state: LayerState) -> Tensor:
-        """`forward` of one token, (batch, 1, features); A as `rates` gives it."""
-        y = mixer_step(projected[:, 0], state.conv, state.ssm, self.step_weights(A))
-        return self.out_proj(y[:, None])
 
 
 class Block(nn.Module):
@@ -170,6 +167,12 @@ class Block(nn.Module):
         """h + mixed, and this mixer's output. `mixed` is the output of the mixer before, if any."""
         h, projected = self.project(h, mixed)
         return h, self.mixer(projected, seq_idx, state, last_only)
+
+    def step_weights(self) -> LayerWeights:
+        """All weights of the block, for one token."""
+        in_proj, out_proj = self.mixer.in_proj, self.mixer.out_proj
+        before = (self.norm.weight, self.norm.eps, in_proj.weight, in_proj.bias)
+        return LayerWeights(*before, self.mixer.step_weights(), out_proj.weight, out_proj.bias)
 
     def project(self, h: Tensor, mixed: Tensor | None) -> tuple[Tensor, Tensor]:
         """h + mixed, and in_proj of its norm, which the mixer takes."""
@@ -240,10 +243,11 @@ class Backbone(nn.Module):
 
     def normed(self, h: Tensor, mixed: Tensor | None) -> Tensor:
         """The last hidden states, from what the last block returned."""
-        assert mixed is not None  # a model has at least one block
-        h, norm = h[:, -mixed.shape[1] :], self.norm_f
+        norm = self.norm_f
+        if mixed is not None:
+            h = h[:, -mixed.shape[1] :]
         if torch.is_grad_enabled():
-            return norm(h + mixed).to(norm.weight.dtype)
+            return norm(h if mixed is None else h + mixed).to(norm.weight.dtype)
         return add_and_norm(h, mixed, norm.weight, norm.eps, norm.weight.dtype)[1]
 
 

@@ -31,7 +31,6 @@ from ysnake_kernels.ssd.fused_plan import (
     Constants,
     configured,
     constants,
-    family_and_processors,
     in_chunks,
     in_tiles,
     line_of,
@@ -43,6 +42,7 @@ from ysnake_kernels.ssd.fused_plan import (
 )
 from ysnake_kernels.ssd.inputs import ScanGradients, ScanInputs, SequenceGradients
 from ysnake_kernels.triton_launch import Launcher, launcher
+from ysnake_kernels.triton_products import family_and_processors
 
 CONTIGUOUS = torch.contiguous_format
 

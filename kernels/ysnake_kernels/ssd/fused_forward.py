@@ -22,7 +22,6 @@ from ysnake_kernels.ssd.fused_plan import (
     Constants,
     configured,
     constants,
-    family_and_processors,
     in_tiles,
     segments,
     side_by_side,
@@ -34,6 +33,7 @@ from ysnake_kernels.ssd.fused_tiles import DECAY, SOURCE, STEP
 from ysnake_kernels.ssd.inputs import ScanInputs
 from ysnake_kernels.triton_launch import launcher
 from ysnake_kernels.triton_math import silu
+from ysnake_kernels.triton_products import family_and_processors
 
 
 def heads_at_once(heads: int) -> int:

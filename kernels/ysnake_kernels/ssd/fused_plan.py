@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ysnake_kernels.numerics import ceil_divide, common_unit, next_power_of_2
 from ysnake_kernels.ssd.inputs import DIFFERENTIABLE, ScanInputs
+from ysnake_kernels.triton_products import arithmetic, tf32_is_allowed
 
 LARGEST = 256  # of head sizes and state sizes
 MOST_SEGMENTS = 32
@@ -79,37 +80,6 @@ def strides(*tensors: Tensor | None) -> tuple[int, list[int]]:
     return unit, [v // unit for v in values]
 
 
-@cache
-def arithmetic(family: str, tf32: bool, *dtypes: torch.dtype | None) -> tuple[Any, Any, str]:
-    """The accumulator's dtype, and the dtype and precision of matrix products.
-
-    Args:
-        family: of the device.
-        tf32: whether the user lets float32 products round to tf32.
-        dtypes: those of x, B and C, then those of the other inputs.
-    """
-    if torch.float64 in dtypes:
-        return tl.float64, tl.float64, "ieee"
-    if set(dtypes[:3]) == {torch.bfloat16}:
-        return tl.float32, tl.bfloat16, "ieee"
-    # tf32 represents every float16 number. Unlike float16 it also holds large states and gradients.
-    fast = tf32 or set(dtypes[:3]) == {torch.float16}
-    fast &= not family.startswith("gfx") or family == "gfx942"  # other AMD cards have no tf32
-    return tl.float32, tl.float32, "tf32" if fast else "ieee"
-
-
-def tf32_is_allowed() -> bool:
-    """Whether the user lets float32 products on a GPU round to tf32.
-
-    torch has two settings for it, an older and a newer one. This reads both.
-    torch.get_float32_matmul_precision() would raise where the newer one was used.
-    """
-    asked = torch.backends.cuda.matmul.fp32_precision
-    if asked == "none":
-        asked = torch.backends.fp32_precision  # type: ignore[attr-defined]
-    return asked == "tf32"
-
-
 def constants(inputs: ScanInputs, unit: int, family: str) -> Constants:
     """The constants that follow from the inputs, without a tile, chunk and slice.
 
@@ -150,19 +120,6 @@ class Config(NamedTuple):
     warps: int
     stages: int
     chunk: int = 0  # on the line for "states": tokens between two states that backward stores
-
-
-@cache
-def family_and_processors(place: torch.device) -> tuple[str, int]:
-    """A device's family ("sm_80", "sm_90", ..., "gfx942") and its number of multiprocessors."""
-    if place.type != "cuda":
-        return "interpreter", 1
-    properties = torch.cuda.get_device_properties(place)
-    if torch.version.hip:
-        family = properties.gcnArchName.split(":")[0]
-    else:  # gcnArchName of an NVIDIA card is the card's name
-        family = f"sm_{properties.major}{properties.minor}"
-    return family, properties.multi_processor_count
 
 
 # (kernel, bytes of a number in its products, size[, family]) -> configuration. The size is "wide"

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ysnake_kernels import triton_products
 from ysnake_kernels.numerics import SMALLEST_LOG_DECAY
 from ysnake_kernels.triton_math import clamp, finite, softplus
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # An array has these numbers for each token and head. Kernels write them for later kernels.
 DECAY = tl.constexpr(0)  # cumulative log2 decay from the chunk's start to the token
@@ -164,15 +163,8 @@ def load_skip(D, head, p, K):  # [1, PS]
 
 @triton.jit
 def dot(a, b, K, acc=None):
-    """acc + a b. The factors are rounded to DOT and summed in float32 (float64 for float64)."""
-    a, b = a.to(K.DOT), b.to(K.DOT)
-    if INTERPRETED and tl.bfloat16 == K.DOT:  # the interpreter multiplies the bits of a bfloat16
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    if tl.float64 == K.DOT:
-        product = tl.dot(a, b, acc, out_dtype=tl.float64)
-    else:
-        product = tl.dot(a, b, acc, input_precision=K.PRECISION)
-    return product
+    """acc + a b, in the arithmetic of K."""
+    return triton_products.dot(a, b, acc, K.DOT, K.PRECISION)
 
 
 @triton.jit
