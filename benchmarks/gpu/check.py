@@ -11,7 +11,7 @@ import torch
 import ysnake_kernels as ours
 from torch import Tensor
 
-from benchmarks.gpu import cases, layer
+from benchmarks.gpu import cases, layers
 from benchmarks.gpu.cases import TINY, Case, arguments, compare, finite
 from benchmarks.gpu.common import Options, captured, reason
 from benchmarks.traffic import Shape
@@ -50,8 +50,8 @@ def of_dtype(job: str, options: Options) -> Checks:
 
         yield name, check
     for batch, groups in LAYERS[:1] if dry else LAYERS:
-        call = partial(layer.compare, batch, groups, dtype, options)
-        yield f"layer step, batch {batch}", call
+        call = partial(layers.compare, batch, groups, dtype, options)
+        yield f"layers' step, batch {batch}", call
     large = TINY if dry else Shape()
     for op in ("scan",) if dry else ("scan", "mixer"):
         tensors = arguments(large, dtype, device)[op]

@@ -14,7 +14,8 @@ from functools import partial
 import torch
 import ysnake_kernels as ours
 
-from benchmarks.gpu import cases, check, layer, small, sweep, train
+from benchmarks.gpu import cases, check, small, sweep, train
+from benchmarks.gpu import layers as layers_of
 from benchmarks.gpu.cases import BOTH, FORWARD, OPTIONS, TINY, arguments
 from benchmarks.gpu.common import Options, reason
 from benchmarks.traffic import Shape
@@ -58,8 +59,8 @@ def tasks(job: str, options: Options) -> list[Task]:
             if op != "step"
         ]
 
-    if job == "layer":
-        return layer.tasks(device)
+    if job == "layers":
+        return layers_of.tasks(device)
     found = layers(Shape(), Shape(1, 32768))
     if job == "sweep":
         found += layers(replace(Shape(), state=64)) + models(device) + sweep.tasks(device)
@@ -68,8 +69,8 @@ def tasks(job: str, options: Options) -> list[Task]:
         found += [(f"model, {form}", of_model(form)) for form in check.FORMS]
         for dtype in (torch.float64, torch.bfloat16, torch.float32, torch.float16):
             for batch, groups in check.LAYERS:
-                one = partial(layer.compare, batch, groups, dtype, options)
-                found.append((f"layer step of {batch}, {str(dtype)[6:]}", one))
+                one = partial(layers_of.compare, batch, groups, dtype, options)
+                found.append((f"layers step of {batch}, {str(dtype)[6:]}", one))
             for name in cases.names(dry):
                 found.append((f"{name}, {str(dtype)[6:]}", of_case(name, dtype)))
             if dtype != torch.bfloat16:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.gpu import layer
+from benchmarks.gpu import layers
 from benchmarks.gpu.cases import BOTH, FORWARD, TINY, arguments, work
 from benchmarks.traffic import Shape
 
@@ -31,8 +31,8 @@ def main(name: str) -> None:
         calls.append(work("fused", op, BOTH, {k: t.to(device) for k, t in tensors.items()}))
     step = {k: t.to(device) for k, t in arguments(one, torch.bfloat16, place)["step"].items()}
     calls.append(work("fused", "step", FORWARD, step))
-    batch, sizes = 64 if name == "large" else 3, layer.TINY if name == "dry" else {}
-    calls.append(layer.layer(batch, torch.bfloat16, device, **sizes).step)
+    batch, sizes = 64 if name == "large" else 3, layers.TINY if name == "dry" else {}
+    calls.append(layers.stack(batch, torch.bfloat16, device, **sizes).step)
     for call in calls:
         call()
     if device == "cuda":

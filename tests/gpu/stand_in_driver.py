@@ -96,7 +96,7 @@ def fused_on_cpu(multiprocessors: int = MULTIPROCESSORS) -> Iterator[None]:
     """Let the operators take the fused path for tensors in host memory, as for an H100's."""
     backend = import_module("ysnake_kernels.backend")
     products = import_module("ysnake_kernels.triton_products")
-    for package in ("ssd", "layer_step"):  # all that ask for the device
+    for package in ("ssd", "layers_step"):  # all that ask for the device
         import_module(f"ysnake_kernels.{package}.fused")
     name = "family_and_processors"
     real = getattr(products, name)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from ysnake_kernels.layer_step import layer_step
+from ysnake_kernels.layers_step import layers_step
+from ysnake_kernels.layers_step.weights import LayerMemory
 
 from ysnake.model.cuda_graph import Graph
 from ysnake.model.network import Model, State
@@ -48,7 +49,8 @@ class ReplayedStep:
 
     def write(self, ids: Tensor, state: State) -> Tensor:
         """As `Model.step`, with fewer kernels."""
-        h = self.model.backbone.embed(ids)
-        for weights, layer in zip(self.layers, state, strict=True):
-            layer_step(h, layer.conv, layer.ssm, weights)
-        return self.model.lm_head(self.model.backbone.normed(h, None))
+        backbone = self.model.backbone
+        memory = [LayerMemory(layer.conv, layer.ssm) for layer in state]
+        last = (backbone.norm_f.weight, backbone.norm_f.eps)
+        h = layers_step(backbone.embed(ids), memory, self.layers, *last)
+        return self.model.lm_head(h)

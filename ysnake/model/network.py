@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ysnake_kernels import rms_norm_gated
 from ysnake_kernels.backend import as_chosen_here
 from ysnake_kernels.conv import last_tokens
-from ysnake_kernels.layer_step.weights import LayerWeights
+from ysnake_kernels.layers_step.weights import LayerWeights
 from ysnake_kernels.linear import Linear, normed_linear, products_dtype
 from ysnake_kernels.mixer import MixerInputs, MixerSizes, check_and_run
 from ysnake_kernels.mixer.part import Neighbours, mixer_part
@@ -243,11 +243,10 @@ class Backbone(nn.Module):
 
     def normed(self, h: Tensor, mixed: Tensor | None) -> Tensor:
         """The last hidden states, from what the last block returned."""
-        norm = self.norm_f
-        if mixed is not None:
-            h = h[:, -mixed.shape[1] :]
+        assert mixed is not None  # a model has at least one block
+        h, norm = h[:, -mixed.shape[1] :], self.norm_f
         if torch.is_grad_enabled():
-            return norm(h if mixed is None else h + mixed).to(norm.weight.dtype)
+            return norm(h + mixed).to(norm.weight.dtype)
         return add_and_norm(h, mixed, norm.weight, norm.eps, norm.weight.dtype)[1]
 
 
