@@ -42,7 +42,11 @@ STAGES = {
     "precompile": Stage("precompile", 75, ("checks",), interpreted=False),
     "precompile-sweep": Stage("precompile", 60, ("sweep",), interpreted=False),
     "check": Stage(
-        "check", 75, (*DTYPES, "model", "million"), 6, dry_jobs=("bfloat16", "model", "million")
+        "check",
+        75,
+        (*DTYPES, "model", "million", "layers"),
+        7,
+        dry_jobs=("bfloat16", "model", "million", "layers"),
     ),
     "sanitize": Stage("sanitize", 45, ("memcheck", "racecheck"), 2, dry_jobs=("memcheck",)),
     "sweep": Stage("sweep", 60),

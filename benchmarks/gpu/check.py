@@ -17,13 +17,15 @@ from benchmarks.gpu.common import Options, captured, reason
 from benchmarks.traffic import Shape
 
 LONG, MILLION, PIECE = 131072, 2**20, 65536  # tokens
-LAYERS = (3, 2), (1, 1), (16, 1), (64, 1), (70, 2)  # batches and groups of a layer's step
+LAYERS = (3, 2), (1, 1), (16, 1), (64, 1), (70, 2)  # batches and groups of `layers.compare`
 FORMS = ("plain", "documents", "carried state", "documents, carried state", "recompute")
 FORMS += ("autocast", "decoding")  # ways to run a model, which are all checked
 
 
 def run(job: str, options: Options) -> None:
-    checks = {"model": model, "million": million}.get(job) or partial(of_dtype, job)
+    checks = {"model": model, "million": million, "layers": one_token}.get(job) or partial(
+        of_dtype, job
+    )
     wrong = 0
     for name, check in checks(options):
         try:
@@ -49,9 +51,6 @@ def of_dtype(job: str, options: Options) -> Checks:
             return compare(cases.case(name, dtype, device, dry), dtype, "reference", slack)
 
         yield name, check
-    for batch, groups in LAYERS[:1] if dry else LAYERS:
-        call = partial(layers.compare, batch, groups, dtype, options)
-        yield f"layers' step, batch {batch}", call
     large = TINY if dry else Shape()
     for op in ("scan",) if dry else ("scan", "mixer"):
         tensors = arguments(large, dtype, device)[op]
@@ -69,6 +68,16 @@ def of_dtype(job: str, options: Options) -> Checks:
     for op in ("scan",) if dry else ("scan", "convolution", "norm", "mixer"):
         for s in (TINY,) if dry else (Shape(), Shape(1, 32768)):
             yield f"{op}, same bits", partial(same_bits, op, s, dtype, device)
+
+
+def one_token(options: Options) -> Checks:
+    """A token through two layers, in every dtype."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for batch, groups in LAYERS[:1] if options.dry else LAYERS:
+            yield (
+                f"layers' step, batch {batch}",
+                partial(layers.compare, batch, groups, dtype, options),
+            )
 
 
 def same_bits(op: str, s: Shape, dtype: torch.dtype, device: str) -> dict:
