@@ -24,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 from ysnake_kernels.conv import fused as conv
+from ysnake_kernels.layers_step import fused as layers_step
 from ysnake_kernels.loss import fused as loss
 from ysnake_kernels.norm import fused as norm
 from ysnake_kernels.ssd import fused_backward, fused_forward
@@ -31,6 +32,8 @@ from ysnake_kernels.ssd.fused_plan import Constants
 from ysnake_kernels.ssd.inputs import ScanInputs
 from ysnake_kernels.step import fused as step
 from ysnake_kernels.triton_launch import Launcher
+
+from benchmarks.gpu import layers
 
 RESULTS = Path(__file__).parent / "results" / "compile.md"
 # architecture -> target, and the shared memory that one program may have
@@ -134,6 +137,10 @@ def other_launches(dtype: str, head_dim: int, state: int) -> list[tuple]:
         heads = (per_head, B[:, None], C[:, None], per_head, None, per_head, None)
         step._step(S, x, dt[:, 0], *heads, True, 0.0, float("inf"))
         loss.cross_entropy_(torch.empty(2, 50288, dtype=z.dtype), torch.zeros(2, dtype=torch.int64))
+        if head_dim == 64:
+            given = layers.stack(2, z.dtype, "cpu", layers=1, d_model=d_inner // 2, state=state)
+            w = given.weights
+            layers_step.step(given.h, given.memory, [w], w.norm_weight, w.eps)
 
     return recorded(call)
 

@@ -123,7 +123,7 @@ def tasks(device: str) -> list[tuple[str, Callable[[], object]]]:
 
     def task(tile: Tile, batch: int) -> Callable[[], object]:
         def call() -> None:
-            with patch.object(fused, "tile", lambda programs: tile):
+            with patch.object(fused, "tile", lambda heads: tile):
                 launches(stack(batch, torch.bfloat16, device, 1))[0]()
 
         return call
@@ -139,7 +139,7 @@ def run(job: str, options: Options) -> None:
         for tile in tiles(batch, layers.weights.mixer.sizes.heads)[: 2 if options.dry else None]:
             row = {"batch": batch, "tile": list(tile)}
             try:
-                with patch.object(fused, "tile", lambda programs, tile=tile: tile):
+                with patch.object(fused, "tile", lambda heads, tile=tile: tile):
                     times[tile] = seconds(launches(layers), options.device, 0.02)
             except Exception as error:
                 options.write("sweep-layers", **row, failed=reason(error))

@@ -23,6 +23,9 @@ REST = [
     "conv step",
     "step",
     "loss",
+    "layers_step join",
+    "layers_step mix",
+    "layers_step join",
 ]
 # bytes a thread that may spill: two programs on a multiprocessor were worth more than none
 ACCEPTED = {"ssd rows": 400, "ssd columns": 500}
