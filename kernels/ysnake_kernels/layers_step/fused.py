@@ -115,7 +115,8 @@ def join(
     warps = min(max(cols // 256, 4), 16)
     acc = tl.float64 if accumulator(h, norm_weight) == torch.float64 else tl.float32
     out = squares = bias = projected = history = None
-    numbers, strides = (1e-5, 1, 1, 1, 2, 1), (1, 1, 1, 1, 1)
+    numbers: tuple[float, ...] = (1e-5, 1, 1, 1, 2, 1)
+    strides: tuple[int, ...] = (1, 1, 1, 1, 1)
     if mixed is not None:
         out, squares, projected, history, layer = mixed
         bias = _contiguous(layer.out_bias)

@@ -12,17 +12,20 @@ from ysnake_kernels.triton_math import clamp, finite, silu, softplus
 
 
 @triton.jit
-def _convolve(
-    new, history, taps, bias, c, inside, channel, token, tap_channel, tap_token,
-    WIDTH: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """silu of the convolution at channels c, from the new token and those of the history."""
-    history += c * channel
+def _convolve(tensors, strides, c, inside, WIDTH: tl.constexpr, ACC: tl.constexpr):
+    """silu of the convolution at channels c, from the new token and those of the history.
+
+    `tensors` are the new token, the history, taps and bias. `strides` are those of the history over
+    channels and tokens, and those of the taps over channels and tokens.
+    """
+    new, history, taps, bias = tensors
+    history_channel, history_token, tap_channel, tap_token = strides
+    history += c * history_channel
     taps += c * tap_channel
     v = tl.load(new + c, inside, other=0.0).to(ACC)
     v *= tl.load(taps + (WIDTH - 1) * tap_token, inside, other=0.0).to(ACC)
     for k in tl.static_range(WIDTH - 1):
-        old = tl.load(history + k * token, inside, other=0.0).to(ACC)
+        old = tl.load(history + k * history_token, inside, other=0.0).to(ACC)
         v += old * tl.load(taps + k * tap_token, inside, other=0.0).to(ACC)
     if bias is not None:
         v += tl.load(bias + c, inside, other=0.0).to(ACC)
@@ -70,22 +73,14 @@ def mix_kernel(
 
     projected += batch * row_stride * UNIT
     new = projected + HEADS * P
-    history += batch * history_batch
+    tensors = (new, history + batch * history_batch, taps, conv_bias)
+    strides = (history_channel, history_token, tap_channel, tap_token)
     B_at = HEADS * P + n
-    B = _convolve(
-        new, history, taps, conv_bias, B_at, n < N, history_channel, history_token, tap_channel,
-        tap_token, WIDTH, ACC,
-    )  # fmt: skip
-    C = _convolve(
-        new, history, taps, conv_bias, B_at + N, n < N, history_channel, history_token, tap_channel,
-        tap_token, WIDTH, ACC,
-    )  # fmt: skip
+    B = _convolve(tensors, strides, B_at, n < N, WIDTH, ACC)
+    C = _convolve(tensors, strides, B_at + N, n < N, WIDTH, ACC)
     row = first + tl.arange(0, TILES * ROWS)
     c = head * P + row
-    x = _convolve(
-        new, history, taps, conv_bias, c, row < P, history_channel, history_token, tap_channel,
-        tap_token, WIDTH, ACC,
-    )  # fmt: skip
+    x = _convolve(tensors, strides, c, row < P, WIDTH, ACC)
     gate = silu(tl.load(projected + c, row < P, other=0.0).to(ACC))
     weight = tl.load(norm_weight + c, row < P, other=0.0).to(ACC)
     dt = tl.load(new + HEADS * P + 2 * N + head).to(ACC)
