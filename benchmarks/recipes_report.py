@@ -16,14 +16,18 @@ HEAD = (
     "rate",
     "nats per byte",
     "lowest to highest (seeds)",
+    "beside the baseline",
     "tokens/s",
     "tokens",
     "time",
 )
 LEGEND = f"""\
 Each recipe is shown at its best learning rate, among the rates that most seeds have trained.
-`(edge)` marks a best rate that is the lowest or the highest that was tried. `tokens` and `time` are
-what the recipe takes to reach the final loss of `{BASELINE}`, as a part of what that takes."""
+`(edge)` marks a best rate that is the lowest or the highest that was tried. A seed decides first
+weights and the order of the batches, and some orders are harder than others. So the last columns
+compare trainings of the same seed: `beside the baseline` is the loss minus that of `{BASELINE}`, in
+the mean and from lowest to highest; `tokens` and `time` are what the recipe takes to reach the
+final loss of `{BASELINE}`, as a part of what that takes, in the mean."""
 
 
 @dataclass
@@ -72,7 +76,7 @@ def markdown(trained: Sequence[Trained], title: str) -> str:
     """A table of the recipes at their best rates, and one of all rates."""
     recipes = by_recipe(trained)
     base = recipes.get(BASELINE)
-    target = None if base is None else fmean(run.loss for run in base[best_rate(base)])
+    beside = {} if base is None else {run.seed: run for run in base[best_rate(base)]}
     rows = []
     for name, rates in recipes.items():
         lr = best_rate(rates)
@@ -81,8 +85,9 @@ def markdown(trained: Sequence[Trained], title: str) -> str:
         losses = [run.loss for run in runs]
         speed = fmean(run.curve[-1][0] / run.curve[-1][1] for run in runs)
         cells = [name, f"{lr:g}{edge}", f"{fmean(losses):.4f}"]
-        cells += [f"{min(losses):.4f} to {max(losses):.4f} ({len(losses)})", f"{speed:,.0f}"]
-        cells += [_part(runs, base, target, axis) for axis in (0, 1)]
+        cells += [f"{min(losses):.4f} to {max(losses):.4f} ({len(losses)})"]
+        pairs = [(run, beside[run.seed]) for run in runs if run.seed in beside]
+        cells += [_difference(pairs), f"{speed:,.0f}", _part(pairs, 0), _part(pairs, 1)]
         rows.append((fmean(losses), cells))
     lines = [f"# {title}", "", _row(HEAD), _row(["---"] * len(HEAD))]
     lines += [_row(cells) for _, cells in sorted(rows)]
@@ -104,18 +109,19 @@ def _row(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _part(runs: list[Trained], base: Rates | None, target: float | None, axis: int) -> str:
-    """What the runs take to reach the target, divided by what the baseline takes in all."""
-    if base is None or target is None:
+def _difference(pairs: list[tuple[Trained, Trained]]) -> str:
+    """Loss minus the baseline's, of trainings with the same seed: mean, lowest and highest."""
+    found = [run.loss - other.loss for run, other in pairs if run is not other]
+    return f"{fmean(found):+.4f} ({min(found):+.4f} to {max(found):+.4f})" if found else ""
+
+
+def _part(pairs: list[tuple[Trained, Trained]], axis: int) -> str:
+    """What the runs take to reach the baseline's final loss, divided by what that takes."""
+    taken = [(run.reached(other.loss, axis), other.curve[-1][axis]) for run, other in pairs]
+    parts = [part / whole for part, whole in taken if part is not None]
+    if not pairs:
         return ""
-    if runs is base[best_rate(base)]:
-        return "1.00"
-    whole = fmean(run.curve[-1][axis] for run in base[best_rate(base)])
-    taken = [run.reached(target, axis) for run in runs]
-    reached = [each for each in taken if each is not None]
-    if len(reached) < len(taken):
-        return "not reached"
-    return f"{fmean(reached) / whole:.2f}"
+    return f"{fmean(parts):.2f}" if len(parts) == len(pairs) else "not reached"
 
 
 def draw(trained: Sequence[Trained], title: str, path: Path) -> None:

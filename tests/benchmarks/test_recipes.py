@@ -38,11 +38,14 @@ def test_the_table_says_what_a_recipe_takes_to_reach_the_baseline():
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             rows.setdefault(cells[0], cells)
     assert rows["baseline"][1:4] == ["0.002", "4.0500", "4.0000 to 4.1000 (2)"]
-    assert rows["baseline"][5:] == ["1.00", "1.00"]  # though its second seed stays above the mean
+    assert rows["baseline"][4] == ""
+    assert rows["baseline"][6:] == ["1.00", "1.00"]
     assert rows["other"][1] == "0.002 (edge)"
     assert "| baseline | 4.2500 (2) | 4.0500 (2) | 5.0000 (2) | 2.0000 (1) |" in markdown(RUNS, "")
-    # 9 falls to 4 in 100 tokens, so 4.05 is reached after 99, and the baseline takes 200
-    assert rows["other"][5:] == ["0.49", "0.49"]
+    # The baseline ends at 4 and 4.1 with the two seeds, after 200 tokens. In the first 100 tokens
+    # `other` falls from 9 to 4. So it reaches 4.0 after 100 and 4.1 after 98.
+    assert rows["other"][4] == "-2.0500 (-2.1000 to -2.0000)"
+    assert rows["other"][6:] == ["0.49", "0.49"]
 
 
 def bracket(*runs, failed=(), lr=(2e-3, 4e-3, 8e-3)):

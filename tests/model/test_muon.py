@@ -13,7 +13,7 @@ from ysnake.training.optimizer import make_moments, make_optimizer
 def test_with_its_coefficients_a_matrix_gets_the_update_of_torch(shape, monkeypatch):
     monkeypatch.setattr(muon, "ITERATIONS", ((3.4445, -4.7750, 2.0315),) * 5)
     own, expected = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-    optimizer = Muon([{"params": [own], "rows": [shape[0]], "weight_decay": 0.1}], (0.9, 0.95))
+    optimizer = Muon([{"params": [own], "parts": [shape[0]], "weight_decay": 0.1}], (0.9, 0.95))
     make_moments(optimizer)
     optimizer.param_groups[0]["lr"] = 0.01
     theirs = torch.optim.Muon(
@@ -55,16 +55,17 @@ def trained():
     return m, before, optimizer
 
 
-def test_each_part_of_a_projection_is_made_orthogonal(trained):
+def test_each_heads_part_of_a_projection_is_made_orthogonal(trained):
     m, before, _ = trained
     sizes = m.backbone.layers[0].mixer.sizes
+    heads = [sizes.head_dim] * sizes.heads
     for name, parts in {
-        "in_proj": [sizes.d_inner, *sizes.mixed, sizes.heads],
-        "out_proj": [m.config.d_model],
+        "in_proj": [*heads, *heads, *sizes.mixed[1:], sizes.heads],
+        "out_proj": heads,
     }.items():
-        name = f"backbone.layers.1.mixer.{name}.weight"
-        moved = dict(m.named_parameters())[name].detach() - before[name]
-        for part in moved.split(parts):
+        path = f"backbone.layers.1.mixer.{name}.weight"
+        moved = dict(m.named_parameters())[path].detach() - before[path]
+        for part in moved.split(parts, 1 if name == "out_proj" else 0):
             values = torch.linalg.svdvals(part) / (0.2 * max(part.shape) ** 0.5)
             assert values.min() > 0.6
             assert values.max() < 1.3
@@ -110,7 +111,7 @@ def test_a_restored_state_has_its_steps_on_the_device_of_the_weight():
         matrix, vector = (
             torch.nn.Parameter(torch.ones(shape, device=device)) for shape in ((4, 4), 4)
         )
-        groups = [{"params": [matrix], "rows": [4]}, {"params": [vector]}]
+        groups = [{"params": [matrix], "parts": [4]}, {"params": [vector]}]
         return Muon([group | {"weight_decay": 0.0} for group in groups], (0.9, 0.95))
 
     stored, restored = muon_on("cpu"), muon_on("meta")

@@ -1,9 +1,11 @@
 """Muon for the matrices of the mixers, AdamW for all other weights.
 
 Muon's update of a matrix is its momentum, made orthogonal. Source: arXiv 2502.16982, which also
-scales the update so that Muon and AdamW use the same learning rate and weight decay.
+scales the update so that Muon and AdamW use the same learning rate and weight decay. Here the part
+of a matrix that belongs to a head is made orthogonal by itself. That takes a fraction of the time.
 """
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -26,9 +28,9 @@ STACKED = 1 << 25  # elements of the matrices that a GPU updates together: 128 M
 class Muon(torch.optim.Optimizer):
     """An optimizer with two kinds of groups.
 
-    A group with `rows` holds matrices of one shape, which Muon updates. `rows` lists how many rows
-    each part of a matrix has; each part is made orthogonal by itself. AdamW updates the other
-    groups.
+    A group with `parts` holds matrices of one shape, which Muon updates. `parts` lists how many
+    rows each part of a matrix has; with `by_columns` True it lists columns. Each part is made
+    orthogonal by itself. AdamW updates the other groups.
 
     Args:
         groups: as torch's optimizers take them; each has its `weight_decay`.
@@ -36,8 +38,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]):
-        defaults = {"lr": 0.0, "betas": betas, "eps": 1e-8, "momentum": MOMENTUM, "rows": None}
-        super().__init__(groups, defaults)
+        defaults = {"lr": 0.0, "betas": betas, "eps": 1e-8, "momentum": MOMENTUM}
+        super().__init__(groups, defaults | {"parts": None, "by_columns": False})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a state. The fused AdamW needs the number of steps on the device of the weight.
@@ -53,7 +55,7 @@ class Muon(torch.optim.Optimizer):
         """Update all weights that have a gradient. `make_moments` must have run before."""
         for group in self.param_groups:
             weights = [p for p in group["params"] if p.grad is not None]
-            if group["rows"] is None:
+            if group["parts"] is None:
                 self._adamw(weights, group)
                 continue
             for some in _stacks(weights):
@@ -68,7 +70,11 @@ class Muon(torch.optim.Optimizer):
             state["step"] += 1
             state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
             ahead.append(weight.grad.lerp(state["momentum"], group["momentum"]))  # Nesterov's
-        updates = _orthogonal_parts(torch.stack([_whole(each) for each in ahead]), group["rows"])
+        matrices = torch.stack([_whole(each) for each in ahead])
+        if group["by_columns"]:
+            updates = _orthogonal_parts(matrices.mT, group["parts"]).mT
+        else:
+            updates = _orthogonal_parts(matrices, group["parts"])
         for weight, update in zip(weights, updates, strict=True):
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             weight.sub_(_sharded_like(weight, update), alpha=group["lr"])
@@ -123,9 +129,15 @@ def _sharded_like(weight: Tensor, update: Tensor) -> Tensor:
 
 def _orthogonal_parts(matrices: Tensor, rows: list[int]) -> Tensor:
     """The updates of some matrices: in each, the update of each part, one above the other."""
-    parts = matrices.split(rows, dim=1)
-    scales = [UPDATE_SIZE * max(part.shape[1:]) ** 0.5 for part in parts]
-    return torch.cat([orthogonal(p) * scale for p, scale in zip(parts, scales, strict=True)], 1)
+    done, start = [], 0
+    for size, equal in groupby(rows):  # neighbours of one size are computed together
+        count = len(list(equal))
+        part = matrices[:, start : start + count * size]
+        start += count * size
+        update = orthogonal(part.unflatten(1, (count, size)).flatten(0, 1))
+        scale = UPDATE_SIZE * max(update.shape[1:]) ** 0.5
+        done.append(update.mul_(scale).view(part.shape))
+    return torch.cat(done, 1)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -27,10 +27,12 @@ def make_optimizer(
     if kind == "muon":
         mixers = [layer.mixer for layer in model.backbone.layers]
         sizes = mixers[0].sizes
-        parts = [sizes.d_inner, *sizes.mixed, sizes.heads]  # of in_proj: z, x, B, C and dt
+        heads = [sizes.head_dim] * sizes.heads
+        parts = [*heads, *heads, *sizes.mixed[1:], sizes.heads]  # of in_proj: z, x, B, C and dt
         ins, outs = ([getattr(m, name).weight for m in mixers] for name in ("in_proj", "out_proj"))
-        groups.append({"params": ins, "rows": parts, "weight_decay": weight_decay})
-        groups.append({"params": outs, "rows": [len(outs[0])], "weight_decay": weight_decay})
+        decayed = {"weight_decay": weight_decay}
+        groups.append({"params": ins, "parts": parts, **decayed})
+        groups.append({"params": outs, "parts": heads, "by_columns": True, **decayed})
     taken = {id(p) for group in groups for p in group["params"]}
     for matrices in (True, False):
         others = [p for p in model.parameters() if (p.ndim >= 2) == matrices and id(p) not in taken]
@@ -45,7 +47,7 @@ def make_moments(optimizer: "torch.optim.Optimizer") -> None:
     import torch
 
     for group in optimizer.param_groups:
-        names = ("momentum",) if group.get("rows") else ("exp_avg", "exp_avg_sq")
+        names = ("momentum",) if group.get("parts") else ("exp_avg", "exp_avg_sq")
         for parameter in group["params"]:
             if not optimizer.state[parameter]:
                 optimizer.state[parameter] = {
