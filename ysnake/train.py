@@ -23,10 +23,10 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         settings = settings_of.parse(launch.resumed_after_restart(argv), program)
         sharing.check(settings)
         console = cli.console()
+        cli.use_threads(settings.threads)
         if settings.plan:
             console.print(plan(settings, console))
             return cli.DONE
-        cli.use_threads(settings.threads)
     ended = session.train(settings, cli.console(), program).ended
     return {"interrupted": cli.INTERRUPTED, "diverged": cli.FAILED}.get(ended or "", cli.DONE)
 

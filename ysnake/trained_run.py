@@ -67,12 +67,12 @@ def train(
 
     Args:
         data: files and folders to train on. None is the shipped corpus.
-        preset: quick, ys-24m, ys-60m or ys-71m. None is quick, or what `config` says.
+        preset: quick, ys-24m, ys-60m or ys-71m. None is quick, or what `config` or `size` says.
         run: the folder of the run. None is a new one in runs/, or the newest one with `resume`.
         resume: continue the run with its own settings.
         config: a file with settings, TOML or the settings.json of a run. Arguments win over it.
         quiet: print nothing.
-        settings: the other options of `ysnake train`, such as max_steps, seq_len or from_.
+        settings: the other options of `ysnake train`, such as size, max_steps, seq_len or from_.
 
     Raises:
         InputError: a setting is unknown or wrong, or the data cannot be used.
@@ -86,11 +86,12 @@ def train(
     named = {"data": data, "preset": preset, "run": run, "config": config}
     given = {name: value for name, value in named.items() if value is not None} | settings
     names = [field.name for field in fields(settings_of.Settings)]
+    sleep_soon()
     with named_as_in_python(names):
-        chosen = settings_of.from_values(given | {"resume": resume})
+        say: settings_of.Say = (lambda _: None) if quiet else print
+        chosen = settings_of.from_values(given | {"resume": resume}, say)
     if chosen.plan:
         raise InputError("expected the command line: ysnake train --plan", field="plan")
-    sleep_soon()
     console = cli.console()
     console.quiet = quiet
     with named_as_in_python(names):

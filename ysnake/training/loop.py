@@ -12,12 +12,10 @@ from ysnake.shared import cli
 from ysnake.shared.progress import progress as shown_progress
 from ysnake.training import metrics as metrics_of
 from ysnake.training.evaluation import evaluate
-from ysnake.training.optimizer import make_moments
 from ysnake.training.plot import draw_loss
-from ysnake.training.replay import Replays
 from ysnake.training.run import MEAN_OVER, Run, keep_good, save_last
 from ysnake.training.signals import Stop
-from ysnake.training.step import add_gradients, train_step
+from ysnake.training.step import prepare, train_step
 from ysnake.training.stopping import reason_to_end
 from ysnake.training.tool_log import tool_log
 
@@ -31,9 +29,7 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
     speeds: deque[float] = deque(maxlen=MEAN_OVER)
     n_tokens = settings.accumulate * settings.batch_size * settings.seq_len
     path = run.folder / "metrics.jsonl" if run.ranks.first else Path(os.devnull)
-    make_moments(run.optimizer)
-    if not settings.no_graphs and run.device.type == "cuda" and run.ranks.size == 1:
-        run.replays = Replays(partial(add_gradients, run))
+    prepare(run)
     with (
         cli.writing(path),
         path.open("a", buffering=1) as metrics,

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ysnake.model.config import PRESETS, ModelConfig, model_config
+from ysnake.model.config import ModelConfig, model_config
 from ysnake.shared import cli, manifest
 from ysnake.shared.errors import InputError
 from ysnake.shared.progress import announce, counted, progress
 from ysnake.shared.shown import amount, escape_controls
-from ysnake.training import launch, memory, run_folder
+from ysnake.training import expectation, launch, memory, run_folder, size
 from ysnake.training import settings as settings_of
 from ysnake.training.options import SHIPPED, Settings
 from ysnake.training.parallel import Ranks
@@ -41,7 +41,7 @@ def start(settings: Settings, console: "Console") -> Run:
     device = cli.pick_device(settings.device)
 
     def fill(folder: Path) -> "tuple[Tokenizer, Model, list[str]]":
-        tokenizer, model = _tokenizer_and_model(settings, corpus, device, console)
+        tokenizer, model, speed = _tokenizer_and_model(settings, corpus, device, console)
         tokens = folder / "data"
         tokens.mkdir()
         if corpus is None:
@@ -61,6 +61,8 @@ def start(settings: Settings, console: "Console") -> Run:
                 "a smaller number helps",
                 field="--seq-len",
             )
+        if speed is not None:
+            said += expectation.lines(settings, model.config, n_tokens, speed)
         manifest.write(tokens)
         here = replace(settings, run=folder)
         save_last(assemble(here, model, tokenizer, Progress(), Ranks()))
@@ -69,7 +71,7 @@ def start(settings: Settings, console: "Console") -> Run:
         checkpoint.sync(folder)
         return tokenizer, model, said
 
-    default = cli.RUNS / f"{settings.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    default = cli.RUNS / f"{settings.preset or settings.size}-{time.strftime('%Y%m%d-%H%M%S')}"
     with stop_at_once():
         folder, (tokenizer, model, said) = run_folder.make(settings.run, default, fill)
     settings.run = folder
@@ -81,8 +83,8 @@ def start(settings: Settings, console: "Console") -> Run:
 
 def _tokenizer_and_model(
     settings: Settings, corpus: "Corpus | None", device: str, console: "Console"
-) -> "tuple[Tokenizer, Model]":
-    """The tokenizer of a new run, and its model with its first weights."""
+) -> "tuple[Tokenizer, Model, float | None]":
+    """The tokenizer of a new run, its model with its first weights, and with --size its speed."""
     import torch
 
     from ysnake.checkpoints import checkpoint
@@ -95,17 +97,30 @@ def _tokenizer_and_model(
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
         memory.fit(settings, model.config)
         memory.check(settings, model.config, device)
-        return tokenizer, model
+        return tokenizer, model, None
     tokenizer = _make_tokenizer(settings, corpus, console)
     config = _config(settings, tokenizer)
     memory.fit(settings, config)
     memory.check(settings, config, device)
+    speed = _speed(settings, config)
     torch.manual_seed(settings.seed)
-    return tokenizer, Model(config, settings.init, settings.zero_out)
+    return tokenizer, Model(config, settings.init, settings.zero_out), speed
+
+
+def _speed(settings: Settings, config: ModelConfig) -> float | None:
+    """With --size: the tokens per second of training here. None with several processes."""
+    if settings.size is None or launch.launched():
+        return None
+    from ysnake.training.speed import measure
+
+    return measure(settings, config)
 
 
 def plan(settings: Settings, console: "Console") -> Any:
-    """The table of --plan. Documents are read only if they determine the vocabulary."""
+    """The table of --plan. Documents are read only if they determine the vocabulary.
+
+    With --size the console first gets what to expect.
+    """
     from ysnake.checkpoints import checkpoint
 
     if settings.resume or settings.from_ is not None:
@@ -119,6 +134,10 @@ def plan(settings: Settings, console: "Console") -> Any:
     else:
         tokenizer = _make_tokenizer(settings, _open_corpus(settings), console)
         config = _config(settings, tokenizer)
+    if not settings.resume and (speed := _speed(settings, config)):
+        n_tokens = size.text_bytes(settings) / size.BYTES_PER_TOKEN
+        for line in expectation.lines(settings, config, n_tokens, speed):
+            console.print(line, markup=False)
     return memory.table(config, settings)
 
 
@@ -172,7 +191,7 @@ def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") ->
     from ysnake.text import data
     from ysnake.text import tokenizer as tokenizers
 
-    wanted = settings.vocab_size or PRESETS[settings.preset].max_vocab
+    wanted = size.vocabulary(settings, corpus.size)
     found = False
     with progress(console) as show:
 
@@ -189,13 +208,13 @@ def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") ->
         tokenizer = tokenizers.train(settings.tokenizer or "bpe", texts(), wanted)
     if not found:
         raise InputError(NO_TEXT, field="--data")
-    size = tokenizer.get_vocab_size()
-    if size < wanted and settings.vocab_size is not None:
+    found_size = tokenizer.get_vocab_size()
+    if found_size < wanted and settings.vocab_size is not None:
         raise InputError(
-            f"{wanted} cannot be met, these documents give {size}", field="--vocab-size"
+            f"{wanted} cannot be met, these documents give {found_size}", field="--vocab-size"
         )
-    if size < wanted:
-        console.print(f"vocabulary: {size:,} entries, all that these documents give")
+    if found_size < wanted:
+        console.print(f"vocabulary: {found_size:,} entries, all that these documents give")
     return tokenizer
 
 

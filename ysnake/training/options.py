@@ -36,14 +36,19 @@ class Settings:
     """Start a new run from this checkpoint's weights and tokenizer."""
     resume: bool = False
     """Continue a run that was stopped, with its own settings."""
-    preset: Annotated[str, arg(metavar="NAME")] = "quick"
-    """Sizes and training settings to start from: quick, ys-24m, ys-60m or ys-71m."""
+    size: Literal["3M", "10M", "24M", "71M", "auto"] | None = None
+    """Number of parameters. It chooses all other settings, for your text and your time; those that
+    you give win. auto takes the size that suits --max-minutes on this machine."""
+    preset: Annotated[str | None, arg(metavar="NAME")] = "quick"
+    """Sizes and training settings to start from: quick, ys-24m, ys-60m or ys-71m. For your own text
+    --size is simpler."""
 
     tokenizer: Literal["bpe", "word"] | None = None
     """bpe, the default, works on bytes and loses nothing. word has a token for each frequent word
     and splits others into characters."""
     vocab_size: int | None = None
-    """Entries of the tokenizer; by default those of the preset, or fewer if the corpus is small."""
+    """Entries of the tokenizer; by default those of the preset or size, or fewer if the corpus is
+    small."""
     max_documents: int | None = None
     """Use at most this many documents, from each file in turn; by default all of --data, or 128 of
     the shipped corpus with the quick preset."""
@@ -99,8 +104,8 @@ class Settings:
     schedule: Schedule = "cosine"
     """How the learning rate falls after its peak: along a cosine to a tenth, or in a line to 0."""
     max_steps: int | None = None
-    """Stop after this many steps; by default those of the preset, or none with --max-minutes. With
-    --resume the word None lifts the limit."""
+    """Stop after this many steps; by default those of the preset, as many as the text is worth with
+    --size, or none with --max-minutes. With --resume the word None lifts the limit."""
     max_minutes: float | None = None
     """Stop after this many minutes of the whole run, also before it was resumed. Without
     --max-steps the learning rate follows the time."""
@@ -162,10 +167,9 @@ def check(settings: Settings) -> None:
         value = getattr(settings, name)
         if not is_a(kind, value):
             raise InputError(f"expected {name_of(kind)}, got {value!r}"[:300], field=option(name))
-    if settings.preset not in PRESETS:
-        raise InputError(
-            f"expected one of {', '.join(PRESETS)}, got {settings.preset}"[:300], field="--preset"
-        )
+    check_preset(settings.preset)
+    if (settings.preset is None) == (settings.size is None):
+        raise InputError("expected one of the two", field="--preset, --size")
     least: dict[str, float] = {
         **dict.fromkeys(("seq_len", "batch_size", "accumulate", "max_steps", "patience"), 1),
         **dict.fromkeys(("eval_every", "checkpoint_every", "threads", "max_documents"), 1),
@@ -200,6 +204,16 @@ def check(settings: Settings) -> None:
     if settings.from_ and (settings.vocab_size or settings.output_size):
         name = "vocab_size" if settings.vocab_size else "output_size"
         raise InputError("fixed by the checkpoint that --from names", field=option(name))
+
+
+def check_preset(name: str | None) -> None:
+    """Raise InputError if a preset has an unknown name."""
+    if name is not None and name not in PRESETS:
+        raise InputError(
+            f"expected one of {', '.join(PRESETS)}, got {name[:200]}; --size 3M, 10M, 24M or 71M "
+            "chooses the other settings for your text",
+            field="--preset",
+        )
 
 
 def parse_size(text: str) -> float:

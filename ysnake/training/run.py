@@ -86,25 +86,38 @@ def assemble(
     progress: Progress,
     ranks: Ranks,
 ) -> Run:
-    import torch
-    from ysnake_kernels.allocator import keep_freed_memory
-
+    """A run with the tokens in its folder."""
     from ysnake.text.data import Tokens
 
-    if settings.recompute:
-        keep_freed_memory(KEPT_RECOMPUTING)
-    else:
-        keep_freed_memory()
     framing = (tokenizer.get_vocab_size(), *model.config.check_frame())
     train, val = (
         Tokens.open(settings.folder / "data" / f"{side}.tokens", *framing)
         for side in ("train", "val")
     )
+    return with_tokens((train, val), settings, model, tokenizer, progress, ranks)
+
+
+def with_tokens(
+    tokens: "tuple[Tokens, Tokens]",
+    settings: Settings,
+    model: "Model",
+    tokenizer: "Tokenizer",
+    progress: Progress,
+    ranks: Ranks,
+) -> Run:
+    """A run with these tokens: those to train on, and those held out."""
+    import torch
+    from ysnake_kernels.allocator import keep_freed_memory
+
+    if settings.recompute:
+        keep_freed_memory(KEPT_RECOMPUTING)
+    else:
+        keep_freed_memory()
     progress.threads, progress.processes = torch.get_num_threads(), ranks.size
     model.backbone.recompute = settings.recompute
     loss = ranks.distribute(model, cli.pick_device(settings.device))
     optimizer = make_optimizer(model, settings.weight_decay, settings.optimizer)
-    run = Run(settings, model, tokenizer, optimizer, train, val, progress, ranks, loss)
+    run = Run(settings, model, tokenizer, optimizer, *tokens, progress, ranks, loss)
     forget_carried(run)
     return run
 

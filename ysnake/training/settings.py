@@ -15,8 +15,8 @@ from ysnake.model.config import PRESETS, model_config
 from ysnake.shared import cli, files
 from ysnake.shared.errors import InputError, option
 from ysnake.shared.files import read_json
-from ysnake.training import settings_file
-from ysnake.training.options import MODEL_SIZES, Settings, check
+from ysnake.training import launch, settings_file, size
+from ysnake.training.options import MODEL_SIZES, Settings, check, check_preset
 
 # A resumed run may change these. The others are fixed, since they determine the weights. lr and
 # warmup_steps determine them as well, but may change, so that a diverged run can be rescued.
@@ -33,11 +33,14 @@ OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel
 OF_THE_TEXT = ("data", "max_documents", "encoding", "text_field", "tokenizer", "vocab_size")
 
 
+Say = Callable[[str], None]  # takes a line for the user
+
+
 def parse(argv: list[str], program: str = cli.MODULES) -> Settings:
     """Read and check the settings of a command line.
 
     A setting comes from its option, else from the file of --config, else from the resumed run, the
-    checkpoint of --from, or the preset.
+    checkpoint of --from, the size, or the preset.
     """
     options = _look_ahead(argv)
     from_file = read_config(options["config"]) if "config" in options else {}
@@ -48,11 +51,15 @@ def parse(argv: list[str], program: str = cli.MODULES) -> Settings:
         words = [word for word in argv if word.replace("_", "-") not in flags]
         return cli.parse(Settings, words, cli.command_line("train", program), default=default)
 
-    return _complete(from_file, from_file | options, add_options)
+    return _complete(from_file, from_file | options, add_options, print)
 
 
-def from_values(values: Mapping[str, Any]) -> Settings:
+def from_values(values: Mapping[str, Any], say: Say = print) -> Settings:
     """Check settings that were given by name, and add the defaults of the others.
+
+    Args:
+        values: the settings by name.
+        say: what --size auto tells.
 
     Raises:
         InputError: a name is unknown or a value is wrong.
@@ -60,7 +67,7 @@ def from_values(values: Mapping[str, Any]) -> Settings:
     given = settings_file.checked(values, get_type_hints(Settings), "ysnake.train")
     if given.get("config") is not None:
         given = read_config(given["config"]) | given
-    return _complete(given, given, lambda settings: settings)
+    return _complete(given, given, lambda settings: settings, say)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -78,7 +85,7 @@ def _look_ahead(argv: list[str]) -> dict[str, Any]:
     first = argparse.ArgumentParser(
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
-    for name in ("--preset", "--tokenizer", "--init"):
+    for name in ("--size", "--preset", "--tokenizer", "--init"):
         first.add_argument(name)
     for name in ("--run", "--config", "--tokens-from"):
         first.add_argument(name, type=Path)
@@ -89,7 +96,10 @@ def _look_ahead(argv: list[str]) -> dict[str, Any]:
 
 
 def _complete(
-    values: dict[str, Any], known: dict[str, Any], add_options: Callable[[Settings], Settings]
+    values: dict[str, Any],
+    known: dict[str, Any],
+    add_options: Callable[[Settings], Settings],
+    say: Say,
 ) -> Settings:
     """Settings from defaults, values and options, checked.
 
@@ -97,27 +107,63 @@ def _complete(
         values: settings that replace the defaults.
         known: all that determines the defaults: `values`, and some options.
         add_options: replaces settings by the options of the command line.
+        say: what --size auto tells.
     """
     if known.get("resume"):
         stored = read(known.get("run") or cli.newest_run())
         settings = add_options(replace(stored, **values))
+        if settings.size == size.AUTO and stored.size:  # it was chosen when the run began
+            settings.size = stored.size
         _check_resumed(settings, stored)
         settings.run = stored.run
-    else:
-        settings = add_options(replace(_defaults(known), **values))
+        check(settings)
+        return settings
+
+    def of_size(name: Any) -> Settings:
+        """The settings with this size, from options and values too, checked."""
+        settings = add_options(replace(_defaults(known | {"size": name}), **values))
+        settings.size = name
+        if name is None:
+            settings.preset = settings.preset or "quick"
         _finish_new(settings)
-    check(settings)
-    if not (settings.resume or settings.from_):
-        _check_model(settings)
-    return settings
+        check(settings)
+        if settings.from_ is None:
+            _check_model(settings)
+        return settings
+
+    size.check(known)
+    if known.get("size") == size.AUTO:
+        return of_size(_measured_size(of_size, say))
+    return of_size(known.get("size"))
+
+
+def _measured_size(of_size: Callable[[str], Settings], say: Say) -> str:
+    """The size that --size auto takes for the text and --max-minutes on this machine."""
+    first = of_size(next(iter(size.SIZES)))
+    if first.max_minutes is None:
+        raise InputError("auto needs a time, --max-minutes M", field="--size")
+    if launch.launched():
+        raise InputError("auto measures one process; with several name a size", field="--size")
+    n_bytes = size.text_bytes(first)
+
+    def speed(name: str) -> float:
+        from ysnake.training.speed import measure
+
+        settings = of_size(name)
+        return measure(settings, model_config(settings, size.vocabulary(settings, n_bytes), 0))
+
+    cli.use_threads(first.threads)
+    say("--size auto: measuring how fast this machine trains")
+    return size.largest_for(first.max_minutes, n_bytes, speed, say)
 
 
 def _defaults(known: dict[str, Any]) -> Settings:
     """The settings of a new run where nothing else is said."""
-    preset = known.get("preset", "quick")
-    if preset not in PRESETS:
-        raise InputError(f"expected one of {', '.join(PRESETS)}, got {preset}", field="--preset")
-    default = Settings(preset=preset, **PRESETS[preset].settings | _sizes_of(known.get("from_")))
+    name = known.get("size")
+    preset = known.get("preset") or "quick"
+    check_preset(preset)
+    chosen = size.settings_of(name) if name else {"preset": preset, **PRESETS[preset].settings}
+    default = Settings(**chosen | _sizes_of(known.get("from_")))
     if known.get("data") is not None:  # the preset's limit is for the shipped corpus
         default.max_documents = None
     if known.get("tokens_from") is not None:
@@ -143,18 +189,22 @@ def _finish_new(settings: Settings) -> None:
     if settings.from_ is None:
         settings.tokenizer = settings.tokenizer or "bpe"
     else:
+        assert settings.preset is not None  # --from does not go with --size
         preset = PRESETS[settings.preset].settings
         for name in ("tokenizer", "init", "zero_out"):
             if getattr(settings, name) != preset.get(name, getattr(Settings, name)):
                 raise InputError("fixed by the checkpoint that --from names", field=option(name))
-        for name, size in _sizes_of(settings.from_).items():
-            if getattr(settings, name) != size:
+        for name, own in _sizes_of(settings.from_).items():
+            if getattr(settings, name) != own:
                 raise InputError(
-                    f"the checkpoint {settings.from_} has {size}, got {getattr(settings, name)}",
+                    f"the checkpoint {settings.from_} has {own}, got {getattr(settings, name)}",
                     field=option(name),
                 )
     if settings.max_steps is None and settings.max_minutes is None:
-        settings.max_steps = PRESETS[settings.preset].max_steps
+        if settings.preset is None:
+            settings.max_steps = size.steps(settings)
+        else:
+            settings.max_steps = PRESETS[settings.preset].max_steps
 
 
 def _check_model(settings: Settings) -> None:
@@ -164,7 +214,7 @@ def _check_model(settings: Settings) -> None:
 
         tokenizer.check_size(settings.tokenizer or "bpe", settings.vocab_size)
     try:
-        model_config(settings, settings.vocab_size or PRESETS[settings.preset].max_vocab, 0)
+        model_config(settings, size.vocabulary(settings, None), 0)
     except InputError as error:
         names = "|".join(MODEL_SIZES)
         reason = re.sub(rf"\b({names})\b", lambda found: option(found[0]), error.reason)

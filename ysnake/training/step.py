@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ysnake.training import parallel
+from ysnake.training.optimizer import make_moments
 from ysnake.training.options import Settings
 from ysnake.training.precision import autocast
+from ysnake.training.replay import Replays
 from ysnake.training.run import MEAN_OVER, Progress, Run, forget_carried
 from ysnake.training.signals import Stop
 
@@ -82,6 +85,13 @@ def add_gradients(run: Run, given: Sequence[Any]) -> "list[Tensor]":
     loss = batch_loss(run, ids, targets, seq_idx, state) / n_targets
     (loss * run.ranks.size).backward()  # the ranks average their gradients, and we need the sum
     return [loss.detach(), *(t for layer in state or () for t in (layer.conv, layer.ssm))]
+
+
+def prepare(run: Run) -> None:
+    """What the first step needs: the moments of the optimizer, and CUDA graphs on one GPU."""
+    make_moments(run.optimizer)
+    if not run.settings.no_graphs and run.device.type == "cuda" and run.ranks.size == 1:
+        run.replays = Replays(partial(add_gradients, run))
 
 
 def train_step(run: Run, stop: Stop) -> dict[str, float | None] | None:

@@ -1,0 +1,58 @@
+"""The speed of training on this machine, measured with a few steps of the model itself."""
+
+import time
+from typing import TYPE_CHECKING
+
+from ysnake.model.config import ModelConfig
+from ysnake.training.options import Settings
+from ysnake.training.parallel import Ranks
+from ysnake.training.precision import rounded_products
+from ysnake.training.run import Progress, with_tokens
+from ysnake.training.signals import Stop
+from ysnake.training.step import prepare, train_step
+
+if TYPE_CHECKING:
+    from ysnake.text.data import Tokens
+
+FIRST_STEPS = {"cuda": 3}  # that compile, capture or allocate; on other devices one step does
+MEASURED_SECONDS = 1.0
+
+
+def measure(settings: Settings, config: ModelConfig) -> float:
+    """Tokens per second of training steps in one process.
+
+    The steps train a model of their own on random tokens. Nothing is written.
+
+    Args:
+        settings: of the run whose speed is wanted.
+        config: of its model.
+    """
+    from rich.console import Console
+    from tokenizers import Tokenizer, models
+
+    from ysnake.model.network import Model
+
+    tokenizer = Tokenizer(models.BPE())  # no step uses it
+    model = Model(config, settings.init, settings.zero_out)
+    tokens = _random_tokens(config, settings)
+    run = with_tokens((tokens, tokens), settings, model, tokenizer, Progress(), Ranks())
+    prepare(run)
+    stop, done = Stop(), 0
+    with rounded_products(settings.precision, run.device, Console(quiet=True)):
+        for _ in range(FIRST_STEPS.get(run.device.type, 1)):
+            train_step(run, stop)
+        began = time.perf_counter()
+        while (seconds := time.perf_counter() - began) < MEASURED_SECONDS or not done:
+            train_step(run, stop)
+            done += 1
+    return done * settings.accumulate * settings.batch_size * settings.seq_len / seconds
+
+
+def _random_tokens(config: ModelConfig, settings: Settings) -> "Tokens":
+    import numpy as np
+
+    from ysnake.text.data import Tokens
+
+    length = 8 * settings.batch_size * settings.seq_len
+    ids = np.random.default_rng(0).integers(1, max(2, config.vocab_size), length)
+    return Tokens(ids, 0, 0)
