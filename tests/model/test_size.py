@@ -1,14 +1,15 @@
 """The dial --size: which settings follow from a size, a text and a time, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from small import corpus, entry
+from small import ROOT, corpus, entry
 
 import ysnake
 from ysnake import train
-from ysnake.model.config import ModelConfig
+from ysnake.model.config import ModelConfig, model_config
 from ysnake.shared.errors import InputError
 from ysnake.training import expectation, settings, size, speed
 from ysnake.training.memory import predict
@@ -190,3 +191,19 @@ def test_the_plan_of_a_size_says_what_to_expect(text):
     assert "expect about" in out
     assert "predicted peak" in out
     assert not Path("runs").exists()
+
+
+def test_the_page_has_the_values_of_each_size():
+    page = (ROOT / "docs/train.md").read_text(encoding="utf-8")
+    for name, chosen in SIZES.items():
+        (row,) = re.findall(rf"^\| `{name}` \|(.*)$", page, flags=re.M)
+        training = Settings(**size.settings_of(name))
+        plan = predict(model_config(training, chosen.vocabulary, 0), training)
+        assert [cell.strip() for cell in row.split("|")][:6] == [
+            f"{plan.parameters / 1e6:.1f} million",
+            f"{chosen.d_model} x {chosen.n_layers}",
+            str(chosen.d_state),
+            f"{chosen.vocabulary:,}",
+            f"{chosen.rate:g}",
+            f"{plan.peak / 1e9:.2f} GB",
+        ]

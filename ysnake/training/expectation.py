@@ -30,7 +30,8 @@ def lines(settings: Settings, config: ModelConfig, n_tokens: float, speed: float
     minutes, passes = tokens / speed / 60, tokens / max(1, n_tokens)
     return [
         f"--size {settings.size}: {amount(config.n_layers, 'layer')} of {config.d_model}, "
-        f"a vocabulary of {config.vocab_size:,}; {settings.optimizer} at a peak rate of {settings.lr:g}; "
+        f"a vocabulary of {config.vocab_size:,}; "
+        f"{settings.optimizer} at a peak rate of {settings.lr:g}; "
         f"{settings.batch_size * settings.accumulate} x {settings.seq_len} tokens a step; "
         f"ends after {' or '.join(end)}",
         f"expect about {_time(minutes)} at {speed:,.0f} tokens/s, measured here: "
