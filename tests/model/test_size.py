@@ -120,6 +120,13 @@ def test_what_does_not_fit_is_refused(text, said):
     assert said in str(error.value)
 
 
+def test_auto_is_refused_with_several_processes(text, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="--size: auto measures one process"):
+        parsed("--size", "auto", "--data", text, "--max-minutes", "1")
+
+
 def test_both_in_python_and_in_a_file_are_refused(text):
     with pytest.raises(InputError, match="preset"):
         ysnake.train(data=text, preset="quick", size="3M", quiet=True)
@@ -182,6 +189,11 @@ def test_a_run_keeps_what_was_chosen_when_it_is_resumed(text):
     with pytest.raises(InputError, match="--size: a run is resumed with its own, 3M; got 10M"):
         parsed("--resume", "--run", "run", "--size", "10M")
     assert parsed("--config", "run/settings.json", "--seed", "1").size == "3M"
+    for other in (["--size", "10M"], ["--preset", "ys-24m"]):  # the file would win over it
+        with pytest.raises(InputError, match=f"--config, {other[0]}: run/settings.json has all"):
+            parsed("--config", "run/settings.json", *other)
+    with pytest.raises(InputError, match="config, size: "):
+        ysnake.train(config="run/settings.json", size="24M", quiet=True)
 
 
 def test_the_plan_of_a_size_says_what_to_expect(text):

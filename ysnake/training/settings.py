@@ -43,7 +43,7 @@ def parse(argv: list[str], program: str = cli.MODULES) -> Settings:
     checkpoint of --from, the size, or the preset.
     """
     options = _look_ahead(argv)
-    from_file = read_config(options["config"]) if "config" in options else {}
+    from_file = read_config(options["config"], options) if "config" in options else {}
 
     def add_options(default: Settings) -> Settings:
         # A flag that is set already may be given again; tyro then knows only --no-NAME.
@@ -66,15 +66,28 @@ def from_values(values: Mapping[str, Any], say: Say = print) -> Settings:
     """
     given = settings_file.checked(values, get_type_hints(Settings), "ysnake.train")
     if given.get("config") is not None:
-        given = read_config(given["config"]) | given
+        given = read_config(given["config"], given) | given
     return _complete(given, given, lambda settings: settings, say)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings in a file. Those of a run come without what belongs to a single launch."""
+def read_config(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a file. Those of a run come without what belongs to a single launch.
+
+    Args:
+        path: the file.
+        given: other settings, which will win. Another size or preset than a run's is refused, since
+            the file has all settings that it would choose.
+    """
     values = settings_file.read(path)
     if path.suffix == ".json":
         values = {k: v for k, v in (OF_OLD_RUNS | values).items() if k not in OF_A_LAUNCH}
+        for name in ("size", "preset"):
+            if given.get(name) not in (None, values.get(name)):
+                raise InputError(
+                    f"{path} has all settings of a run, so leave one of the two out; got "
+                    f"{given[name]}",
+                    field=f"--config, {option(name)}",
+                )
     if "config" in values:
         raise InputError(f"{path}: config: a file of settings cannot name another one")
     return settings_file.checked(values, get_type_hints(Settings), str(path))
