@@ -27,7 +27,8 @@ Each recipe is shown at its best learning rate, among the rates that most seeds 
 weights and the order of the batches, and some orders are harder than others. So the last columns
 compare trainings of the same seed: `beside the baseline` is the loss minus that of `{BASELINE}`, in
 the mean and from lowest to highest; `tokens` and `time` are what the recipe takes to reach the
-final loss of `{BASELINE}`, as a part of what that takes, in the mean."""
+final loss of `{BASELINE}`, as a part of what that takes, in the mean. The picture shows the recipes
+with the most seeds."""
 
 
 @dataclass
@@ -125,19 +126,24 @@ def _part(pairs: list[tuple[Trained, Trained]], axis: int) -> str:
 
 
 def draw(trained: Sequence[Trained], title: str, path: Path) -> None:
-    """The losses of the best rates over tokens and minutes: means, and bands over the seeds."""
+    """The losses of the best rates over tokens and minutes: means, and bands over the seeds.
+
+    Only the recipes with the most seeds are drawn, the best first.
+    """
     if not trained:
         return
+    best = {name: rates[best_rate(rates)] for name, rates in by_recipe(trained).items()}
+    seeds = max(map(len, best.values()))
+    whole = [runs for runs in best.values() if len(runs) == seeds]
     figure = Figure(figsize=(12, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for name, rates in by_recipe(trained).items():
-        lr = best_rate(rates)
-        curves = [run.curve for run in rates[lr]]
+    for runs in sorted(whole, key=lambda runs: fmean(run.loss for run in runs)):
+        curves = [run.curve for run in runs]
         points = list(zip(*curves, strict=False))[1:]  # the first is far above the others
         for axes, axis, unit in zip(panels, (0, 1), (1e6, 60), strict=True):
             at = [fmean(point[axis] for point in each) / unit for each in points]
             losses = [[point[2] for point in each] for each in points]
-            (line,) = axes.plot(at, [fmean(each) for each in losses], label=f"{name}, {lr:g}")
+            (line,) = axes.plot(at, [fmean(each) for each in losses], label=f"{runs[0].recipe}, {runs[0].lr:g}")
             low, high = ([pick(each) for each in losses] for pick in (min, max))
             axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15)
     for axes, label in zip(panels, ("million tokens", "minutes"), strict=True):
@@ -145,6 +151,6 @@ def draw(trained: Sequence[Trained], title: str, path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set(ylabel="held-out loss (nats per byte)")
-    panels[1].legend(frameon=False)
+    panels[0].legend(frameon=False)
     figure.suptitle(title, parse_math=False, fontsize=9)
     figure.savefig(path, dpi=130)
