@@ -143,7 +143,9 @@ def draw(trained: Sequence[Trained], title: str, path: Path) -> None:
         for axes, axis, unit in zip(panels, (0, 1), (1e6, 60), strict=True):
             at = [fmean(point[axis] for point in each) / unit for each in points]
             losses = [[point[2] for point in each] for each in points]
-            (line,) = axes.plot(at, [fmean(each) for each in losses], label=f"{runs[0].recipe}, {runs[0].lr:g}")
+            (line,) = axes.plot(
+                at, [fmean(each) for each in losses], label=f"{runs[0].recipe}, {runs[0].lr:g}"
+            )
             low, high = ([pick(each) for each in losses] for pick in (min, max))
             axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15)
     for axes, label in zip(panels, ("million tokens", "minutes"), strict=True):

@@ -14,7 +14,7 @@ import ysnake_kernels as ours
 from torch import Tensor
 from ysnake_kernels.layers_step import fused, layers_step
 from ysnake_kernels.layers_step.fused import Tile
-from ysnake_kernels.layers_step.weights import LayerMemory, LayerWeights
+from ysnake_kernels.layers_step.weights import LayerWeights
 from ysnake_kernels.mixer import MixerSizes
 from ysnake_kernels.mixer_step import MixerWeights
 
@@ -37,7 +37,7 @@ class Stack:
     """Layers that are all the same, each with a state of its own."""
 
     h: Tensor
-    memory: list[LayerMemory]
+    memory: list[tuple[Tensor, Tensor]]
     weights: LayerWeights
 
     def step(self) -> Tensor:
@@ -54,7 +54,7 @@ class Stack:
         w = self.weights
         mixer = MixerWeights(*map(exact, w.mixer))
         weights = LayerWeights(*(mixer if t is w.mixer else exact(t) for t in w))
-        memory = [LayerMemory(*map(exact, layer)) for layer in self.memory]
+        memory = [(exact(conv), exact(ssm)) for conv, ssm in self.memory]
         return Stack(self.h.double(), memory, weights)
 
 
@@ -82,7 +82,7 @@ def stack(
     into, out = randn(features, d_model, scale=d_model**-0.5), randn(d_model, sizes.d_inner)
     weights = LayerWeights(randn(d_model), 1e-5, into, None, mixer, out / 64, randn(d_model))
     conv, ssm = randn(batch, 3, channels), randn(batch, sizes.heads, 64, state, dtype=exact)
-    memory = [LayerMemory(conv.clone().mT, ssm.clone()) for _ in range(layers)]
+    memory = [(conv.clone().mT, ssm.clone()) for _ in range(layers)]
     return Stack(randn(batch, d_model, dtype=exact), memory, weights)
 
 

@@ -7,7 +7,7 @@ import torch
 from comparison import DEVICE, TOLERANCES, distance
 from ysnake_kernels import backend
 from ysnake_kernels.layers_step import layers_step
-from ysnake_kernels.layers_step.weights import LayerMemory, LayerWeights
+from ysnake_kernels.layers_step.weights import LayerWeights
 from ysnake_kernels.mixer import MixerSizes
 from ysnake_kernels.mixer_step import MixerWeights
 
@@ -65,9 +65,7 @@ def states(batch, w, channel_last=True):
     ssm = torch.randn(shape, generator=gen, dtype=torch.float64)
     conv = conv.to(w.in_weight.device, dtype)
     exact = torch.promote_types(dtype, torch.float32)
-    return LayerMemory(
-        conv if channel_last else conv.contiguous(), ssm.to(w.in_weight.device, exact)
-    )
+    return conv if channel_last else conv.contiguous(), ssm.to(w.in_weight.device, exact)
 
 
 def after_tokens(name, w, batch, channel_last=True, count=2):
@@ -130,7 +128,7 @@ def test_bad_arguments_are_named(message, name):
         if key in w._fields:
             given["layers"] = [w._replace(**{key: value})]
         elif key == "conv_state":
-            given["memory"] = [states(3, w)._replace(conv_state=value)]
+            given["memory"] = [(value, states(3, w)[1])]
         else:
             given[key] = value
     with backend(name), pytest.raises((ValueError, TypeError)) as error:

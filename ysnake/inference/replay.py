@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from ysnake_kernels.layers_step import layers_step
-from ysnake_kernels.layers_step.weights import LayerMemory
 
 from ysnake.model.cuda_graph import Graph
 from ysnake.model.network import Model, State
@@ -22,7 +21,7 @@ class ReplayedStep:
     """One token for each row. Replayed as soon as the same state has come twice."""
 
     def __init__(self, model: Model):
-        """Copies some small weights. Weights that change later have no effect on these."""
+        """Keeps the decay rates as they are now. Other weights may change in place."""
         self.model = model
         with torch.no_grad():
             self.layers = [block.step_weights() for block in model.backbone.layers]
@@ -50,7 +49,7 @@ class ReplayedStep:
     def write(self, ids: Tensor, state: State) -> Tensor:
         """As `Model.step`, with fewer kernels."""
         backbone = self.model.backbone
-        memory = [LayerMemory(layer.conv, layer.ssm) for layer in state]
+        memory = [(layer.conv, layer.ssm) for layer in state]
         last = (backbone.norm_f.weight, backbone.norm_f.eps)
         h = layers_step(backbone.embed(ids), memory, self.layers, *last)
         return self.model.lm_head(h)

@@ -8,27 +8,28 @@ from torch import Tensor
 from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import check, check_rank
 from ysnake_kernels.layers_step import composed
-from ysnake_kernels.layers_step.weights import LayerMemory, LayerWeights
+from ysnake_kernels.layers_step.weights import LayerWeights
 
 
 @torch.no_grad()
 def layers_step(
     h: Tensor,
-    memory: Sequence[LayerMemory],
+    memory: Sequence[tuple[Tensor, Tensor]],
     layers: Sequence[LayerWeights],
     norm_weight: Tensor,
     eps: float,
 ) -> Tensor:
     """The last norm's output for one token of each row. All states are updated in place.
 
-    A layer adds mixer(norm(h)) to the residual stream h. With one group the fused implementation
-    takes two kernels for a layer besides its projections: sum and norm; convolution, recurrence and
-    gate. For inference: it has no gradient.
+    A layer adds mixer(norm(h)) to the residual stream h. With one group, and not in float16, the
+    fused implementation takes two kernels for a layer besides its projections: sum and norm;
+    convolution, recurrence and gate. For inference: it has no gradient.
 
     Args:
         h: (batch, d_model), contiguous, in float32 or the projections' dtype. Do not use it after
             the call, which may overwrite it.
-        memory: the states of each layer. conv_state has the dtype of the projections.
+        memory: conv_state and ssm_state of each layer, as in `mixer_step`. conv_state has the dtype
+            of the projections.
         layers: the weights of each layer. norm_weight (d_model,) and eps are those of the norm
             before the mixer. in_weight (features, d_model) and in_bias (features,) or None are the
             input projection, where features = 2 * d_inner + 2 * groups * N + heads. `mixer_step`

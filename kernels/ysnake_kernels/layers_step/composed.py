@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from ysnake_kernels.layers_step.weights import LayerMemory, LayerWeights
+from ysnake_kernels.layers_step.weights import LayerWeights
 from ysnake_kernels.mixer_step import mixer_step
 from ysnake_kernels.norm import add_and_norm
 
 
 def step(
     h: Tensor,
-    memory: Sequence[LayerMemory],
+    memory: Sequence[tuple[Tensor, Tensor]],
     layers: Sequence[LayerWeights],
     norm_weight: Tensor,
     eps: float,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.layers_step.fused_kernels import join_kernel, mix_kernel
-from ysnake_kernels.layers_step.weights import LayerMemory, LayerWeights
+from ysnake_kernels.layers_step.weights import LayerWeights
 from ysnake_kernels.mixer_step import check_mixer_step
 from ysnake_kernels.mixer_step.weights import MixerWeights
 from ysnake_kernels.numerics import accumulator, ceil_divide, common_unit, next_power_of_2
@@ -43,15 +43,16 @@ def tile(heads: int) -> Tile:
 
 
 def fits(h: Tensor, layers: Sequence[LayerWeights]) -> bool:
-    """Whether the kernels take layers of these sizes."""
+    """Whether the kernels take these layers. Rows before their division can overflow float16."""
     sizes = [weights.mixer.sizes for weights in layers]
     small = all(s.groups == 1 and s.state <= MAX_STATE for s in sizes)
-    return small and h.shape[1] <= MAX_FEATURES
+    wide = all(weights.in_weight.dtype != torch.float16 for weights in layers)
+    return small and wide and h.shape[1] <= MAX_FEATURES
 
 
 def step(
     h: Tensor,
-    memory: Sequence[LayerMemory],
+    memory: Sequence[tuple[Tensor, Tensor]],
     layers: Sequence[LayerWeights],
     norm_weight: Tensor,
     eps: float,
@@ -71,7 +72,7 @@ def step(
             check_mixer_step(projected, *own, w.mixer)
             y, squares = mix(projected, *own, w.mixer)
             out = F.linear(y, w.out_weight)
-            mixed = Mixed(out, squares, projected, own.conv_state, w)
+            mixed = Mixed(out, squares, projected, own[0], w)
         return join(h, mixed, norm_weight, eps, norm_weight.dtype)
 
 

@@ -1,4 +1,4 @@
-"""The weights and the state of a whole layer, as its one-token form takes them."""
+"""The weights of a whole layer, as its one-token form takes them."""
 
 from typing import NamedTuple
 
@@ -17,10 +17,3 @@ class LayerWeights(NamedTuple):
     mixer: MixerWeights
     out_weight: Tensor
     out_bias: Tensor | None
-
-
-class LayerMemory(NamedTuple):
-    """The state of a layer, which a token changes in place; `mixer_step` documents it."""
-
-    conv_state: Tensor
-    ssm_state: Tensor
