@@ -18,6 +18,7 @@ from ysnake.model.config import PRESETS, model_config
 from ysnake.training import memory
 from ysnake.training.options import Settings
 
+OPTIMIZER = "adamw"  # it keeps more than Muon does
 # preset, vocabulary, sequence, batch, chunk, --recompute, GB that the original project reports
 ROWS = [
     ("ys-24m", 13_183, 256, 64, 64, False, 19.0),
@@ -48,7 +49,7 @@ def measured(row: tuple, folder: Path) -> float:
         **{"preset": preset, "vocab-size": vocabulary, "tokenizer": "word"},
         **{"seq-len": seq_len, "batch-size": batch_size, "chunk-size": chunk_size},
         **{"max-steps": 2, "eval-every": 1000, "data": corpus(folder, vocabulary)},
-        **{"run": folder / "run", "max-documents": 10_000},
+        **{"run": folder / "run", "max-documents": 10_000, "optimizer": OPTIMIZER},
     }
     command = [sys.executable, "-m", "ysnake.train", *(["--recompute"] if recompute else [])]
     for name, value in options.items():
@@ -64,7 +65,7 @@ def measured(row: tuple, folder: Path) -> float:
 def predicted(row: tuple) -> memory.Plan:
     preset, vocabulary, seq_len, batch_size, chunk_size, recompute, _ = row
     settings = Settings(**PRESETS[preset].settings)
-    settings.chunk_size, settings.recompute = chunk_size, recompute
+    settings.chunk_size, settings.recompute, settings.optimizer = chunk_size, recompute, OPTIMIZER
     settings.seq_len, settings.batch_size = seq_len, batch_size
     config = model_config(settings, vocabulary, 0)
     return memory.predict(config, settings)

@@ -38,7 +38,7 @@ SIZES: dict[str, dict[str, object]] = {
     "24M": {"d_model": 512, "n_layers": 10, "vocab_size": 13_183},
     "71M": {"d_model": 768, "n_layers": 13, "vocab_size": 28_590},
 }
-# The report compares the others with "baseline".
+# Each recipe changes "baseline", with which the report compares it.
 RECIPES: dict[str, dict[str, object]] = {
     "baseline": {"optimizer": "adamw", "schedule": "cosine", "init": "hippo"},
     "linear": {"schedule": "linear"},
@@ -240,7 +240,8 @@ def train(options: Options, run: Path, recipe: dict[str, object]) -> None:
         command.append("--resume")
     else:
         steps = options.steps or 10**6
-        values = SIZES[options.size] | BATCH | {"warmup_steps": options.warmup_steps}
+        values = SIZES[options.size] | BATCH | RECIPES["baseline"]
+        values |= {"warmup_steps": options.warmup_steps}
         values |= {"eval_every": max(1, min(steps // options.evaluations, 250))}
         values |= {"checkpoint_every": options.checkpoint_every} | recipe
         end = {"max_minutes": options.minutes} if options.minutes else {"max_steps": steps}

@@ -170,6 +170,7 @@ class Preset:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+BY_MUON = {"optimizer": "muon", "lr": 3e-3}  # among the best rates at 24M and 71M parameters
 PRESETS = {
     "quick": Preset(
         "about 3M parameters; learns a part of the shipped corpus by heart in minutes on a CPU",
@@ -194,19 +195,19 @@ PRESETS = {
         "24M parameters at a vocabulary of 13,183",
         max_vocab=13_183,
         max_steps=20_000,
-        settings={"d_model": 512, "n_layers": 10},
+        settings={"d_model": 512, "n_layers": 10, **BY_MUON},
     ),
     "ys-60m": Preset(
         "60M parameters at a vocabulary of 13,183",
         max_vocab=13_183,
         max_steps=20_000,
-        settings={"d_model": 768, "n_layers": 13},
+        settings={"d_model": 768, "n_layers": 13, **BY_MUON},
     ),
     "ys-71m": Preset(
         "71M parameters at a vocabulary of 28,590",
         max_vocab=28_590,
         max_steps=20_000,
-        settings={"d_model": 768, "n_layers": 13},
+        settings={"d_model": 768, "n_layers": 13, **BY_MUON},
     ),
 }
 
