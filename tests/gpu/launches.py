@@ -8,6 +8,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -173,10 +174,14 @@ def model_cases(sizes: Sizes, thorough: bool) -> Iterator[Case]:
     yield "training, recomputed", partial(train, model, recompute=True)
     both = {"with_documents": True, "carry": True}
     yield "training, documents, carried state", partial(train, model, **both)
+    other = {"bias": True, "conv_bias": False, "residual_in_fp32": False, "conv_width": 3}
+    other_model = Model(replace(model.config, **other))
+    yield "decoding, other forms", partial(decode, other_model, BF16)
     if thorough:
         yield "training, documents", partial(train, model, with_documents=True)
         yield "training, carried state", partial(train, model, carry=True)
         yield "decoding, float32", partial(decode, model, torch.float32)
+        yield "decoding, float64", partial(decode, model, torch.float64)
     yield "decoding", partial(decode, model, BF16)
 
 
