@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.families import random_model
 from benchmarks.family_runs import difference
 
 ROOT = Path(__file__).parents[2]
@@ -98,18 +99,18 @@ sys.argv[:] = ["lm_eval", *{arguments!r}]
 try:
     runpy.run_module("lm_eval", run_name="__main__", alter_sys=True)
 finally:
-    from transformers.models.mamba2 import modeling_mamba2
-    found = [c.cell_contents for c in modeling_mamba2.causal_conv1d_fn.__closure__]
+    from transformers.models.{family} import modeling_{family} as modeling
+    found = [c.cell_contents for c in modeling.causal_conv1d_fn.__closure__]
     print("operators:", sorted({{str(getattr(f, "__module__", "")) for f in found}}))
 """
 
 
-def lm_eval(folder: Path, packages: Path, **variables: str) -> list:
+def lm_eval(folder: Path, packages: Path, family: str, **variables: str) -> list:
     """What lm_eval, unedited, logs of every question of a local task about a tiny checkpoint."""
     arguments = ["--model", "hf", "--model_args", f"pretrained={folder / 'model'},dtype=float32"]
     arguments += ["--tasks", "snakes", "--include_path", str(folder), "--device", "cpu"]
     arguments += ["--batch_size", "4", "--output_path", str(folder / "out"), "--log_samples"]
-    code = LM_EVAL.format(site_packages=str(packages), arguments=arguments)
+    code = LM_EVAL.format(site_packages=str(packages), arguments=arguments, family=family)
     variables |= {"HF_HOME": str(folder)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(
@@ -124,11 +125,18 @@ def lm_eval(folder: Path, packages: Path, **variables: str) -> list:
 
 
 @pytest.mark.slow
-def test_lm_eval_measures_the_same_by_the_environment_variable(tmp_path, site_packages):
+@pytest.mark.parametrize("family", ["mamba2", "bamba"])
+def test_lm_eval_measures_the_same_by_the_environment_variable(tmp_path, site_packages, family):
     needs("transformers", "lm_eval", "datasets")
     from small import saved
 
-    saved(tmp_path)
+    folder = saved(tmp_path)
+    if family != "mamba2":  # a hybrid with the same tokenizer
+        hybrid = random_model(family)
+        hybrid.resize_token_embeddings(
+            json.loads((folder / "config.json").read_text())["vocab_size"]
+        )
+        hybrid.save_pretrained(folder)
     questions = [
         {"question": f"The boa number {i}", "choices": [" sleeps", " wakes long"], "answer": i % 2}
         for i in range(6)
@@ -136,8 +144,8 @@ def test_lm_eval_measures_the_same_by_the_environment_variable(tmp_path, site_pa
     data = tmp_path / "snakes.jsonl"
     data.write_text("\n".join(map(json.dumps, questions)), encoding="utf-8")
     (tmp_path / "snakes.yaml").write_text(TASK.format(data=data), encoding="utf-8")
-    plain = lm_eval(tmp_path, site_packages)
-    ours = lm_eval(tmp_path, site_packages, YSNAKE_DROPIN="1")
+    plain = lm_eval(tmp_path, site_packages, family)
+    ours = lm_eval(tmp_path, site_packages, family, YSNAKE_DROPIN="1")
     assert len(plain) == 6
     assert plain[0][0] != plain[0][1]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(plain), rtol=1e-4, atol=1e-4)
