@@ -71,6 +71,21 @@ def test_each_heads_part_of_a_projection_is_made_orthogonal(trained):
             assert values.max() < 1.3
 
 
+def test_heads_that_are_larger_than_the_embedding_are_made_orthogonal():
+    m = model(d_model=8, head_dim=16)
+    optimizer = make_optimizer(m, 0.0, "muon")
+    make_moments(optimizer)
+    weight = m.backbone.layers[0].mixer.in_proj.weight
+    before = weight.detach().clone()
+    for p in m.parameters():
+        p.grad = torch.randn_like(p)
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    optimizer.step()
+    values = torch.linalg.svdvals((weight.detach() - before)[:16]) / (0.2 * 16**0.5)
+    assert 0.6 < values.min() <= values.max() < 1.3
+
+
 def test_adamw_updates_the_other_weights(trained):
     m, before, optimizer = trained
     twin = model(n_groups=2)

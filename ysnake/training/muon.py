@@ -136,7 +136,7 @@ def _orthogonal_parts(matrices: Tensor, rows: list[int]) -> Tensor:
         start += count * size
         update = orthogonal(part.unflatten(1, (count, size)).flatten(0, 1))
         scale = UPDATE_SIZE * max(update.shape[1:]) ** 0.5
-        done.append(update.mul_(scale).view(part.shape))
+        done.append((update * scale).reshape(part.shape))
     return torch.cat(done, 1)
 
 
