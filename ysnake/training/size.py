@@ -18,7 +18,7 @@ RECIPE: dict[str, Any] = {
     "seq_len": 256,
     "batch_size": 8,
     "optimizer": "muon",
-    "schedule": "linear",
+    "schedule": "cosine",
     "warmup_steps": 30,
     "eval_every": 100,
     "checkpoint_every": 100,
