@@ -128,13 +128,14 @@ def _part(pairs: list[tuple[Trained, Trained]], axis: int) -> str:
 def draw(trained: Sequence[Trained], title: str, path: Path) -> None:
     """The losses of the best rates over tokens and minutes: means, and bands over the seeds.
 
-    Only the recipes with the most seeds are drawn, the best first.
+    Only the recipes with the most seeds are drawn, or all where a single one has most.
     """
     if not trained:
         return
     best = {name: rates[best_rate(rates)] for name, rates in by_recipe(trained).items()}
     seeds = max(map(len, best.values()))
     whole = [runs for runs in best.values() if len(runs) == seeds]
+    whole = whole if len(whole) > 1 else list(best.values())
     figure = Figure(figsize=(12, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for runs in sorted(whole, key=lambda runs: fmean(run.loss for run in runs)):
