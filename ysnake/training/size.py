@@ -60,9 +60,9 @@ class Size:
 
 MEASURED_ON = "Vim's documentation (9.4 MB)"
 SIZES = {
-    "3M": Size(256, 4, 64, 4096, measured=((0.31e6, 1.71), (0.41e6, 1.62), (1.3e6, 1.05))),
+    "3M": Size(256, 4, 64, 4096, measured=((0.31e6, 1.70), (1.1e6, 1.38), (3.6e6, 1.07))),
     "10M": Size(384, 7, 128, 8192),
-    "24M": Size(512, 10, 128, 13_183, measured=((0.41e6, 1.54),)),
+    "24M": Size(512, 10, 128, 13_183, measured=((0.41e6, 1.53),)),
     "71M": Size(768, 13, 128, 28_590),
 }
 NAMES = (*SIZES, AUTO)
