@@ -25,6 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 from ysnake_kernels.conv import fused as conv
 from ysnake_kernels.layers_step import fused as layers_step
+from ysnake_kernels.layers_step.inputs import LayersInputs
 from ysnake_kernels.loss import fused as loss
 from ysnake_kernels.norm import fused as norm
 from ysnake_kernels.ssd import fused_backward, fused_forward
@@ -140,7 +141,7 @@ def other_launches(dtype: str, head_dim: int, state: int) -> list[tuple]:
         if head_dim == 64:
             given = layers.stack(2, z.dtype, "cpu", layers=1, d_model=d_inner // 2, state=state)
             w = given.weights
-            layers_step.step(given.h, given.memory, [w], w.norm_weight, w.eps)
+            layers_step.step(LayersInputs(given.h, given.memory, [w], w.norm_weight, w.eps))
 
     return recorded(call)
 

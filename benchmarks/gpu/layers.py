@@ -14,7 +14,7 @@ import ysnake_kernels as ours
 from torch import Tensor
 from ysnake_kernels.layers_step import fused, layers_step
 from ysnake_kernels.layers_step.fused import Tile
-from ysnake_kernels.layers_step.weights import LayerWeights
+from ysnake_kernels.layers_step.inputs import LayerWeights
 from ysnake_kernels.mixer import MixerSizes
 from ysnake_kernels.mixer_step import MixerWeights
 

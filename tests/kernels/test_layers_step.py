@@ -7,7 +7,7 @@ import torch
 from comparison import DEVICE, TOLERANCES, distance
 from ysnake_kernels import backend
 from ysnake_kernels.layers_step import layers_step
-from ysnake_kernels.layers_step.weights import LayerWeights
+from ysnake_kernels.layers_step.inputs import LayerWeights
 from ysnake_kernels.mixer import MixerSizes
 from ysnake_kernels.mixer_step import MixerWeights
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ysnake_kernels import rms_norm_gated
 from ysnake_kernels.backend import as_chosen_here
 from ysnake_kernels.conv import last_tokens
-from ysnake_kernels.layers_step.weights import LayerWeights
+from ysnake_kernels.layers_step.inputs import LayerWeights
 from ysnake_kernels.linear import Linear, normed_linear, products_dtype
 from ysnake_kernels.mixer import MixerInputs, MixerSizes, check_and_run
 from ysnake_kernels.mixer.part import Neighbours, mixer_part

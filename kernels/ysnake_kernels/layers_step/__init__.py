@@ -8,7 +8,7 @@ from torch import Tensor
 from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import check, check_rank
 from ysnake_kernels.layers_step import composed
-from ysnake_kernels.layers_step.weights import LayerWeights
+from ysnake_kernels.layers_step.inputs import LayersInputs, LayerWeights
 
 
 @torch.no_grad()
@@ -55,14 +55,14 @@ def layers_step(
     for weights in layers:
         check_projections(h, weights)
     name = choose(h)
-    given = h, memory, layers, norm_weight, eps
+    inputs = LayersInputs(h, memory, layers, norm_weight, eps)
     with torch.autocast(h.device.type, enabled=False):
         if name == "fused" and not torch.compiler.is_compiling():
             from ysnake_kernels.layers_step import fused  # here, since it needs triton
 
-            if fused.fits(h, layers):
-                return fused.step(*given)
-        return composed.step(*given)
+            if fused.fits(inputs):
+                return fused.step(inputs)
+        return composed.step(inputs)
 
 
 def check_projections(h: Tensor, weights: LayerWeights) -> None:

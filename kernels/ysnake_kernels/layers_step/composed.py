@@ -1,23 +1,16 @@
 """One token through all layers, made of the other operators."""
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from ysnake_kernels.layers_step.weights import LayerWeights
+from ysnake_kernels.layers_step.inputs import LayersInputs
 from ysnake_kernels.mixer_step import mixer_step
 from ysnake_kernels.norm import add_and_norm
 
 
-def step(
-    h: Tensor,
-    memory: Sequence[tuple[Tensor, Tensor]],
-    layers: Sequence[LayerWeights],
-    norm_weight: Tensor,
-    eps: float,
-) -> Tensor:
+def step(inputs: LayersInputs) -> Tensor:
     """`layers_step` of checked arguments, by the implementations that are chosen for h."""
+    h, memory, layers, norm_weight, eps = inputs
     mixed = None
     for w, own in zip(layers, memory, strict=True):
         h, normed = add_and_norm(h, mixed, w.norm_weight, w.eps, w.in_weight.dtype)

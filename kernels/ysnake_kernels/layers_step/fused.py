@@ -1,6 +1,5 @@
 """One token through all layers on a GPU: torch's projections, and Triton kernels between them."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.layers_step.fused_kernels import join_kernel, mix_kernel
-from ysnake_kernels.layers_step.weights import LayerWeights
+from ysnake_kernels.layers_step.inputs import LayersInputs, LayerWeights
 from ysnake_kernels.mixer_step import check_mixer_step
 from ysnake_kernels.mixer_step.weights import MixerWeights
 from ysnake_kernels.numerics import accumulator, ceil_divide, common_unit, next_power_of_2
@@ -42,26 +41,21 @@ def tile(heads: int) -> Tile:
     return Tile(2048, 1 if heads < 256 else 2, 4)  # the fastest of 20 on an H200
 
 
-def fits(h: Tensor, layers: Sequence[LayerWeights]) -> bool:
+def fits(inputs: LayersInputs) -> bool:
     """Whether the kernels take these layers. Rows before their division can overflow float16."""
-    sizes = [weights.mixer.sizes for weights in layers]
+    sizes = [weights.mixer.sizes for weights in inputs.layers]
     small = all(s.groups == 1 and s.state <= MAX_STATE for s in sizes)
-    wide = all(weights.in_weight.dtype != torch.float16 for weights in layers)
-    return small and wide and h.shape[1] <= MAX_FEATURES
+    wide = all(weights.in_weight.dtype != torch.float16 for weights in inputs.layers)
+    return small and wide and inputs.h.shape[1] <= MAX_FEATURES
 
 
-def step(
-    h: Tensor,
-    memory: Sequence[tuple[Tensor, Tensor]],
-    layers: Sequence[LayerWeights],
-    norm_weight: Tensor,
-    eps: float,
-) -> Tensor:
+def step(inputs: LayersInputs) -> Tensor:
     """`layers_step` of checked arguments.
 
     Raises:
         ValueError, TypeError: a state or a weight of a mixer is wrong.
     """
+    h, memory, layers, norm_weight, eps = inputs
     if h.numel() == 0:
         return h.to(norm_weight.dtype)
     mixed = None

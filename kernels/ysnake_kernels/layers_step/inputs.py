@@ -1,5 +1,6 @@
-"""The weights of a whole layer, as its one-token form takes them."""
+"""The arguments of one token through all layers as one value, and the weights of a layer."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,3 +18,13 @@ class LayerWeights(NamedTuple):
     mixer: MixerWeights
     out_weight: Tensor
     out_bias: Tensor | None
+
+
+class LayersInputs(NamedTuple):
+    """The arguments of `layers_step`, which documents them."""
+
+    h: Tensor  # may be overwritten
+    memory: Sequence[tuple[Tensor, Tensor]]  # updated in place
+    layers: Sequence[LayerWeights]
+    norm_weight: Tensor
+    eps: float
