@@ -26,6 +26,7 @@ from typing import Annotated, Literal, get_args
 import tyro
 from rich.progress import Progress, TaskID, TimeElapsedColumn
 from tyro.conf import Positional, arg
+from ysnake_kernels.native.matrix import FORMATS
 
 from benchmarks import compare_report, quality
 from benchmarks.compare_report import DROPIN, GPT2, HF, LIMIT, LIMIT_ONEDNN, YSNAKE
@@ -162,31 +163,35 @@ def prefill(folder: Path, options: Options) -> Iterator[Group]:
 
 
 def decode(folder: Path, options: Options) -> Iterator[Group]:
-    """Generation token by token; ours also with int8 weights, and for many sequences at once."""
+    """Generation token by token, with weights of each format, and for many sequences at once."""
     count, sizes = (4, TINY) if options.quick else (32, preset("ys-71m"))
     here = {"folder": str(folder / "large"), "sizes": sizes, "count": count, "context": 10}
     llama = here | {"threads": options.threads}
     needs, rows = ("llama_cpp", "gguf"), 2 if options.quick else 16
-    many = f"{YSNAKE} float32, {rows} at once"
-    ours = {
-        f"{YSNAKE} float32": {},
-        f"{YSNAKE} float32, --compile": {"compile": True},
-        f"{YSNAKE} int8": {"weights": "int8"},
-        f"{YSNAKE} int8, --compile": {"weights": "int8", "compile": True},
-        many: {"batch": rows},
-        f"{many}, --compile": {"batch": rows, "compile": True},
+    many = f"{rows} at once"
+    ours = {f"{YSNAKE} {weights}": {"weights": weights} for weights in FORMATS}
+    ours |= {
+        f"{YSNAKE} {weights}, --no-compile": {"weights": weights, "compile": False}
+        for weights in ("float32", "int8")
+    }
+    ours |= {
+        f"{YSNAKE} {weights}, {many}": {"weights": weights, "batch": rows} for weights in FORMATS
     }
     contestants = [
         *(
             Contestant(name, "decode_ysnake", more.get("batch", 1) * count, here | more)
             for name, more in ours.items()
         ),
-        Contestant(f"{LLAMA} F32", "decode_llama", count, llama | {"type": "f32"}, needs),
-        Contestant(f"{LLAMA} Q8_0", "decode_llama", count, llama | {"type": "q8_0"}, needs),
+        *(
+            Contestant(
+                f"{LLAMA} {type.upper()}", "decode_llama", count, llama | {"type": type}, needs
+            )
+            for type in ("f32", "bf16", "q8_0", "q4_0")
+        ),
         Contestant(HF, "decode_transformers", count, here, ("transformers",)),
     ]
     name = "tiny model" if options.quick else "71M parameters"
-    bases = [name for name in ours if not name.startswith(many)]
+    bases = [name for name in ours if not name.endswith(many)]
     yield Group(f"Decoding, {name}", contestants, tuple(bases))
 
 

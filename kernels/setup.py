@@ -17,7 +17,11 @@ PYTHON = ">=3.10"
 REQUIRES = ["torch>=2.11", "einops>=0.8"]
 TRITON = ['triton>=3.6; platform_system == "Linux"']
 PACKAGES = find_packages(str(HERE))
-PACKAGE_DATA = {"ysnake_kernels": ["py.typed"], "ysnake_kernels.dropin": ["hub/build/*/*"]}
+PACKAGE_DATA = {
+    "ysnake_kernels": ["py.typed"],
+    "ysnake_kernels.dropin": ["hub/build/*/*"],
+    "ysnake_kernels.native": ["kernels.cpp"],
+}
 
 if __name__ == "__main__":
     setup(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import arg
 
@@ -11,6 +11,7 @@ from ysnake.inference.model_options import (
     DeviceOption,
     PathOption,
     ThreadsOption,
+    Weights,
     read_model,
 )
 from ysnake.shared import cli
@@ -34,8 +35,8 @@ class Options:
     """Encoding of the files, for example utf-16 or cp1252."""
     text_field: Annotated[str, arg(metavar="NAME")] = "text"
     """Field of a .jsonl line that holds the document."""
-    weights: Literal["float32", "int8"] = "float32"
-    """int8: measure the weights that `ysnake.run --weights int8` uses."""
+    weights: Weights = "float32"
+    """Measure the weights that `ysnake run --weights` uses."""
     device: DeviceOption = "auto"
     threads: ThreadsOption = None
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ysnake.inference.decoding import Decoder
+    from ysnake.inference.model_options import Weights
 
 
 class LanguageModel:
@@ -130,7 +131,7 @@ def load(
     *,
     checkpoint: Literal["best", "last"] | None = None,
     device: str = "auto",
-    weights: Literal["float32", "int8"] = "float32",
+    weights: "Weights" = "float32",
 ) -> LanguageModel:
     """Load a model and its tokenizer.
 
@@ -140,7 +141,8 @@ def load(
         checkpoint: the checkpoint of a run. None means best if `patience` ended training, else
             last.
         device: auto (CUDA if available, else CPU), cpu, cuda or mps.
-        weights: int8 generates faster on a CPU. The output is nearly identical.
+        weights: float32, bfloat16, int8, int4 or auto: how they are stored. Fewer bits generate
+            faster and take less memory; `ysnake run --help` says more.
 
     Raises:
         InputError: there is no model to load, or it is damaged.

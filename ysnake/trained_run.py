@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ysnake.shared import run_files
 
 if TYPE_CHECKING:
+    from ysnake.inference.model_options import Weights
     from ysnake.language_model import LanguageModel
 
 
@@ -40,7 +41,7 @@ class TrainedRun:
         checkpoint: Literal["best", "last"] | None = None,
         *,
         device: str = "auto",
-        weights: Literal["float32", "int8"] = "float32",
+        weights: "Weights" = "float32",
     ) -> "LanguageModel":
         """Load the model of the run. The arguments are those of `ysnake.load`."""
         from ysnake.language_model import load

@@ -92,7 +92,7 @@ def test_llama_cpp_writes_the_same(trained, tmp_path):
     assert lengths == [64] * 10
 
 
-@pytest.mark.parametrize("type", ["f16", "q8_0"])
+@pytest.mark.parametrize("type", ["f16", "bf16", "q8_0", "q4_0"])
 def test_smaller_types_go_on_as_learnt(trained, tmp_path, type):
     folder, documents = trained
     llm = llama(write(folder, tmp_path / f"{type}.gguf", type))

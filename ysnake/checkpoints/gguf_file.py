@@ -42,7 +42,7 @@ def write_gguf(file: Path, model: "Model", tokenizer: "Tokenizer", type: str, na
     writer.add_name(escape_controls(name))
     _add_sizes(writer, model.config)
     _add_tokenizer(writer, model.config, tokenizer)
-    mostly = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}[type]
+    mostly = "ALL_F32" if type == "f32" else f"MOSTLY_{type.upper()}"
     writer.add_file_type(gguf.LlamaFileType[mostly])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for tensor, weight in _tensors(model):

@@ -1,61 +1,90 @@
-"""Writing token by token: on a CPU with weights laid out for it, and with few operations.
+"""Writing token by token.
 
 For one token every weight matrix is multiplied by a single row, so reading the weights takes most
-of the time. The layers of `ysnake_kernels.linear_step` read them with all threads, or read int8
-weights, a quarter of the bytes. The mixer between its projections is one step of
-`ysnake_kernels.mixer_step`.
+of the time. On a CPU with a C++ compiler, code compiled on this machine takes the token through the
+whole model. It reads weights of 32, 16, 8 or 4 bits. Without a compiler pure torch does the same
+with few operations, in float32 or int8. On a GPU a graph is replayed.
 """
+
+import warnings
 
 import torch
 from torch import Tensor, nn
 from ysnake_kernels.linear_step import Int8, OneRow
 from ysnake_kernels.mixer_step.eager import prepare
 from ysnake_kernels.mixer_step.eager import step as mixer_step
+from ysnake_kernels.native.build import BuildError, NoCompiler, library
+from ysnake_kernels.native.matrix import FORMATS, Packed
+from ysnake_kernels.native.model_step import ModelStep
 from ysnake_kernels.norm.eager import few_rows
 
 from ysnake.inference.replay import ReplayedStep
-from ysnake.model.network import Block, Model, RMSNorm, State
+from ysnake.model.network import Block, FactorisedHead, Model, RMSNorm, State
 from ysnake.shared.errors import InputError
-
-WEIGHTS = ("float32", "int8")
 
 
 class Decoder:
     """A model prepared for reading and writing one token after another by `step`."""
 
-    def __init__(self, model: Model, weights: str = "float32", compile: bool = False):
-        """Changes the memory layout of the model's weights in place.
+    def __init__(self, model: Model, weights: str = "float32", compile: bool = True):
+        """Changes how the model's weights are stored.
 
         Args:
             model: in evaluation mode from now on.
-            weights: "float32" or, on a CPU, "int8". Matrices then become 8-bit integers with a
-                scale for each output, and their inputs 8-bit integers with a scale for each token.
-            compile: on a CPU, let torch.compile fuse the operations between the matrix products
-                into a few loops. It compiles for one row now, for two and for more rows when these
-                are first needed. It needs a C++ compiler; the first time on a machine each takes
-                about 15 seconds.
+            weights: how the matrices are stored. float32 keeps them as they are. On a CPU,
+                bfloat16, int8 and int4 round the matrices of a float32 model; int8 has a scale for
+                each output, int4 for each 32 weights of an output. On a GPU, bfloat16 rounds the
+                whole model. auto is bfloat16 for a float32 model on a CPU where code can be
+                compiled, and else keeps the weights as they are.
+            compile: use code compiled on this machine, where that is possible. It is compiled once,
+                in a few seconds. bfloat16 and int4 on a CPU need it.
 
         Raises:
-            InputError: `weights` has another value, or int8 or compiling is not possible here.
+            InputError: `weights` has another value, or is not possible here.
         """
-        if weights not in WEIGHTS:
-            raise InputError(f"expected {' or '.join(WEIGHTS)}, got {weights}", field="--weights")
+        if weights not in ("auto", *FORMATS):
+            expected = ", ".join(["auto", *FORMATS])
+            raise InputError(f"expected one of {expected}, got {weights}", field="--weights")
         self.model = model.eval()
         weight = model.backbone.embeddings.weight
-        on_cpu = weight.device.type == "cpu"
-        self.fast = on_cpu and weight.dtype == torch.float32
-        if weights == "int8":
-            if not self.fast:
-                raise InputError("int8 is for float32 models on a CPU", field="--weights")
-            _quantise(model)
-        elif self.fast:
-            _transpose(model)
-        self.layers = [_Layer(block) for block in model.backbone.layers] if self.fast else []
+        self.fast = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.weights = str(weight.dtype).removeprefix("torch.")  # how they are stored
+        self.native: ModelStep | None = None
+        self.layers: list[_Layer] = []
+        if self.fast:
+            self._prepare(weights, compile)
+        elif weights in ("int8", "int4"):
+            raise InputError(f"{weights} is for float32 models on a CPU", field="--weights")
+        elif weights == "bfloat16":
+            self.model.bfloat16()
+            self.weights = weights
         self.replayed = ReplayedStep(model) if weight.device.type == "cuda" else None
         self.norm = _Norm(model.backbone.norm_f)
-        self.write = self._write
+
+    def _prepare(self, weights: str, compile: bool) -> None:
+        """Lay out the weights of a float32 model on a CPU."""
+        why = "compiled code is switched off"
         if compile:
-            self._compile()
+            try:
+                library()
+            except BuildError as error:
+                compile, why = False, str(error)
+                if not isinstance(error, NoCompiler):
+                    warnings.warn(f"{error}. The text is written without it, slower.", stacklevel=3)
+        self.weights = weights
+        if weights == "auto":
+            self.weights = "bfloat16" if compile else "float32"
+        if compile:
+            self.native = _model_step(self.model, self.weights)
+            return
+        if self.weights not in ("float32", "int8"):
+            raise InputError(
+                f"{weights} needs compiled code ({why}); float32 and int8 do not", field="--weights"
+            )
+        layer = OneRow if self.weights == "float32" else Int8
+        for module, name in _linears(self.model):
+            setattr(module, name, layer(getattr(module, name)))
+        self.layers = [_Layer(block) for block in self.model.backbone.layers]
 
     @torch.no_grad()
     def step(
@@ -69,31 +98,19 @@ class Decoder:
             state = self.model.empty_state(ids.shape[0])
         if self.replayed:
             logits = self.replayed(ids.view(-1), state)
+        elif self.native:
+            memory = [(layer.conv, layer.ssm) for layer in state]
+            logits = self.native(self.model.backbone.embeddings(ids.view(-1)), memory)
         else:
-            memory = [s.conv for s in state], [s.ssm for s in state]
-            logits = self.write(ids.view(-1), *memory)
+            logits = self._write(ids.view(-1), state)
         return logits if ids.ndim == 1 or last_only else logits[:, None], state
 
-    def _write(self, ids: Tensor, convs: list[Tensor], ssms: list[Tensor]) -> Tensor:
-        """One token for each row: ids (batch,) -> logits (batch, vocab_size)."""
+    def _write(self, ids: Tensor, state: State) -> Tensor:
+        """One token for each row in pure torch: ids (batch,) -> logits (batch, vocab_size)."""
         h = self.model.backbone.embeddings(ids)
-        for layer, conv, ssm in zip(self.layers, convs, ssms, strict=True):
-            layer(h, conv, ssm)
+        for layer, memory in zip(self.layers, state, strict=True):
+            layer(h, memory.conv, memory.ssm)
         return self.model.lm_head(self.norm(h))
-
-    def _compile(self) -> None:
-        if not self.fast:
-            raise InputError("is for float32 models on a CPU", field="--compile")
-        from torch._dynamo.exc import BackendCompilerFailed  # takes a second or two
-
-        self.write = torch.compile(self._write)
-        try:
-            self.step(torch.zeros(1, dtype=torch.int64))
-        except BackendCompilerFailed as error:
-            why = next(line for line in str(error).splitlines() if line.strip())
-            raise InputError(
-                f"expected a C++ compiler that works: {why}", field="--compile"
-            ) from error
 
 
 class _Layer:
@@ -131,11 +148,15 @@ def _linears(model: Model) -> list[tuple[nn.Module, str]]:
     return [*found, (model.lm_head, "down"), (model.lm_head, "up")]
 
 
-def _transpose(model: Model) -> None:
-    for module, name in _linears(model):
-        setattr(module, name, OneRow(getattr(module, name)))
-
-
-def _quantise(model: Model) -> None:
-    for module, name in _linears(model):
-        setattr(module, name, Int8(getattr(module, name)))
+def _model_step(model: Model, format: str) -> ModelStep:
+    """The whole model for the compiled code. Its packed matrices replace the model's own."""
+    head = model.lm_head
+    parts = [head.down, head.up] if isinstance(head, FactorisedHead) else [head]
+    layers = [block.step_weights() for block in model.backbone.layers]
+    norm = model.backbone.norm_f
+    step = ModelStep(layers, norm.weight, norm.eps, [part.weight for part in parts], format)
+    if format != "float32":
+        matrices = [*(m for both in step.projections for m in both), *step.head]
+        for (module, name), matrix in zip(_linears(model), matrices, strict=True):
+            setattr(module, name, Packed(matrix))
+    return step

@@ -1,5 +1,6 @@
 """The options that name a model and say how to run it, and the loading of that model."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from ysnake.inference.decoding import Decoder
     from ysnake.model.network import Model
 
+Weights = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+
 # Single options, for commands that take only some of them.
 PathOption = Positional[
     Annotated[
@@ -25,6 +28,13 @@ CheckpointOption = Annotated[
     Literal["best", "last"] | None,
     arg(help="The checkpoint of the run; by default best if --patience ended training, else last."),
 ]
+WeightsOption = Annotated[
+    Weights,
+    arg(
+        help="How weights are stored while text is written. Fewer bits are faster and take less "
+        "memory. auto is bfloat16 on a CPU with a C++ compiler, else as they were trained."
+    ),
+]
 DeviceOption = Annotated[str, arg(help="auto (CUDA if available, else CPU), cpu, cuda or mps.")]
 ThreadsOption = Annotated[int | None, arg(help="CPU threads; by default one for each core.")]
 
@@ -35,10 +45,10 @@ class ModelOptions:
 
     path: PathOption = None
     checkpoint: CheckpointOption = None
-    weights: Literal["float32", "int8"] = "float32"
-    """int8 generates faster on a CPU. The output is nearly identical."""
-    compile: bool = False
-    """Generate faster on a CPU, after some seconds of compiling. Needs a C++ compiler."""
+    weights: WeightsOption = "auto"
+    no_compile: bool = False
+    """On a CPU: do not use code that is compiled on this machine. By default it is used where there
+    is a C++ compiler. It is compiled once, in a few seconds."""
     device: DeviceOption = "auto"
     threads: ThreadsOption = None
 
@@ -58,11 +68,24 @@ class ModelOptions:
         """
         from ysnake_kernels import preemption
 
-        from ysnake.inference.decoding import Decoder
-
         preemption.watch.silence()  # its warning would stand in the middle of the text
         _, tokenizer, model = self.read()
-        return Decoder(model, self.weights, self.compile), tokenizer
+        return self.decoder(model), tokenizer
+
+    def decoder(self, model: "Model") -> "Decoder":
+        """The model, prepared for writing as these options say.
+
+        Raises:
+            InputError: the weights cannot be stored so.
+        """
+        from ysnake_kernels.native.build import must_compile
+
+        from ysnake.inference.decoding import Decoder
+
+        compile = not self.no_compile
+        if compile and model.backbone.embeddings.weight.device.type == "cpu" and must_compile():
+            print("compiling code for this processor, once: a few seconds", file=sys.stderr)
+        return Decoder(model, self.weights, compile)
 
 
 def read_model(

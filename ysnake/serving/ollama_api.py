@@ -147,9 +147,7 @@ def tags(service: Service) -> list[Body]:
     n = service.n_parameters
     details: Body = {"parent_model": "", "format": "safetensors", "family": "mamba2"}
     details |= {"families": ["mamba2"], "parameter_size": f"{n / 1e6:.1f}M"}
-    dtype = str(service.decoder.model.backbone.embeddings.weight.dtype).removeprefix("torch.")
-    weights = service.options.model.weights
-    details |= {"quantization_level": dtype if weights == "float32" else weights}
+    details |= {"quantization_level": service.decoder.weights}
     name, when = f"{service.name}:latest", service.modified.isoformat()
     about: Body = {"name": name, "model": name, "modified_at": when, "size": service.size}
     return [about | {"digest": service.digest, "details": details}]

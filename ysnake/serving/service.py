@@ -177,10 +177,7 @@ def load(options: "Options") -> Service:
     own_name = full.parent.name if full.name in ("best", "last") else full.name
     n_parameters = model.n_parameters()  # before the decoder lays out other weights
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    decoder = Decoder(model, options.model.weights, options.model.compile)
-    if options.model.compile:  # compile for two and for more rows before the first request
-        for rows in range(2, min(options.parallel, 3) + 1):
-            decoder.step(torch.zeros(rows, dtype=torch.int64))
+    decoder = options.model.decoder(model)
     return Service(
         options,
         name=(options.name or own_name).removesuffix(":latest"),

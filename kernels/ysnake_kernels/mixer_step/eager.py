@@ -1,8 +1,7 @@
 """The mixer for one token in pure torch, in few operations.
 
 A model that writes on a CPU spends its time in reading weights and in calls. So `prepare` lays the
-weights out once, and `step` then takes about twenty operations. torch.compile turns them into a few
-loops.
+weights out once, and `step` then takes about twenty operations.
 """
 
 from typing import NamedTuple
@@ -90,14 +89,6 @@ def recur(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor)
     batch, groups, n = B.shape
     rows = state.view(batch, groups, -1, n)
     u = (x * dt[..., None]).view(batch, groups, -1, 1)
-    B = B.unsqueeze(2)
-    if torch.compiler.is_compiling():  # y from the old state: two passes over it instead of three
-        wide = C.unsqueeze(2)
-        y = (rows * wide).sum(-1).view(x.shape) * decay
-        y += (u * (B * wide).sum(-1, keepdim=True)).view(x.shape)
-        state.mul_(decay[..., None])
-        rows.addcmul_(u, B)
-        return y
     state.mul_(decay[..., None])
-    rows.addcmul_(u, B)
+    rows.addcmul_(u, B.unsqueeze(2))
     return read_state(state, C)

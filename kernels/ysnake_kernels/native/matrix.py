@@ -1,0 +1,134 @@
+"""A weight matrix in one of the formats that the compiled code multiplies.
+
+Packed formats are laid out in the order in which a product reads them: four rows side by side, of
+which each has 32 columns at a time. Missing rows and columns are zeros.
+"""
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ysnake_kernels.native.build import library
+
+FORMATS = ("float32", "bfloat16", "int8", "int4")  # in the order of kernels.cpp
+GROUP = 32  # columns that belong together
+ROWS = 4  # rows that belong together
+FEW = 64  # inputs up to which a product with the packed weight is faster than unpacking it first
+TRIED = 16  # scales that are tried for a group of int4
+
+
+class MatrixStruct(ctypes.Structure):
+    """`Matrix` in kernels.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("format", "rows", "columns")),
+        *((name, ctypes.c_void_p) for name in ("weights", "scales", "bias")),
+    ]
+
+
+class Matrix:
+    """A weight matrix with its bias, as the compiled code reads it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, format: str):
+        """Pack a weight.
+
+        Args:
+            weight: (rows, columns), float32 on the CPU. The format float32 uses its memory if it is
+                contiguous. Other formats copy.
+            bias: (rows,), float32, or None.
+            format: float32; bfloat16; int8, with a scale for each row; or int4, with a scale for
+                each 32 columns of a row. With integer weights the inputs of a product are rounded
+                to integers of at most 2,047, with a scale for each input.
+
+        Raises:
+            ValueError: the format is unknown.
+            BuildError: the code cannot be compiled here.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"format: expected {', '.join(FORMATS)}, got {format!r}")
+        self.format, (self.rows, self.columns) = format, weight.shape
+        self.scales: Tensor | None = None
+        weight = weight.detach()
+        if format == "float32":
+            self.weights = weight.contiguous()
+        else:
+            groups = _in_groups(weight)
+            if format == "bfloat16":
+                self.weights = _interleaved(groups.bfloat16())
+            elif format == "int8":
+                self.scales = weight.abs().amax(1).div_(127)
+                unit = groups.abs().amax((1, 2), keepdim=True).div_(127).clamp_(min=1e-30)
+                self.weights = _interleaved(torch.round(groups / unit).to(torch.int8))
+            else:
+                scales = _int4_scales(groups)
+                low, high = _int4(groups, scales).add_(8).to(torch.uint8).chunk(2, -1)
+                self.weights = _interleaved(low | (high << 4))
+                self.scales = _interleaved(scales)
+        self.bias = None if bias is None else bias.detach().contiguous()
+        self.code = library()
+        self.struct = MatrixStruct(
+            *(FORMATS.index(format), self.rows, self.columns, self.weights.data_ptr()),
+            *(None if t is None else t.data_ptr() for t in (self.scales, self.bias)),
+        )
+
+    def product(self, x: Tensor) -> Tensor:
+        """x weight^T + bias for few rows: x (batch, columns), float32 -> (batch, rows)."""
+        y = x.new_empty(len(x), self.rows)
+        x = x.contiguous()
+        sizes = map(ctypes.c_int64, (len(x), torch.get_num_threads()))
+        x_at, y_at = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr())
+        self.code.ysnake_product(ctypes.byref(self.struct), x_at, *sizes, y_at)
+        return y
+
+    def dense(self) -> Tensor:
+        """The weight as float32 (rows, columns), with the rounding of its format."""
+        if self.format == "float32":
+            return self.weights
+        y = torch.empty(self.rows, self.columns)
+        threads, at = ctypes.c_int64(torch.get_num_threads()), ctypes.c_void_p(y.data_ptr())
+        self.code.ysnake_unpack(ctypes.byref(self.struct), threads, at)
+        return y
+
+
+class Packed(nn.Module):
+    """A linear layer with a packed weight. No gradient flows through it."""
+
+    def __init__(self, matrix: Matrix):
+        super().__init__()
+        self.matrix = matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., columns) -> (..., rows), both float32."""
+        if x.shape[:-1].numel() <= FEW:
+            return self.matrix.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        return F.linear(x, self.matrix.dense(), self.matrix.bias)
+
+
+def _in_groups(weight: Tensor) -> Tensor:
+    """(rows, columns) -> (rows, groups, 32), filled up with zeros."""
+    rows, columns = weight.shape
+    return F.pad(weight, (0, -columns % GROUP, 0, -rows % ROWS)).unflatten(1, (-1, GROUP))
+
+
+def _interleaved(t: Tensor) -> Tensor:
+    """(rows, groups, ...) -> (rows / 4, groups, 4, ...), contiguous."""
+    return t.unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous()
+
+
+def _int4_scales(groups: Tensor) -> Tensor:
+    """The scale of each group (rows, groups): of those tried, the one with the least error."""
+    largest = groups.abs().amax(-1)
+    best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
+    for i in range(TRIED):
+        scales = largest / (5 + 4 * i / TRIED)
+        error = (_int4(groups, scales) * scales[..., None] - groups).square_().sum(-1)
+        better = error < least
+        best, least = torch.where(better, scales, best), torch.where(better, error, least)
+    return best
+
+
+def _int4(groups: Tensor, scales: Tensor) -> Tensor:
+    """The integers from -8 to 7 of each group, for its scale."""
+    return torch.round(groups / scales[..., None].clamp(min=1e-30)).clamp_(-8, 7)
