@@ -87,7 +87,7 @@ def test_a_packed_layer_keeps_the_shape(rows):
 
 
 def test_another_format_is_refused():
-    with pytest.raises(ValueError, match="format: expected float32, .*, got 'int3'"):
+    with pytest.raises(ValueError, match=r"format: expected float32, .*, got 'int3'"):
         Matrix(weight(4, 32), None, "int3")
 
 

@@ -144,7 +144,7 @@ def test_where_smaller_weights_cannot_be():
             InputError, match=f"--weights: {weights} is for float32 models on a CPU"
         ):
             Decoder(model().double(), weights)
-    with pytest.raises(InputError, match="--weights: expected one of auto, float32, .*, got int2"):
+    with pytest.raises(InputError, match=r"--weights: expected one of auto, float32, .*, got int2"):
         Decoder(model(), "int2")
 
 
