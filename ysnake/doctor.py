@@ -160,6 +160,7 @@ def implementations() -> dict[str, str]:
     forced = os.environ.get("YSNAKE_BACKEND")
     why = f"YSNAKE_BACKEND={forced}" if forced else "the default on a CPU"
     facts = {"CPU": f"{answer(lambda: choose(torch.empty(0)))} ({why})"}
+    facts["writing on the CPU"] = written_by()
     if torch.cuda.is_available():
         if not forced:
             why = "Triton is installed" if has_triton else "Triton is not installed: slow"
@@ -168,6 +169,17 @@ def implementations() -> dict[str, str]:
             why += "; Triton needs a C compiler, which is missing"
         facts["GPU"] = f"{answer(lambda: choose(torch.empty(0, device='cuda')))} ({why})"
     return facts
+
+
+def written_by() -> str:
+    """What writes text on a CPU, and why."""
+    from ysnake_kernels.native.build import BuildError, library
+
+    try:
+        library()
+    except BuildError as error:
+        return f"pure torch ({error}): slower"
+    return "code compiled for this processor"
 
 
 def self_test() -> dict[str, str]:
