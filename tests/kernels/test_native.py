@@ -132,3 +132,33 @@ def test_a_file_that_others_may_write_is_not_loaded(empty_cache):
     assert build.must_compile()
     build.library()
     assert planted.read_bytes() != b"not a library"
+
+
+SANITIZED = """
+import sys, pytest
+from ysnake_kernels.native import build
+build.FLAGS[:] = ["-O1", "-fsanitize=address,undefined", *build.FLAGS[1:]]
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_no_memory_outside_of_tensors_is_touched(tmp_path):
+    compiler = build._compiler()
+    preload = []
+    for name in ("libasan.so", "libubsan.so"):
+        command = [compiler, f"-print-file-name={name}"]
+        path = Path(subprocess.check_output(command, text=True).strip())
+        if not path.is_absolute():
+            pytest.skip(f"{compiler} has no {name}")
+        preload.append(str(path))
+    tests = Path(__file__).parents[1]
+    files = [Path(__file__), tests / "model/test_decoding.py"]
+    which = "product or rounds or zero or many or packed or own or rows or near"
+    environment = {
+        **os.environ,
+        **{"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0"},
+        **{"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+    }
+    command = [sys.executable, "-c", SANITIZED, *map(str, files), "-k", which]
+    assert subprocess.run(command, env=environment).returncode == 0

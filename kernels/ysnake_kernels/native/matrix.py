@@ -58,8 +58,8 @@ class Matrix:
             if format == "bfloat16":
                 self.weights = _interleaved(groups.bfloat16())
             elif format == "int8":
-                self.scales = weight.abs().amax(1).div_(127)
-                unit = groups.abs().amax((1, 2), keepdim=True).div_(127).clamp_(min=1e-30)
+                self.scales = groups.abs().amax((1, 2)).div_(127)
+                unit = self.scales.clamp(min=1e-30)[:, None, None]
                 self.weights = _interleaved(torch.round(groups / unit).to(torch.int8))
             else:
                 scales = _int4_scales(groups)
