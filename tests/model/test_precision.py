@@ -1,5 +1,7 @@
 """`--precision bfloat16` on a CPU: products with rounded factors, and torch's setting restored."""
 
+import json
+
 import pytest
 import torch
 from small import TINY, corpus
@@ -7,7 +9,7 @@ from test_train import metrics
 
 from ysnake import train
 from ysnake.shared.processor import bfloat16_products
-from ysnake.training import step
+from ysnake.training import precision, step
 
 
 @pytest.fixture
@@ -25,10 +27,10 @@ def test_products_are_rounded_while_training_only(tmp_path, options, monkeypatch
 
     monkeypatch.setattr(step, "batch_loss", noting)
     runs = {}
-    for precision in ("float32", "bfloat16"):
-        run = runs[precision] = tmp_path / precision
-        assert train.main([*options, "--precision", precision, "--run", str(run)]) == 0
-        assert set(during) == {"highest" if precision == "float32" else "medium"}
+    for name in ("float32", "bfloat16"):
+        run = runs[name] = tmp_path / name
+        assert train.main([*options, "--precision", name, "--run", str(run)]) == 0
+        assert set(during) == {"highest" if name == "float32" else "medium"}
         assert torch.get_float32_matmul_precision() == "highest"
         during.clear()
     warned = "this CPU has no products in 16 bits" in " ".join(capsys.readouterr().out.split())
@@ -44,4 +46,31 @@ def test_an_error_restores_the_setting(tmp_path, options, monkeypatch):
     monkeypatch.setattr(step, "batch_loss", fail)
     with pytest.raises(KeyError):
         train.main([*options, "--precision", "bfloat16", "--run", str(tmp_path / "run")])
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize(
+    ("products", "gain", "stored"),
+    [(["amx_bf16"], 2.0, "bfloat16"), (["amx_bf16"], 1.1, "auto"), ([], 2.0, "auto")],
+)
+def test_auto_takes_16_bits_where_they_are_faster(
+    tmp_path, options, monkeypatch, capsys, products, gain, stored
+):
+    monkeypatch.setattr(precision, "bfloat16_products", lambda: products)
+    monkeypatch.setattr(precision, "gain_of_16_bits", lambda: gain)
+    run = tmp_path / "run"
+    assert train.main([*options, "--run", str(run)]) == 0
+    assert json.loads((run / "settings.json").read_text())["precision"] == stored
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("2.0 times as fast here" in said) is (stored == "bfloat16")
+    # the run keeps it, also where another CPU would choose otherwise
+    monkeypatch.setattr(precision, "bfloat16_products", list)
+    assert train.main(["--resume", "--run", str(run), "--max-steps", "4"]) == 0
+    assert json.loads((run / "settings.json").read_text())["precision"] == stored
+    warned = "no products in 16 bits" in " ".join(capsys.readouterr().out.split())
+    assert warned is (stored == "bfloat16")
+
+
+def test_the_measurement_restores_the_setting():
+    assert precision.gain_of_16_bits() > 0
     assert torch.get_float32_matmul_precision() == "highest"

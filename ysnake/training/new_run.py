@@ -13,7 +13,7 @@ from ysnake.shared import cli, manifest
 from ysnake.shared.errors import InputError
 from ysnake.shared.progress import announce, counted, progress
 from ysnake.shared.shown import amount, escape_controls
-from ysnake.training import expectation, launch, memory, run_folder, size
+from ysnake.training import expectation, launch, memory, precision, run_folder, size
 from ysnake.training import settings as settings_of
 from ysnake.training.options import SHIPPED, Settings
 from ysnake.training.parallel import Ranks
@@ -39,6 +39,7 @@ def start(settings: Settings, console: "Console") -> Run:
     run_folder.check_free(settings.run)
     corpus = _open_corpus(settings)
     device = cli.pick_device(settings.device)
+    settings.precision, about_precision = precision.settle(settings.precision, device)
 
     def fill(folder: Path) -> "tuple[Tokenizer, Model, list[str]]":
         tokenizer, model, speed = _tokenizer_and_model(settings, corpus, device, console)
@@ -76,7 +77,7 @@ def start(settings: Settings, console: "Console") -> Run:
         folder, (tokenizer, model, said) = run_folder.make(settings.run, default, fill)
     settings.run = folder
     console.print(f"[bold]{cli.markup(folder)}[/]: {model.n_parameters():,} parameters on {device}")
-    for line in said:
+    for line in [*said, *about_precision]:
         console.print(escape_controls(line), markup=False)
     return assemble(settings, model, tokenizer, Progress(), Ranks())
 

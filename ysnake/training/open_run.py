@@ -26,6 +26,7 @@ def open_run(settings: Settings, ranks: Ranks, console: "Console") -> Iterator[R
     if not settings.resume:
         run = ranks.on_first(lambda: start(settings, console))
         settings.run = ranks.from_first(settings.run)
+        settings.precision = ranks.from_first(settings.precision)
     busy = f"{settings.folder}: another process is training this run"
     with ExitStack() as held:
 

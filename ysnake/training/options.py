@@ -17,6 +17,7 @@ from ysnake.shared.field_types import is_a, name_of
 
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear"]
+Precision = Literal["auto", "float32", "bfloat16"]
 SHIPPED = Path(__file__).parents[2] / "training_data"
 
 
@@ -133,10 +134,10 @@ class Settings:
     seed: int = 0
     """Determines the first weights and the order of the windows."""
     device: DeviceOption = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     """bfloat16 computes matrix products in 16 bits: on a GPU by autocast, on a CPU by rounding the
-    factors. On a CPU that is faster with AMX or AVX512-BF16 only. auto is bfloat16 on CUDA and
-    float32 elsewhere. State and decay are always float32."""
+    factors. auto is bfloat16 on CUDA and on a CPU that is faster so (with AMX or AVX512-BF16), else
+    float32. State and decay are always float32."""
     no_graphs: bool = False
     """On one GPU: launch the kernels of a step one by one. By default a CUDA graph launches all of
     them at once. Small models then train several times as fast."""
