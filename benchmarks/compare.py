@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -59,6 +59,9 @@ class Options:
     """Threads of each contestant; by default as many as there are cores."""
     quick: bool = False
     """Tiny shapes, to see whether it runs. The figures mean nothing, and only --out keeps them."""
+    rounded: bool = False
+    """Measure each contestant that uses torch twice: in float32, and with the factors of its matrix
+    products rounded to bfloat16 (torch's matmul precision medium). For CPUs with such products."""
     out: Annotated[Path | None, arg(metavar="DIR")] = None
     """Folder of the results; by default benchmarks/results. Cases that do not run keep theirs."""
     text: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -78,6 +81,7 @@ class Contestant:
     tokens: int  # in a repetition
     arguments: dict
     needs: tuple[str, ...] = ()  # modules that must be installed
+    precision: str = "highest"  # torch's matmul precision
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,21 @@ def context(folder: Path, options: Options) -> Iterator[Group]:
     yield Group("Decoding after a context, `quick` model", contestants, (base,))
 
 
+def with_rounded(group: Group) -> Group:
+    """The same group; each contestant that uses torch comes a second time with rounded products."""
+
+    def named(name: str) -> str:
+        return f"{name}, 16-bit products"
+
+    more = [
+        replace(each, name=named(each.name), precision="medium")
+        for each in group.contestants
+        if not each.name.startswith(LLAMA)
+    ]
+    bases = (*group.bases, *map(named, group.bases))
+    return replace(group, contestants=[*group.contestants, *more], bases=bases)
+
+
 class Failed(RuntimeError):
     """A contestant has ended too early. The message says why."""
 
@@ -284,6 +303,7 @@ def measure(group: Group, options: Options, show: Callable[[str], None]) -> list
                 continue
             show(f"starting {each.name}")
             job = {"function": each.function, "arguments": each.arguments}
+            job["precision"] = row["precision"] = each.precision
             workers[i] = Worker("benchmarks.contestants", job, options.threads)
             if i == 0:  # it writes the weights, which the others read
                 _ask(workers, i, row, workers[i].answer)
@@ -330,7 +350,8 @@ def _compare(rows: list[dict], bases: tuple[str, ...]) -> None:
                 for mine, theirs in zip(ours["seconds"], row["seconds"], strict=True)
             ]
             row["ratios"][base] = [statistics.median(ratios), min(ratios), max(ratios)]
-        if row["norms"] and (expected := rows[0].get("norms")):
+        exact = row["precision"] == "highest"
+        if exact and row["norms"] and (expected := rows[0].get("norms")):
             far = [abs(a - b) / b for a, b in zip(row["norms"], expected, strict=True) if b]
             row["differs"] = any(not each <= DISAGREE for each in far)  # a NaN differs too
 
@@ -407,6 +428,8 @@ def _groups(
         yield quality.measure(corpus, options.minutes, options.lr, worker, show)
         return
     for group in CASES[name](scratch, options):
+        if options.rounded:
+            group = with_rounded(group)
         rows = measure(group, options, show)
         about = {"title": group.title, "bases": group.bases, "memory": group.memory}
         yield about | {"shape": group.shape, "rows": rows}

@@ -401,6 +401,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # output of libraries must not look like an answer
     job = json.loads(sys.argv[1])
+    if job["precision"] != "highest":
+        import torch  # not for llama.cpp, whose memory is measured
+
+        torch.set_float32_matmul_precision(job["precision"])
     repetition = globals()[job["function"]](**job["arguments"])
     loaded, before = memory("VmHWM"), memory("VmRSS")
     if STATUS.exists():

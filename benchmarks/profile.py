@@ -80,12 +80,20 @@ def main() -> None:
     parser.add_argument(
         "--out", type=writable, default=Path(__file__).parent / "results/profile.md"
     )
+    parser.add_argument(
+        "--precision",
+        choices=("highest", "medium"),
+        default="highest",
+        help="torch's matmul precision; medium rounds the factors of products to bfloat16",
+    )
     arguments = parser.parse_args()
+    torch.set_float32_matmul_precision(arguments.precision)
+    products = "float32" if arguments.precision == "highest" else "16-bit products"
     m = machine(torch.get_num_threads())
     lines = ["# Where the time goes", "", "Made by `python -m benchmarks.profile`. "]
     lines[-1] += f"{m['cpu']}, {m['threads']} threads, torch {m['torch']}, "
-    lines[-1] += f"{time.strftime('%Y-%m-%d')}; {REPEAT} repetitions, float32. The profiler takes "
-    lines[-1] += "time itself, most of it between operators."
+    lines[-1] += f"{time.strftime('%Y-%m-%d')}; {REPEAT} repetitions, {products}. The profiler "
+    lines[-1] += "takes time itself, most of it between operators."
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, work, limit in cases(Path(folder)):

@@ -48,6 +48,18 @@ def test_ours_and_peers_take_turns(tmp_path):
     assert pictures == {"compare-throughput.png", "compare-memory.png"}
 
 
+@pytest.mark.slow
+def test_rounded_products_take_turns_too(tmp_path):
+    done = compare("scan", "--quick", "--repeat", 1, "--rounded", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    (group,) = json.loads((tmp_path / "compare.json").read_text())["scan"]["groups"]
+    precisions = {row["by"]: row["precision"] for row in group["rows"]}
+    assert precisions["ysnake"] == "highest"
+    assert precisions["ysnake, 16-bit products"] == "medium"
+    rows = {row["by"]: row for row in group["rows"]}
+    assert "ysnake, 16-bit products" in rows["ysnake"]["ratios"]
+
+
 def test_what_is_wrong_is_said_in_one_line(tmp_path):
     few = tmp_path / "few.txt"
     few.write_text("too little")
