@@ -12,6 +12,7 @@ from ysnake_kernels.native.build import library
 from ysnake_kernels.native.matrix import Matrix, MatrixStruct
 
 Pointer = ctypes.c_void_p
+LEAST = 1 << 16  # weights of a product that are worth a thread, which waits for others afterwards
 
 
 class LayerStruct(ctypes.Structure):
@@ -88,6 +89,7 @@ class ModelStep:
         ]
         self.head = [Matrix(weight, None, format) for weight in head]
         self.vocabulary = self.head[-1].rows
+        self.most_threads = max(1, layers[0].in_weight.numel() // LEAST)
         self.kept: list[object] = []  # what the structs point to
         structs = [self._layer(*each) for each in zip(layers, self.projections, strict=True)]
         layer_array = (LayerStruct * len(layers))(*structs)
@@ -122,7 +124,8 @@ class ModelStep:
             *(StateStruct(conv.data_ptr(), ssm.data_ptr(), *conv.stride()) for conv, ssm in memory)
         )
         logits = h.new_empty(len(h), self.vocabulary)
-        sizes = map(ctypes.c_int64, (len(h), torch.get_num_threads()))
+        threads = min(torch.get_num_threads(), self.most_threads)
+        sizes = map(ctypes.c_int64, (len(h), threads))
         self.code.ysnake_step(
             *(ctypes.byref(self.struct), states, Pointer(h.data_ptr()), *sizes),
             Pointer(logits.data_ptr()),
