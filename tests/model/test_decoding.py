@@ -9,6 +9,7 @@ from ysnake_kernels.native.matrix import FORMATS
 
 from ysnake import evaluate, run
 from ysnake.inference.decoding import Decoder
+from ysnake.inference.generate import Context
 from ysnake.inference.replay import ReplayedStep
 from ysnake.shared.errors import InputError
 
@@ -128,6 +129,16 @@ def test_smaller_weights_are_near(sizes, weights, compile):
         assert torch.linalg.norm(got - exact) < NEAR[weights] * torch.linalg.norm(exact)
     rows = cross_entropy(exact.flatten(0, 1), exact.argmax(-1).flatten())
     assert cross_entropy(each.flatten(0, 1), exact.argmax(-1).flatten()) < 1.02 * rows
+
+
+def test_a_saved_state_goes_on_with_other_weights(tmp_path):
+    before = Context(Decoder(model(), "int8"), 300)
+    before.feed([1, 2, 3])
+    before.save(tmp_path / "state")
+    for weights in FORMATS:
+        context = Context(Decoder(model(), weights), 300)
+        context.load(tmp_path / "state")
+        assert torch.equal(context.next_logits(), before.next_logits())
 
 
 @pytest.mark.parametrize("compile", [True, False])

@@ -105,8 +105,13 @@ class Context:
             layer.ssm.copy_(tensors[f"{i}.ssm"])
 
     def _fingerprint(self) -> str:
-        """A cheap text that differs between models with different weights."""
-        norms = [float(p.detach().double().sum()).hex() for p in self.model.parameters()]
+        """A cheap text that differs between models with different weights.
+
+        It is of the weights that are stored alike in every format of `Decoder`.
+        """
+        kept = [(name, p) for name, p in self.model.named_parameters() if "_proj." not in name]
+        kept = [(name, p) for name, p in kept if not name.startswith("lm_head.")]
+        norms = [float(p.detach().double().sum()).hex() for _, p in kept]
         return " ".join([str(self.model.config.vocab_size), *norms])
 
 

@@ -16,7 +16,8 @@ FORMATS = ("float32", "bfloat16", "int8", "int4")  # in the order of kernels.cpp
 GROUP = 32  # columns that belong together
 ROWS = 4  # rows that belong together
 FEW = 64  # inputs up to which a product with the packed weight is faster than unpacking it first
-TRIED = 16  # scales that are tried for a group of int4
+TRIED = 6  # scales that are tried for a group of int4
+AT_A_TIME = 1 << 15  # weights for which they are tried, so that all stays in the cache
 
 
 class MatrixStruct(ctypes.Structure):
@@ -119,6 +120,11 @@ def _interleaved(t: Tensor) -> Tensor:
 
 def _int4_scales(groups: Tensor) -> Tensor:
     """The scale of each group (rows, groups): of those tried, the one with the least error."""
+    rows = max(1, AT_A_TIME // groups[0].numel())
+    return torch.cat([_best_scales(part) for part in groups.split(rows)])
+
+
+def _best_scales(groups: Tensor) -> Tensor:
     largest = groups.abs().amax(-1)
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
     for i in range(TRIED):
