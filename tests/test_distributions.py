@@ -50,3 +50,21 @@ def test_the_operators_alone_and_the_whole_share_what_they_have_in_common(tmp_pa
     assert packages < set(whole_has["packages"])
     assert "ysnake.training" in whole_has["packages"]
     assert alone_has["data"].items() <= whole_has["data"].items()
+
+
+def test_files_that_are_not_python_are_installed(tmp_path):
+    _, whole = metadata(ROOT, tmp_path / "whole")
+    roots = {"ysnake": ROOT, "ysnake_kernels": ROOT / "kernels"}
+    there = {
+        path
+        for name, root in roots.items()
+        for path in (root / name).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    covered = {
+        path
+        for package, patterns in whole["data"].items()
+        for pattern in patterns
+        for path in roots[package.split(".")[0]].joinpath(*package.split(".")).glob(pattern)
+    }
+    assert there <= covered
