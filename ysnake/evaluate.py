@@ -12,6 +12,7 @@ from ysnake.inference.model_options import (
     PathOption,
     ThreadsOption,
     Weights,
+    make_decoder,
     read_model,
 )
 from ysnake.shared import cli
@@ -36,7 +37,8 @@ class Options:
     text_field: Annotated[str, arg(metavar="NAME")] = "text"
     """Field of a .jsonl line that holds the document."""
     weights: Weights = "float32"
-    """Measure the weights that `ysnake run --weights` uses."""
+    """Measure the weights that `ysnake run` uses with this option; by default those of the
+    checkpoint."""
     device: DeviceOption = "auto"
     threads: ThreadsOption = None
 
@@ -55,14 +57,13 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         )
     corpus = data.open_corpus(options)
 
-    from ysnake.inference.decoding import Decoder
     from ysnake.inference.score import score
 
     folder, tokenizer, model = read_model(
         options.path, options.checkpoint, options.device, options.threads
     )
     model.config.check_frame()
-    decoder = Decoder(model, options.weights)
+    decoder = make_decoder(model, options.weights, compile=options.weights != "float32")
     console = cli.console()
     with progress(console) as show:
         advance = counted(show, corpus.size, "evaluating")

@@ -142,17 +142,17 @@ def load(
             last.
         device: auto (CUDA if available, else CPU), cpu, cuda or mps.
         weights: float32, bfloat16, int8, int4 or auto: how they are stored. Fewer bits generate
-            faster and take less memory; `ysnake run --help` says more.
+            faster; `ysnake run --help` says more. float32 keeps those of the checkpoint.
 
     Raises:
-        InputError: there is no model to load, or it is damaged.
+        InputError: there is no model to load, it is damaged, or its weights cannot be stored so.
     """
     from ysnake.checkpoints import checkpoint as checkpoints
-    from ysnake.inference.decoding import Decoder
+    from ysnake.inference.model_options import make_decoder
     from ysnake.shared import cli
     from ysnake.shared.errors import named_as_in_python
 
     folder = cli.newest_run() if path is None else path
     with named_as_in_python(["checkpoint", "device", "weights"]):
         _, tokenizer, model = checkpoints.load_all(folder, checkpoint, cli.pick_device(device))
-        return LanguageModel(Decoder(model, weights), tokenizer)
+        return LanguageModel(make_decoder(model, weights), tokenizer)

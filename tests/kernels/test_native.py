@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,18 +121,37 @@ def test_it_compiles_once_beside_others(empty_cache):
         for _ in range(2)
     ]
     assert [process.wait() for process in both] == [0, 0]
-    assert not build.must_compile()
+    assert not build.would_compile()
     assert [path.suffix for path in Path(empty_cache, "ysnake", "native").iterdir()] == [".so"]
 
 
-def test_a_file_that_others_may_write_is_not_loaded(empty_cache):
+@pytest.mark.parametrize("mode", [0o777, 0o700], ids=["others may write it", "it is damaged"])
+def test_a_file_that_is_not_ours_or_damaged_is_replaced(empty_cache, mode):
     planted = build._path()
     planted.parent.mkdir(parents=True)
+    planted.parent.chmod(mode)
     planted.write_bytes(b"not a library")
-    planted.chmod(0o777)
-    assert build.must_compile()
+    planted.chmod(mode)
+    assert build.would_compile() is (mode == 0o777)
     build.library()
     assert planted.read_bytes() != b"not a library"
+    assert not build.would_compile()
+
+
+def test_a_cache_that_cannot_be_is_named(empty_cache, monkeypatch):
+    (empty_cache / "ysnake").write_text("in the way")
+    with pytest.raises(build.BuildError, match=r"cannot be kept in .*XDG_CACHE_HOME names another"):
+        build.library()
+
+
+def test_a_compiler_that_CXX_names_is_there_and_gets_its_options(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ -fno-such-option")
+    if shutil.which("g++"):
+        with pytest.raises(build.BuildError, match=r"g[+][+] failed: .*-fno-such-option"):
+            build.library()
+    monkeypatch.setenv("CXX", str(empty_cache / "none"))
+    with pytest.raises(build.BuildError, match=r"CXX names .*none, which is not installed"):
+        build.library()
 
 
 SANITIZED = """
@@ -147,7 +167,7 @@ def test_no_memory_outside_of_tensors_is_touched(tmp_path):
     compiler = build._compiler()
     preload = []
     for name in ("libasan.so", "libubsan.so"):
-        command = [compiler, f"-print-file-name={name}"]
+        command = [*compiler, f"-print-file-name={name}"]
         path = Path(subprocess.check_output(command, text=True).strip())
         if not path.is_absolute():
             pytest.skip(f"{compiler} has no {name}")

@@ -2,11 +2,9 @@
 
 For one token every weight matrix is multiplied by a single row, so reading the weights takes most
 of the time. On a CPU with a C++ compiler, code compiled on this machine takes the token through the
-whole model. It reads weights of 32, 16, 8 or 4 bits. Without a compiler pure torch does the same
-with few operations, in float32 or int8. On a GPU a graph is replayed.
+whole model. It reads weights of 32, 16, 8 or 4 bits. Without a compiler pure torch does the same,
+in float32 or int8. On a GPU a graph is replayed.
 """
-
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +33,10 @@ class Decoder:
                 bfloat16, int8 and int4 round the matrices of a float32 model; int8 has a scale for
                 each output, int4 for each 32 weights of an output. On a GPU, bfloat16 rounds the
                 whole model. auto is bfloat16 for a float32 model on a CPU where code can be
-                compiled, and else keeps the weights as they are.
+                compiled. Otherwise it keeps the weights as they are.
             compile: use code compiled on this machine, where that is possible. It is compiled once,
-                in a few seconds. bfloat16 and int4 on a CPU need it.
+                in a few seconds. bfloat16 and int4 on a CPU need it. `not_compiled` says why it is
+                not used, although there is a compiler.
 
         Raises:
             InputError: `weights` has another value, or is not possible here.
@@ -50,11 +49,16 @@ class Decoder:
         self.fast = weight.device.type == "cpu" and weight.dtype == torch.float32
         self.weights = str(weight.dtype).removeprefix("torch.")  # how they are stored
         self.native: ModelStep | None = None
+        self.not_compiled = ""
         self.layers: list[_Layer] = []
         if self.fast:
             self._prepare(weights, compile)
         elif weights in ("int8", "int4"):
-            raise InputError(f"{weights} is for float32 models on a CPU", field="--weights")
+            raise InputError(
+                f"{weights} is for float32 models on a CPU, and this one is in {self.weights} on "
+                f"{weight.device.type}",
+                field="--weights",
+            )
         elif weights == "bfloat16":
             self.model.bfloat16()
             self.weights = weights
@@ -63,14 +67,13 @@ class Decoder:
 
     def _prepare(self, weights: str, compile: bool) -> None:
         """Lay out the weights of a float32 model on a CPU."""
-        why = "compiled code is switched off"
+        why = "it is switched off"
         if compile:
             try:
                 library()
             except BuildError as error:
                 compile, why = False, str(error)
-                if not isinstance(error, NoCompiler):
-                    warnings.warn(f"{error}. The text is written without it, slower.", stacklevel=3)
+                self.not_compiled = "" if isinstance(error, NoCompiler) else why
         self.weights = weights
         if weights == "auto":
             self.weights = "bfloat16" if compile else "float32"
@@ -79,7 +82,8 @@ class Decoder:
             return
         if self.weights not in ("float32", "int8"):
             raise InputError(
-                f"{weights} needs compiled code ({why}); float32 and int8 do not", field="--weights"
+                f"{weights} needs compiled code, and {why}; float32 and int8 do not need it",
+                field="--weights",
             )
         layer = OneRow if self.weights == "float32" else Int8
         for module, name in _linears(self.model):

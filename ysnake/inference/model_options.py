@@ -31,8 +31,9 @@ CheckpointOption = Annotated[
 WeightsOption = Annotated[
     Weights,
     arg(
-        help="How weights are stored while text is written. Fewer bits are faster and take less "
-        "memory. auto is bfloat16 on a CPU with a C++ compiler, else as they were trained."
+        help="How weights are stored while text is written. Fewer bits write one text faster. "
+        "bfloat16 and int4 on a CPU need a C++ compiler. auto is bfloat16 on a CPU with a "
+        "compiler, otherwise as stored in the checkpoint."
     ),
 ]
 DeviceOption = Annotated[str, arg(help="auto (CUDA if available, else CPU), cpu, cuda or mps.")]
@@ -47,8 +48,8 @@ class ModelOptions:
     checkpoint: CheckpointOption = None
     weights: WeightsOption = "auto"
     no_compile: bool = False
-    """On a CPU: do not use code that is compiled on this machine. By default it is used where there
-    is a C++ compiler. It is compiled once, in a few seconds."""
+    """Write with pure torch on a CPU. By default, C++ code writes where there is a compiler: at the
+    first start it is compiled, in a few seconds."""
     device: DeviceOption = "auto"
     threads: ThreadsOption = None
 
@@ -70,22 +71,25 @@ class ModelOptions:
 
         preemption.watch.silence()  # its warning would stand in the middle of the text
         _, tokenizer, model = self.read()
-        return self.decoder(model), tokenizer
+        return make_decoder(model, self.weights, not self.no_compile), tokenizer
 
-    def decoder(self, model: "Model") -> "Decoder":
-        """The model, prepared for writing as these options say.
 
-        Raises:
-            InputError: the weights cannot be stored so.
-        """
-        from ysnake_kernels.native.build import must_compile
+def make_decoder(model: "Model", weights: Weights, compile: bool = True) -> "Decoder":
+    """`Decoder(model, weights, compile)`. Standard error gets what the user should know.
 
-        from ysnake.inference.decoding import Decoder
+    Raises:
+        InputError: the weights cannot be stored so.
+    """
+    from ysnake_kernels.native.build import would_compile
 
-        compile = not self.no_compile
-        if compile and model.backbone.embeddings.weight.device.type == "cpu" and must_compile():
-            print("compiling code for this processor, once: a few seconds", file=sys.stderr)
-        return Decoder(model, self.weights, compile)
+    from ysnake.inference.decoding import Decoder
+
+    if compile and model.backbone.embeddings.weight.device.type == "cpu" and would_compile():
+        print("compiling code for this processor, once: a few seconds", file=sys.stderr)
+    decoder = Decoder(model, weights, compile)
+    if decoder.not_compiled:
+        print(f"warning: {decoder.not_compiled}; pure torch writes, slower", file=sys.stderr)
+    return decoder
 
 
 def read_model(

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from ysnake.inference.batch import Batch, Job, News
 from ysnake.inference.decoding import Decoder
+from ysnake.inference.model_options import make_decoder
 from ysnake.inference.sampling import Sampling
 from ysnake.serving.fields import Body, Refused, take
 from ysnake.shared.errors import InputError
@@ -177,7 +178,7 @@ def load(options: "Options") -> Service:
     own_name = full.parent.name if full.name in ("best", "last") else full.name
     n_parameters = model.n_parameters()  # before the decoder lays out other weights
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    decoder = options.model.decoder(model)
+    decoder = make_decoder(model, options.model.weights, not options.model.no_compile)
     return Service(
         options,
         name=(options.name or own_name).removesuffix(":latest"),

@@ -39,7 +39,7 @@ def start(settings: Settings, console: "Console") -> Run:
     run_folder.check_free(settings.run)
     corpus = _open_corpus(settings)
     device = cli.pick_device(settings.device)
-    settings.precision, about_precision = precision.settle(settings.precision, device)
+    settings.precision, about_precision = precision.choose_precision(settings.precision, device)
 
     def fill(folder: Path) -> "tuple[Tokenizer, Model, list[str]]":
         tokenizer, model, speed = _tokenizer_and_model(settings, corpus, device, console)

@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-WORTH = 1.2  # 16-bit products have to be this many times as fast
+LEAST_GAIN = 1.2  # 16-bit products have to be this many times as fast
 MEASURED = (1024, 512, 1024)  # rows, inputs and outputs of the product that is timed
 TIMES = 5
 
 
-def settle(precision: Precision, device: str) -> tuple[Precision, list[str]]:
+def choose_precision(precision: Precision, device: str) -> tuple[Precision, list[str]]:
     """What `auto` comes to in a new run on a CPU, and what to tell the user.
 
-    Where 16-bit products are not much faster, `auto` stays, which means float32 on a CPU. So the
-    run can go on in bfloat16 on a GPU.
+    It comes to bfloat16 where that is faster. Otherwise the run keeps `auto`: float32 on a CPU,
+    bfloat16 if it is resumed on a GPU.
     """
     if precision != "auto" or device != "cpu" or not bfloat16_products():
         return precision, []
     gain = gain_of_16_bits()
-    if gain < WORTH:
+    if gain < LEAST_GAIN:
         return precision, []
     fast = f"matrix products in bfloat16, {gain:.1f} times as fast here"
     return "bfloat16", [f"{fast}; --precision float32 is exact"]
 
 
 def gain_of_16_bits() -> float:
-    """How many times as fast this CPU multiplies float32 matrices whose entries it rounds first."""
+    """How many times as fast products are here when their factors are rounded to bfloat16."""
     import torch
 
     rows, inputs, outputs = MEASURED
@@ -67,7 +67,7 @@ def autocast(precision: str, device: "torch.device") -> "AbstractContextManager[
 
 @contextmanager
 def rounded_products(precision: str, device: "torch.device", console: "Console") -> Iterator[None]:
-    """While the block runs, a CPU rounds the factors of its products to bfloat16, if asked to.
+    """While the block runs, a CPU rounds the factors of its products, if `precision` is bfloat16.
 
     Tensors stay float32, and so do the sums of the products. So this costs no conversion of whole
     tensors, which makes it faster than autocast on a CPU. It is a setting of torch for the whole

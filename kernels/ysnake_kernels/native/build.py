@@ -1,13 +1,14 @@
 """Compiling kernels.cpp on the machine that runs it, and loading the result.
 
-This takes a few seconds once. The result is kept in a folder of the user, under a name that depends
-on the code and on the processor. So it is compiled again when one of them has changed.
+This takes a few seconds once. The result is kept in ~/.cache/ysnake/native. Its name changes with
+the code, the flags and the processor, so it is compiled again when one of them has changed.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -26,7 +27,7 @@ class BuildError(Exception):
 
 
 class NoCompiler(BuildError):
-    """The machine cannot compile. That is no fault, since pure torch does the same."""
+    """The machine has no compiler, or is none that this code is for."""
 
 
 @cache
@@ -35,28 +36,40 @@ def library() -> ctypes.CDLL:
 
     Raises:
         NoCompiler: there is no compiler, or the system is not Linux.
-        BuildError: the compiler fails, or the result cannot be loaded.
+        BuildError: the compiler fails, or the result cannot be kept or loaded.
     """
     if platform.system() != "Linux":
         raise NoCompiler("compiled code is for Linux")
     path = _path()
-    if not _is_ours(path):
+    if _is_ours(path):
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            pass  # it is damaged, and will be replaced
+    try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.parent.chmod(0o700)  # nobody else may put a file there
         _compile(path)
+    except OSError as error:
+        message = f"compiled code cannot be kept in {path.parent} ({error.strerror})"
+        raise BuildError(f"{message}; XDG_CACHE_HOME names another folder") from error
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"{path}: {error}") from error
+        raise BuildError(f"compiled code cannot be loaded ({error})") from error
 
 
-def must_compile() -> bool:
+def would_compile() -> bool:
     """Whether `library` would compile now."""
     linux = platform.system() == "Linux"
-    return linux and not _is_ours(_path()) and _compiler() is not None
+    try:
+        return linux and not _is_ours(_path()) and _compiler() is not None
+    except BuildError:
+        return False
 
 
 def _path() -> Path:
-    """Where the compiled code is kept. Another code or another processor has another path."""
+    """Where the compiled code is kept."""
     key = hashlib.sha256()
     for part in (SOURCE.read_bytes(), " ".join(FLAGS).encode(), _processor().encode()):
         key.update(hashlib.sha256(part).digest())
@@ -80,28 +93,30 @@ def _is_ours(path: Path) -> bool:
     return all(each.st_uid == os.getuid() and not each.st_mode & 0o022 for each in found)
 
 
-def _compilers() -> list[str]:
-    """Names of the compilers that are tried."""
-    own = os.environ.get("CXX")
-    return [own] if own else COMPILERS
+def _compiler() -> list[str] | None:
+    """The command that compiles, with the options that CXX gives it. None if there is none.
 
-
-def _compiler() -> str | None:
-    """The path of the first compiler that is installed."""
-    return next(filter(None, map(shutil.which, _compilers())), None)
+    Raises:
+        BuildError: CXX names a compiler that is not installed.
+    """
+    if own := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(own[0]) is None:
+            raise BuildError(f"CXX names {own[0]}, which is not installed")
+        return own
+    return next(([name] for name in COMPILERS if shutil.which(name)), None)
 
 
 def _compile(path: Path) -> None:
     compiler = _compiler()
     if compiler is None:
-        raise NoCompiler(f"no C++ compiler ({', '.join(_compilers())}) is installed")
+        raise NoCompiler(f"no C++ compiler is installed: {', '.join(COMPILERS)}")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         new = Path(folder, path.name)
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(new)]
+        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(new)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             lines = done.stderr.splitlines() or ["no message"]
-            why = next((line for line in lines if "error" in line), lines[0])
-            raise BuildError(f"{compiler} failed: {why}")
+            telling = (line for line in lines if "error:" in line or "failed" in line)
+            raise BuildError(f"{compiler[0]} failed: {next(telling, lines[-1])}")
         new.chmod(0o700)
         new.replace(path)

@@ -2,7 +2,7 @@
 //
 // build.py compiles this file on the machine that runs it. matrix.py and model_step.py declare the
 // structs below in the same order of fields. All memory belongs to the caller. Arrays are contiguous
-// where nothing else is said.
+// unless a comment says otherwise.
 
 #include <algorithm>
 #include <cmath>
@@ -20,7 +20,7 @@ namespace {
 constexpr int LANES = 8;       // numbers that a vector register is taken to hold
 constexpr int GROUP = 32;      // int4 weights that share a scale
 constexpr int ROWS = 4;        // rows of weights that are multiplied at the same time
-constexpr int UNPACKED = 4;    // inputs from which bfloat16 is turned into float32 first
+constexpr int UNPACKED = 4;    // rows of inputs from which bfloat16 is turned into float32 first
 constexpr float LARGEST = 2047;  // of the integers to which inputs are rounded
 
 using Floats = float __attribute__((vector_size(LANES * 4)));
@@ -56,7 +56,7 @@ Shorts widen(Nibbles v) { return __builtin_convertvector(v, Shorts); }
 Words widen(HalfWords v) { return __builtin_convertvector(v, Words); }
 #endif
 
-// The sums of neighbours in a * b: the 16 products in 8 integers.
+// Multiplies 16 pairs and adds neighbouring products: 8 sums.
 Ints multiply_and_add(Shorts a, Shorts b) {
 #ifdef __AVX2__
     return (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
@@ -96,9 +96,9 @@ struct Sizes {
 
 struct Model {
     Sizes sizes;
-    int64_t layers, heads;  // heads: the matrices from the last norm to the logits
-    const Layer* layer;
-    const Matrix* head;
+    int64_t layers, outputs;
+    const Layer* layer;    // (layers,)
+    const Matrix* output;  // (outputs,), one after the other, from the last norm to the logits
     const float* norm;
     double eps;
 };
@@ -161,7 +161,8 @@ private:
     std::vector<float> scales;
 };
 
-// Products of ROWS rows of weights, from row `first` on, with X inputs. `result` gets (ROWS, X).
+// Products of ROWS rows of weights, from row `first` on, with X rows of inputs. `result` gets
+// (ROWS, X).
 
 template <int X>
 void dot_float32(const float* const* row, int64_t columns, const float* const* x, float* result) {
@@ -314,12 +315,12 @@ void unpack(const Matrix& m, int64_t first, float* y) {
 
 // y (batch, rows) = or += inputs weights^T + bias. All threads of the team call it.
 void product(const Matrix& m, const Inputs& inputs, int64_t batch, float* y, bool add) {
-    bool in_floats = m.format == BFLOAT16 && batch >= UNPACKED;
-    std::vector<float> room(in_floats ? ROWS * groups(m.columns) * GROUP : 0);
-    const float* unpacked = in_floats ? room.data() : nullptr;
+    bool unpack_first = m.format == BFLOAT16 && batch >= UNPACKED;
+    std::vector<float> room(unpack_first ? ROWS * groups(m.columns) * GROUP : 0);
+    const float* unpacked = unpack_first ? room.data() : nullptr;
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < m.rows; first += ROWS) {
-        if (in_floats) unpack(m, first, room.data());
+        if (unpack_first) unpack(m, first, room.data());
         for (int64_t b = 0; b < batch;) {
             int64_t left = batch - b;
             if (left == 1) {
@@ -429,7 +430,7 @@ extern "C" void ysnake_step(const Model* model, const State* states, float* h, i
     const Sizes& s = model->sizes;
     int64_t channels = s.d_inner + 2 * s.groups * s.state, features = channels + s.d_inner + s.heads;
     int64_t slices = (channels + SLICE - 1) / SLICE, widest = 0;
-    for (int64_t i = 0; i + 1 < model->heads; i++) widest = std::max(widest, model->head[i].rows);
+    for (int64_t i = 0; i + 1 < model->outputs; i++) widest = std::max(widest, model->output[i].rows);
     std::vector<float> projected(batch * features), mixed(batch * channels);
     std::vector<float> gated(batch * s.d_inner), narrow(batch * widest);
 #pragma omp parallel num_threads(threads)
@@ -460,19 +461,19 @@ extern "C" void ysnake_step(const Model* model, const State* states, float* h, i
         }
         for (int64_t b = 0; b < batch; b++)
             norm(h + b * s.d_model, model->norm, model->eps, s.d_model, 1, normed.row(b));
-        for (int64_t i = 0; i < model->heads; i++) {
-            bool last = i + 1 == model->heads;
+        for (int64_t i = 0; i < model->outputs; i++) {
+            bool last = i + 1 == model->outputs;
             float* y = last ? logits : narrow.data();
             if (i == 0) {
-                normed.prepare(model->head[0].format);
-                product(model->head[0], normed, batch, y, false);
+                normed.prepare(model->output[0].format);
+                product(model->output[0], normed, batch, y, false);
             } else {
-                Inputs between(batch, model->head[i].columns);
+                Inputs between(batch, model->output[i].columns);
                 for (int64_t b = 0; b < batch; b++)
-                    std::copy_n(&narrow[b * model->head[i].columns], model->head[i].columns,
+                    std::copy_n(&narrow[b * model->output[i].columns], model->output[i].columns,
                                 between.row(b));
-                between.prepare(model->head[i].format);
-                product(model->head[i], between, batch, y, false);
+                between.prepare(model->output[i].format);
+                product(model->output[i], between, batch, y, false);
             }
         }
     }

@@ -1,7 +1,7 @@
 """A weight matrix in one of the formats that the compiled code multiplies.
 
-Packed formats are laid out in the order in which a product reads them: four rows side by side, of
-which each has 32 columns at a time. Missing rows and columns are zeros.
+Packed formats are laid out in the order in which a product reads them: blocks of 4 rows by 32
+columns, one row of a block after the other. Missing rows and columns are zeros.
 """
 
 import ctypes
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ysnake_kernels.native.build import library
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")  # in the order of kernels.cpp
-GROUP = 32  # columns that belong together
-ROWS = 4  # rows that belong together
-FEW = 64  # inputs up to which a product with the packed weight is faster than unpacking it first
-TRIED = 6  # scales that are tried for a group of int4
+GROUP = 32  # columns of a block, which share a scale in int4
+ROWS = 4  # rows of a block
+FEW = 64  # rows of x up to which a product with the packed weight is faster than unpacking it first
+SCALES_TRIED = 6  # for each group of int4
 AT_A_TIME = 1 << 15  # weights for which they are tried, so that all stays in the cache
 
 
@@ -40,8 +40,9 @@ class Matrix:
                 contiguous. Other formats copy.
             bias: (rows,), float32, or None.
             format: float32; bfloat16; int8, with a scale for each row; or int4, with a scale for
-                each 32 columns of a row. With integer weights the inputs of a product are rounded
-                to integers of at most 2,047, with a scale for each input.
+                each 32 columns of a row. With integer weights each row of x is rounded in a
+                product: to integers from -2,047 to 2,047 (fewer beyond 8,192 columns) times a
+                scale.
 
         Raises:
             ValueError: the format is unknown.
@@ -127,8 +128,8 @@ def _int4_scales(groups: Tensor) -> Tensor:
 def _best_scales(groups: Tensor) -> Tensor:
     largest = groups.abs().amax(-1)
     best, least = torch.zeros_like(largest), torch.full_like(largest, torch.inf)
-    for i in range(TRIED):
-        scales = largest / (5 + 4 * i / TRIED)
+    for i in range(SCALES_TRIED):
+        scales = largest / (5 + 4 * i / SCALES_TRIED)
         error = (_int4(groups, scales) * scales[..., None] - groups).square_().sum(-1)
         better = error < least
         best, least = torch.where(better, scales, best), torch.where(better, error, least)

@@ -12,7 +12,7 @@ from ysnake_kernels.native.build import library
 from ysnake_kernels.native.matrix import Matrix, MatrixStruct
 
 Pointer = ctypes.c_void_p
-LEAST = 1 << 16  # weights of a product that are worth a thread, which waits for others afterwards
+PER_THREAD = 1 << 16  # weights of a product, at least: fewer do not pay for waiting for a thread
 
 
 class LayerStruct(ctypes.Structure):
@@ -40,8 +40,8 @@ class ModelStruct(ctypes.Structure):
 
     _fields_ = [
         ("sizes", SizesStruct),
-        *((name, ctypes.c_int64) for name in ("layers", "heads")),
-        *((name, Pointer) for name in ("layer", "head", "norm")),
+        *((name, ctypes.c_int64) for name in ("layers", "outputs")),
+        *((name, Pointer) for name in ("layer", "output", "norm")),
         ("eps", ctypes.c_double),
     ]
 
@@ -56,7 +56,7 @@ class StateStruct(ctypes.Structure):
 
 
 class ModelStep:
-    """The weights of a model for `__call__`. Packed formats copy them."""
+    """A model laid out for the compiled code. Packed formats copy its weights."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class ModelStep:
         ]
         self.head = [Matrix(weight, None, format) for weight in head]
         self.vocabulary = self.head[-1].rows
-        self.most_threads = max(1, layers[0].in_weight.numel() // LEAST)
+        self.most_threads = max(1, layers[0].in_weight.numel() // PER_THREAD)
         self.kept: list[object] = []  # what the structs point to
         structs = [self._layer(*each) for each in zip(layers, self.projections, strict=True)]
         layer_array = (LayerStruct * len(layers))(*structs)
