@@ -1,6 +1,6 @@
 """Writing on a CPU by C++ code that is compiled on the machine that runs it.
 
 One token passes through the whole model in one call. The weights are float32, bfloat16, int8 or
-int4. Where there is no compiler, nothing needs this folder: `linear_step` and `mixer_step` do the
-same in pure torch.
+int4. `state_step` takes a token through the recurrence alone. Where there is no compiler, nothing
+needs this folder: `linear_step`, `mixer_step` and `step` do the same in pure torch.
 """

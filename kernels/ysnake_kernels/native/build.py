@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -39,9 +40,8 @@ def library() -> ctypes.CDLL:
     """
     if platform.system() != "Linux":
         raise NoCompiler("compiled code is for Linux")
-    path = _path()
+    path = location()
     if not _is_ours(path):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         _compile(path)
     try:
         return ctypes.CDLL(str(path))
@@ -49,18 +49,49 @@ def library() -> ctypes.CDLL:
         raise BuildError(f"{path}: {error}") from error
 
 
+@cache
+def ready() -> bool:
+    """Whether the code can run without being compiled now. The first answer holds for the process.
+
+    So an operator that asks this never compiles in a program that did not ask for it.
+    """
+    if not _is_compiled():
+        return False
+    try:
+        library()
+    except BuildError as error:
+        warnings.warn(f"{error}. Delete this file. Until then pure torch runs.", stacklevel=2)
+        return False
+    return True
+
+
 def must_compile() -> bool:
     """Whether `library` would compile now."""
     linux = platform.system() == "Linux"
-    return linux and not _is_ours(_path()) and _compiler() is not None
+    return linux and not _is_compiled() and _compiler() is not None
 
 
-def _path() -> Path:
-    """Where the compiled code is kept. Another code or another processor has another path."""
+def _is_compiled() -> bool:
+    """Whether `library` finds the code compiled."""
+    try:
+        return platform.system() == "Linux" and _is_ours(location())
+    except BuildError:  # `library` raises it
+        return False
+
+
+def location() -> Path:
+    """Where the compiled code is kept. Another code or another processor has another path.
+
+    Raises:
+        BuildError: the system does not say which processor it has, or where the user's folder is.
+    """
     key = hashlib.sha256()
-    for part in (SOURCE.read_bytes(), " ".join(FLAGS).encode(), _processor().encode()):
-        key.update(hashlib.sha256(part).digest())
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        for part in (SOURCE.read_bytes(), " ".join(FLAGS).encode(), _processor().encode()):
+            key.update(hashlib.sha256(part).digest())
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except (OSError, RuntimeError) as error:
+        raise BuildError(str(error)) from error
     return Path(root, "ysnake", "native", f"{key.hexdigest()[:24]}.so")
 
 
@@ -95,8 +126,13 @@ def _compile(path: Path) -> None:
     compiler = _compiler()
     if compiler is None:
         raise NoCompiler(f"no C++ compiler ({', '.join(_compilers())}) is installed")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        new = Path(folder, path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = tempfile.TemporaryDirectory(dir=path.parent)
+    except OSError as error:
+        raise BuildError(f"cannot write to {path.parent}: {error.strerror}") from error
+    with folder:
+        new = Path(folder.name, path.name)
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(new)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
