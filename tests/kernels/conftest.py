@@ -1,5 +1,5 @@
-"""What the operators' tests share: memory that a kernel forgot to write shows up as NaN, and a
-folder with the built package.
+"""What the operators' tests share: memory that a kernel forgot to write shows up as NaN, compiled
+code does not stand in for torch, and a folder has the built package.
 """
 
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ysnake_kernels.native import build
 
 with torch.device("cpu"):  # torch looks up once which functions obey this: before we replace some
     torch.empty(0)
@@ -26,6 +27,12 @@ def poison_empty_memory(monkeypatch):
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch, "empty_strided", _poisoned(torch.empty_strided))
+
+
+@pytest.fixture(autouse=True)
+def which_step(monkeypatch):
+    """`eager` is pure torch, also where compiled code would stand in. test_native.py tests that."""
+    monkeypatch.setattr(build, "ready", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -40,12 +40,9 @@ def library() -> ctypes.CDLL:
     """
     if platform.system() != "Linux":
         raise NoCompiler("compiled code is for Linux")
-    path = _path()
-    if _is_ours(path):
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:
-            pass  # it is damaged, and will be replaced
+    path = location()
+    if (kept := _kept(path)) is not None:
+        return kept
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.parent.chmod(0o700)  # nobody else may put a file there
@@ -59,22 +56,51 @@ def library() -> ctypes.CDLL:
         raise BuildError(f"compiled code cannot be loaded ({error})") from error
 
 
-def would_compile() -> bool:
-    """Whether `library` would compile now."""
-    linux = platform.system() == "Linux"
+@cache
+def ready() -> bool:
+    """Whether the code can run without being compiled now. The first answer holds for the process.
+
+    So an operator that asks this never compiles in a program that did not ask for it.
+    """
     try:
-        return linux and not _is_ours(_path()) and _compiler() is not None
-    except BuildError:
+        return platform.system() == "Linux" and _kept(location()) is not None
+    except BuildError:  # `library` raises it
         return False
 
 
-def _path() -> Path:
-    """Where the compiled code is kept."""
+def would_compile() -> bool:
+    """Whether `library` would compile now."""
+    try:
+        linux = platform.system() == "Linux"
+        return linux and _kept(location()) is None and _compiler() is not None
+    except BuildError:  # `library` raises it
+        return False
+
+
+def location() -> Path:
+    """Where the compiled code is kept.
+
+    Raises:
+        BuildError: the system does not say which processor it has, or where the user's folder is.
+    """
     key = hashlib.sha256()
-    for part in (SOURCE.read_bytes(), " ".join(FLAGS).encode(), _processor().encode()):
-        key.update(hashlib.sha256(part).digest())
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        for part in (SOURCE.read_bytes(), " ".join(FLAGS).encode(), _processor().encode()):
+            key.update(hashlib.sha256(part).digest())
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except (OSError, RuntimeError) as error:
+        raise BuildError(str(error)) from error
     return Path(root, "ysnake", "native", f"{key.hexdigest()[:24]}.so")
+
+
+def _kept(path: Path) -> ctypes.CDLL | None:
+    """The code that was compiled before. None if there is none, or if it is damaged."""
+    if not _is_ours(path):
+        return None
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        return None
 
 
 def _processor() -> str:

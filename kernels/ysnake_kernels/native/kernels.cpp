@@ -1,8 +1,8 @@
 // One token of each row through a Mamba-2 model, and products with few rows, on a CPU.
 //
-// build.py compiles this file on the machine that runs it. matrix.py and model_step.py declare the
-// structs below in the same order of fields. All memory belongs to the caller. Arrays are contiguous
-// unless a comment says otherwise.
+// build.py compiles this file on the machine that runs it. matrix.py, model_step.py and
+// state_step.py declare the structs below in the same order of fields. All memory belongs to the
+// caller. Arrays are contiguous unless a comment says otherwise.
 
 #include <algorithm>
 #include <cmath>
@@ -107,6 +107,16 @@ struct Model {
 struct State {
     float *conv, *ssm;  // (batch, channels, width - 1); (batch, heads, head_dim, state)
     int64_t batch_stride, channel_stride, token_stride;
+};
+
+// The recurrence of a layer for one token. D, z and dt_bias may be null.
+struct Recurrence {
+    int64_t batch, heads, groups, head_dim, state, softplus, D_per_channel;
+    double dt_low, dt_high;
+    float* S;                      // (batch, heads, head_dim, state)
+    const float *x, *dt, *A;       // (batch, heads, head_dim); (batch, heads); (heads,)
+    const float *B, *C;            // (batch, groups, state) each
+    const float *D, *z, *dt_bias;  // (heads,) or (heads, head_dim); as x; (heads,)
 };
 
 namespace {
@@ -369,26 +379,46 @@ void convolve(const Layer& layer, const Sizes& s, const State& state, int64_t ro
     }
 }
 
-// One token of a row through one head: recurrence, skip connection and gate.
-void recur(const Layer& layer, const Sizes& s, float* state, int64_t head, const float* projected,
-           const float* mixed, float* y) {
-    int64_t size = s.d_inner / s.heads, n = s.state, group = head / (s.heads / s.groups);
-    const float *x = mixed + head * size, *z = projected + head * size;
-    const float *B = mixed + s.d_inner + group * n, *C = B + s.groups * n;
-    int64_t channels = s.d_inner + 2 * s.groups * n;
-    float dt = softplus(projected[s.d_inner + channels + head] + layer.dt_bias[head]);
-    if (dt < s.dt_low) dt = float(s.dt_low);
-    if (dt > s.dt_high) dt = float(s.dt_high);
-    float decay = std::exp(dt * layer.A[head]);
-    for (int64_t p = 0; p < size; p++) {
-        float* S = state + (head * size + p) * n;
-        float u = dt * x[p], total = 0;
+// One token of a row for one head. D and z may be null.
+struct Head {
+    int64_t size, n, D_stride;       // D_stride: 0 where all channels share a number, else 1
+    const float *x, *B, *C, *D, *z;  // (size,); (n,) each; D of the head; (size,)
+    float dt, A;
+};
+
+float clamp(float dt, double low, double high) {
+    if (dt < low) dt = float(low);
+    if (dt > high) dt = float(high);
+    return dt;
+}
+
+// S = exp(dt A) S + dt x B^T, in place, and y = (S C + D x) silu(z). S (size, n), y (size,).
+void recur(const Head& head, float* states, float* y) {
+    int64_t n = head.n;
+    const float *B = head.B, *C = head.C;
+    // A may be -inf, and a step of size zero has no decay all the same
+    float decay = std::exp(head.dt * std::max(head.A, std::numeric_limits<float>::lowest()));
+    for (int64_t p = 0; p < head.size; p++) {
+        float* S = states + p * n;
+        float u = head.dt * head.x[p], total = 0;
         for (int64_t i = 0; i < n; i++) {
             S[i] = S[i] * decay + u * B[i];
             total += S[i] * C[i];
         }
-        y[head * size + p] = (total + layer.D[head] * x[p]) * silu(z[p]);
+        if (head.D) total += head.D[p * head.D_stride] * head.x[p];
+        y[p] = head.z ? total * silu(head.z[p]) : total;
     }
+}
+
+// `recur` for head `i` of a row of the model. The arrays are those of the row.
+void recur_in_layer(const Layer& layer, const Sizes& s, float* states, int64_t i,
+                    const float* projected, const float* mixed, float* y) {
+    int64_t size = s.d_inner / s.heads, n = s.state, group = i / (s.heads / s.groups);
+    const float *B = mixed + s.d_inner, *C = B + s.groups * n;
+    float dt = softplus(projected[2 * s.d_inner + 2 * s.groups * n + i] + layer.dt_bias[i]);
+    Head head{size, n, 0, mixed + i * size, B + group * n, C + group * n, layer.D + i,
+              projected + i * size, clamp(dt, s.dt_low, s.dt_high), layer.A[i]};
+    recur(head, states + i * size * n, y + i * size);
 }
 
 constexpr int64_t SLICE = 64;  // channels of the convolution that a thread takes at a time
@@ -423,6 +453,21 @@ extern "C" void ysnake_product(const Matrix* m, const float* x, int64_t batch, i
     }
 }
 
+// One token of each row through the recurrence. S is updated in place, y (batch, heads, head_dim).
+extern "C" void ysnake_state_step(const Recurrence* r, int64_t threads, float* y) {
+    int64_t size = r->head_dim, n = r->state;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t j = 0; j < r->batch * r->heads; j++) {  // the heads of all rows
+        int64_t i = j % r->heads, group = j / (r->heads / r->groups);
+        float dt = r->dt[j] + (r->dt_bias ? r->dt_bias[i] : 0);
+        if (r->softplus) dt = softplus(dt);
+        Head head{size, n, r->D_per_channel, r->x + j * size, r->B + group * n, r->C + group * n,
+                  r->D ? r->D + (r->D_per_channel ? i * size : i) : nullptr,
+                  r->z ? r->z + j * size : nullptr, clamp(dt, r->dt_low, r->dt_high), r->A[i]};
+        recur(head, r->S + j * size * n, y + j * size);
+    }
+}
+
 // One token of each row: h (batch, d_model), which is overwritten, to logits (batch, vocabulary).
 // The states of all layers are updated in place.
 extern "C" void ysnake_step(const Model* model, const State* states, float* h, int64_t batch,
@@ -451,8 +496,9 @@ extern "C" void ysnake_step(const Model* model, const State* states, float* h, i
 #pragma omp for schedule(static) collapse(2)
             for (int64_t b = 0; b < batch; b++)
                 for (int64_t i = 0; i < s.heads; i++)
-                    recur(layer, s, state.ssm + b * s.d_inner * s.state, i,
-                          &projected[b * features], &mixed[b * channels], &gated[b * s.d_inner]);
+                    recur_in_layer(layer, s, state.ssm + b * s.d_inner * s.state, i,
+                                   &projected[b * features], &mixed[b * channels],
+                                   &gated[b * s.d_inner]);
             for (int64_t b = 0; b < batch; b++)
                 norm(&gated[b * s.d_inner], layer.gated_norm, layer.gated_eps, s.d_inner, s.groups,
                      inner.row(b));
