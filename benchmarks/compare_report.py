@@ -88,7 +88,8 @@ def markdown(results: dict[str, dict]) -> str:
         "ysnake is: the ratio of the times per token in each turn, its median and its extremes. "
         "In its turn each does its work twice, and the second time counts. "
         "Float32 where nothing else is said. Matrix products are by `torch.mm` and `torch.bmm`; "
-        "on CPUs with AVX-512 that are not Intel's, ysnake has oneDNN multiply in linear layers.",
+        "on CPUs with AVX2 or AVX-512 that are not Intel's, ysnake has oneDNN multiply in linear "
+        "layers.",
     ]
     for case, result in results.items():
         m = result["machine"]

@@ -168,9 +168,9 @@ def test_where_smaller_weights_cannot_be():
 def test_the_commands_take_smaller_weights(tmp_path):
     folder = saved(tmp_path)
     losses = []
+    code, out, errors = entry(run.main, folder, "--prompt", "The viper", "--weights", "int4")
+    assert code == 0, errors
     for weights in FORMATS:
-        code, out, errors = entry(run.main, folder, "--prompt", "The viper", "--weights", weights)
-        assert code == 0, errors
         options = ["--data", tmp_path / "snakes.txt", "--weights", weights]
         code, out, errors = entry(evaluate.main, folder, *options)
         assert code == 0, errors

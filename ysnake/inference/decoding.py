@@ -12,7 +12,7 @@ from ysnake_kernels.linear_step import Int8, OneRow
 from ysnake_kernels.mixer_step.eager import prepare
 from ysnake_kernels.mixer_step.eager import step as mixer_step
 from ysnake_kernels.native.build import BuildError, NoCompiler, library
-from ysnake_kernels.native.matrix import FORMATS, Packed
+from ysnake_kernels.native.matrix import FORMATS, Packed, Unpacked
 from ysnake_kernels.native.model_step import ModelStep
 from ysnake_kernels.norm.eager import few_rows
 
@@ -153,14 +153,15 @@ def _linears(model: Model) -> list[tuple[nn.Module, str]]:
 
 
 def _model_step(model: Model, format: str) -> ModelStep:
-    """The whole model for the compiled code. Its packed matrices replace the model's own."""
+    """The whole model for the compiled code. Its matrices replace the model's own."""
     head = model.lm_head
     parts = [head.down, head.up] if isinstance(head, FactorisedHead) else [head]
     layers = [block.step_weights() for block in model.backbone.layers]
     norm = model.backbone.norm_f
     step = ModelStep(layers, norm.weight, norm.eps, [part.weight for part in parts], format)
-    if format != "float32":
-        matrices = [*(m for both in step.projections for m in both), *step.head]
-        for (module, name), matrix in zip(_linears(model), matrices, strict=True):
-            setattr(module, name, Packed(matrix))
+    matrices = [*(m for both in step.projections for m in both), *step.head]
+    for (module, name), matrix in zip(_linears(model), matrices, strict=True):
+        exact = format == "float32"
+        layer = Unpacked(getattr(module, name), matrix) if exact else Packed(matrix)
+        setattr(module, name, layer)
     return step

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ysnake_kernels.linear import Linear
 from ysnake_kernels.native.build import library
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")  # in the order of kernels.cpp
 GROUP = 32  # columns of a block, which share a scale in int4
 ROWS = 4  # rows of a block
-FEW = 64  # rows of x up to which a product with the packed weight is faster than unpacking it first
+FEW = 128  # rows of x up to which the compiled product is the faster one
 SCALES_TRIED = 6  # for each group of int4
 AT_A_TIME = 1 << 15  # weights for which they are tried, so that all stays in the cache
 
@@ -76,10 +77,11 @@ class Matrix:
         )
 
     def product(self, x: Tensor) -> Tensor:
-        """x weight^T + bias for few rows: x (batch, columns), float32 -> (batch, rows)."""
-        y = x.new_empty(len(x), self.rows)
+        """x weight^T + bias for few rows: x (..., columns), float32 -> (..., rows)."""
+        y = x.new_empty(*x.shape[:-1], self.rows)
         x = x.contiguous()
-        sizes = map(ctypes.c_int64, (len(x), torch.get_num_threads()))
+        batch, threads = x.shape[:-1].numel(), torch.get_num_threads()
+        sizes = map(ctypes.c_int64, (batch, threads))
         x_at, y_at = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr())
         self.code.ysnake_product(ctypes.byref(self.struct), x_at, *sizes, y_at)
         return y
@@ -104,8 +106,24 @@ class Packed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., columns) -> (..., rows), both float32."""
         if x.shape[:-1].numel() <= FEW:
-            return self.matrix.product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+            return self.matrix.product(x)
         return F.linear(x, self.matrix.dense(), self.matrix.bias)
+
+
+class Unpacked(Linear):
+    """A linear layer with a float32 weight, which compiled code multiplies with few rows."""
+
+    def __init__(self, linear: nn.Linear, matrix: Matrix):
+        """Uses the weight and bias of `linear`, whose float32 matrix is `matrix`."""
+        sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+        super().__init__(*sizes, device="meta")
+        self.weight, self.bias, self.matrix = linear.weight, linear.bias, matrix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., columns) -> (..., rows); differentiable as `Linear`."""
+        if x.shape[:-1].numel() <= FEW and not torch.is_grad_enabled():
+            return self.matrix.product(x)
+        return super().forward(x)
 
 
 def _in_groups(weight: Tensor) -> Tensor:
