@@ -18,7 +18,7 @@ def served(tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(served):
     """The address of the server, and its process."""
-    with serving(served) as (address, process):
+    with serving(served, "--weights", "float32") as (address, process):  # exact, to be compared
         yield address, process
         assert process.poll() is None, "the server died"
 

@@ -31,7 +31,7 @@ def test_the_ollama_client_generates(client, served):
     parts = list(client.generate(NAME, "The adder", stream=True, options=options()))
     assert "".join(part.response for part in parts) == whole.response
     assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
-    settings = ("--seed", "3", "--max-tokens", "12")
+    settings = ("--seed", "3", "--max-tokens", "12", "--weights", "float32")
     _, printed, _ = entry(run.main, served, "--prompt", "The adder", *settings)
     assert printed == escape_controls(whole.response, keep="\n\t") + "\n"
 
