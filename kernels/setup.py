@@ -20,7 +20,7 @@ PACKAGES = find_packages(str(HERE))
 PACKAGE_DATA = {
     "ysnake_kernels": ["py.typed"],
     "ysnake_kernels.dropin": ["hub/build/*/*"],
-    "ysnake_kernels.native": ["kernels.cpp"],
+    "ysnake_kernels.native": ["*.cpp", "*.hpp"],
 }
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+PARTS = [SOURCE, SOURCE.with_name("products.hpp")]
 # Without -ffinite-math-only, so that a NaN stays one.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
@@ -85,7 +86,8 @@ def location() -> Path:
     """
     key = hashlib.sha256()
     try:
-        for part in (SOURCE.read_bytes(), " ".join(FLAGS).encode(), _processor().encode()):
+        texts = [path.read_bytes() for path in PARTS]
+        for part in (*texts, " ".join(FLAGS).encode(), _processor().encode()):
             key.update(hashlib.sha256(part).digest())
         root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except (OSError, RuntimeError) as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ysnake_kernels.linear import Linear
 from ysnake_kernels.native.build import library
 
-FORMATS = ("float32", "bfloat16", "int8", "int4")  # in the order of kernels.cpp
+FORMATS = ("float32", "bfloat16", "int8", "int4")  # in the order of products.hpp
 GROUP = 32  # columns of a block, which share a scale in int4
 ROWS = 4  # rows of a block
 FEW = 128  # rows of x up to which the compiled product is the faster one
@@ -22,7 +22,7 @@ AT_A_TIME = 1 << 15  # weights for which they are tried, so that all stays in th
 
 
 class MatrixStruct(ctypes.Structure):
-    """`Matrix` in kernels.cpp."""
+    """`Matrix` in products.hpp."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("format", "rows", "columns")),
