@@ -15,11 +15,14 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 PARTS = [SOURCE, SOURCE.with_name("products.hpp")]
 # Without -ffinite-math-only, so that a NaN stays one.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
+PER_THREAD = 1 << 16  # weights or states, at least: fewer do not pay for waiting for a thread
 COMPILERS = ["g++", "c++", "clang++"]
 
 
@@ -55,6 +58,11 @@ def library() -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"compiled code cannot be loaded ({error})") from error
+
+
+def threads_for(numbers: int) -> int:
+    """How many threads read so many weights or states."""
+    return min(torch.get_num_threads(), max(1, numbers // PER_THREAD))
 
 
 @cache

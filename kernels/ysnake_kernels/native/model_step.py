@@ -8,11 +8,10 @@ from torch import Tensor
 
 from ysnake_kernels.layers_step.inputs import LayerWeights
 from ysnake_kernels.mixer_step.eager import NO_LIMIT, prepare
-from ysnake_kernels.native.build import library
+from ysnake_kernels.native.build import library, threads_for
 from ysnake_kernels.native.matrix import Matrix, MatrixStruct
 
 Pointer = ctypes.c_void_p
-PER_THREAD = 1 << 16  # weights of a product, at least: fewer do not pay for waiting for a thread
 
 
 class LayerStruct(ctypes.Structure):
@@ -89,7 +88,7 @@ class ModelStep:
         ]
         self.head = [Matrix(weight, None, format) for weight in head]
         self.vocabulary = self.head[-1].rows
-        self.most_threads = max(1, layers[0].in_weight.numel() // PER_THREAD)
+        self.of_a_product = layers[0].in_weight.numel()
         self.kept: list[object] = []  # what the structs point to
         structs = [self._layer(*each) for each in zip(layers, self.projections, strict=True)]
         layer_array = (LayerStruct * len(layers))(*structs)
@@ -124,8 +123,7 @@ class ModelStep:
             *(StateStruct(conv.data_ptr(), ssm.data_ptr(), *conv.stride()) for conv, ssm in memory)
         )
         logits = h.new_empty(len(h), self.vocabulary)
-        threads = min(torch.get_num_threads(), self.most_threads)
-        sizes = map(ctypes.c_int64, (len(h), threads))
+        sizes = map(ctypes.c_int64, (len(h), threads_for(self.of_a_product)))
         self.code.ysnake_step(
             *(ctypes.byref(self.struct), states, Pointer(h.data_ptr()), *sizes),
             Pointer(logits.data_ptr()),

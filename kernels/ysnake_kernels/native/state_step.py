@@ -9,7 +9,6 @@ from ysnake_kernels.native import build
 from ysnake_kernels.step.inputs import StepInputs
 
 Pointer = ctypes.c_void_p
-LEAST = 1 << 16  # numbers of the state that are worth a thread
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -58,7 +57,7 @@ def step(inputs: StepInputs) -> Tensor:
         *(bool(inputs.dt_softplus), D is not None and D.ndim == 2, *inputs.dt_limit),
         *(None if t is None else t.data_ptr() for t in (state, *arrays)),
     )
-    threads = min(torch.get_num_threads(), max(1, state.numel() // LEAST))
+    threads = build.threads_for(state.numel())
     build.library().ysnake_state_step(
         ctypes.byref(struct), ctypes.c_int64(threads), Pointer(y.data_ptr())
     )
