@@ -80,11 +80,14 @@ def make_decoder(model: "Model", weights: Weights, compile: bool = True) -> "Dec
     Raises:
         InputError: the weights cannot be stored so.
     """
+    import torch
     from ysnake_kernels.native.build import would_compile
 
     from ysnake.inference.decoding import Decoder
 
-    if compile and model.backbone.embeddings.weight.device.type == "cpu" and would_compile():
+    weight = model.backbone.embeddings.weight
+    suits = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if compile and suits and would_compile():
         print("compiling code for this processor, once: a few seconds", file=sys.stderr)
     decoder = Decoder(model, weights, compile)
     if decoder.not_compiled:
