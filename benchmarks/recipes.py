@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "no-decay": {"weight_decay": 0.0},
     "short-warmup": {"warmup_steps": 20},
     "carry-state": {"carry_state": True},
-    "half-batch": {"batch_size": 4},
+    "batch-4": {"batch_size": 4},
     "small-heads": {"head_dim": 32},
     "large-state": {"d_state": 128},
 }
@@ -79,7 +79,8 @@ class Options:
     """Train with the first seed at each rate, and also at half the lowest and at twice the highest
     rate for as long as that is the best. Train with the other seeds at the best rate only."""
     steps: int | None = 300
-    """Steps of a training."""
+    """Steps of 8 x 256 tokens. A recipe with smaller steps takes more of them: all recipes see the
+    same tokens, and warm up over the same tokens."""
     minutes: float | None = None
     """Train for this many minutes, instead of a number of steps."""
     warmup_steps: int = 50
@@ -239,16 +240,12 @@ def train(options: Options, run: Path, recipe: dict[str, object]) -> None:
         check_text(options, run)
         command.append("--resume")
     else:
-        steps = options.steps or 10**6
         values = SIZES[options.size] | BATCH | RECIPES["baseline"]
-        values |= {"warmup_steps": options.warmup_steps}
-        values |= {"eval_every": max(1, min(steps // options.evaluations, 250))}
-        values |= {"checkpoint_every": options.checkpoint_every} | recipe
-        end = {"max_minutes": options.minutes} if options.minutes else {"max_steps": steps}
+        values |= lengths(options, recipe) | recipe
         command += ["--preset", "ys-24m", "--data", *map(str, options.text)]
         if source := options.tokens_from or next(iter(finished(options)), None):
             command += ["--tokens-from", str(source)]
-        for name, value in (values | end).items():
+        for name, value in values.items():
             flag = "--" + name.replace("_", "-")
             command += [flag] if value is True else [flag, str(value)]
     command += ["--threads", str(max(1, (os.cpu_count() or 1) // options.at_once))]
@@ -258,6 +255,19 @@ def train(options: Options, run: Path, recipe: dict[str, object]) -> None:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
     if code:
         raise InputError(f"{run}: the training failed, {path} says why")
+
+
+def lengths(options: Options, recipe: dict[str, object]) -> dict[str, object]:
+    """The settings of a recipe that count steps, so that all recipes see the same tokens."""
+    own = {name: n for name, n in recipe.items() if name in BATCH and isinstance(n, int)}
+    times = math.prod(BATCH.values()) / math.prod((BATCH | own).values())  # as many steps
+    steps = round(times * (options.steps or 10**6))
+    found: dict[str, object] = {
+        "warmup_steps": round(times * options.warmup_steps),
+        "eval_every": max(1, round(min(steps / options.evaluations, times * 250))),
+        "checkpoint_every": round(times * options.checkpoint_every),
+    }
+    return found | ({"max_minutes": options.minutes} if options.minutes else {"max_steps": steps})
 
 
 def finished(options: Options) -> list[Path]:

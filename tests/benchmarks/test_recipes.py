@@ -85,6 +85,15 @@ def text(tmp_path, monkeypatch):
     return path
 
 
+def test_all_recipes_see_the_same_tokens():
+    options = recipes.Options(steps=200, warmup_steps=50, evaluations=5)
+    usual = recipes.lengths(options, {"lr": 1e-3})
+    assert (usual["max_steps"], usual["warmup_steps"], usual["eval_every"]) == (200, 50, 40)
+    halved = recipes.lengths(options, recipes.RECIPES["batch-4"])
+    assert halved == {name: 2 * value for name, value in usual.items()}
+    assert "max_steps" not in recipes.lengths(recipes.Options(minutes=1.0), {})
+
+
 def test_what_is_trained_is_not_trained_again(text, tmp_path):
     options = ["--text", str(text), "--steps", "2", "--lr", "0.01", "--seed", "0", "1"]
     options += ["--at-once", "2"]
