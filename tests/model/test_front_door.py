@@ -1,6 +1,7 @@
 """The command `ysnake`, the conversation that remembers, the list of runs, and the doctor."""
 
 import importlib.util
+import re
 import shutil
 import sys
 from datetime import datetime
@@ -14,13 +15,14 @@ from ysnake_kernels import preemption
 from ysnake import __main__ as front
 from ysnake import __version__, doctor, language_model, run, runs, train
 from ysnake.checkpoints import checkpoint
+from ysnake.inference import conversation
 from ysnake.inference.chat import Chat
 from ysnake.inference.conversation import read
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.generate import Context
 from ysnake.inference.model_options import ModelOptions
 from ysnake.inference.sampling import Sampling
-from ysnake.shared import run_files, run_lock
+from ysnake.shared import progress, run_files, run_lock
 from ysnake.shared.errors import InputError
 from ysnake.training.plot import recent_means
 
@@ -72,6 +74,37 @@ def loaded(tmp_path_factory):
 @pytest.fixture
 def chat(loaded):
     return Chat(*loaded, Sampling(temperature=0), 5, ())
+
+
+def test_a_long_text_is_read_with_progress(chat, monkeypatch, capsys):
+    chat.answer("The adder")
+    capsys.readouterr()
+    monkeypatch.setattr(conversation, "SHOWN_FROM", 3)
+    monkeypatch.setattr(progress, "LOG_EVERY", 0)
+    chat.answer("The boa " * 400)
+    shown = capsys.readouterr()
+    assert re.search(r"reading the prompt: 512 of [0-9,]+ tokens", shown.err)
+    assert "reading" not in shown.out
+
+
+def test_ctrl_c_while_a_text_is_read_forgets_the_text(chat, monkeypatch, capsys):
+    chat.answer("The adder")
+    before = chat.context.logits.clone()
+    feed, pieces = Context.feed, []
+
+    def interrupted(context, ids):
+        pieces.append(ids)
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+        feed(context, ids)
+
+    monkeypatch.setattr(conversation, "SHOWN_FROM", 3)
+    monkeypatch.setattr(Context, "feed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        chat.answer("The boa " * 400)
+    assert len(pieces) == 2
+    assert torch.equal(chat.context.logits, before)
+    assert "the text is forgotten" in capsys.readouterr().err
 
 
 def test_it_remembers_what_was_said(chat, loaded, capsys):

@@ -90,8 +90,13 @@ class Chat:
         if not text and self.context.logits is None:
             return
         before = self.context.copy()
-        if text:
-            read(self.context, self.tokenizer, text)
+        try:
+            if text:
+                read(self.context, self.tokenizer, text)
+        except KeyboardInterrupt:
+            self.context = before
+            print("[stopped; the text is forgotten]", end="", file=sys.stderr)
+            raise
         self.before = [*self.before, before][-MOST_UNDONE:]
         self.reply()
 

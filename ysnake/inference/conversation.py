@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from ysnake.inference.sampling import Sampling
 from ysnake.inference.text_stream import texts, until
-from ysnake.shared import terminal
+from ysnake.shared import cli, terminal
 from ysnake.shared.errors import InputError
+from ysnake.shared.progress import progress
 from ysnake.shared.shown import escape_controls
 
 if TYPE_CHECKING:
@@ -18,8 +19,14 @@ if TYPE_CHECKING:
     from ysnake.inference.generate import Context
 
 
+SHOWN_FROM = 4096  # tokens of a prompt; a CPU may need minutes for a long one
+
+
 def read(context: "Context", tokenizer: "Tokenizer", prompt: str) -> None:
-    """Read a prompt. A new context first reads the token that begins a document."""
+    """Read a prompt, with progress on standard error if it is long.
+
+    A new context first reads the token that begins a document.
+    """
     from ysnake.text.tokenizer import encode
 
     bos = context.model.config.bos_id
@@ -29,7 +36,19 @@ def read(context: "Context", tokenizer: "Tokenizer", prompt: str) -> None:
         raise InputError(
             "expected text, as this model has no token to begin with", field="--prompt"
         )
-    context.feed(ids)
+    if len(ids) < SHOWN_FROM:
+        context.feed(ids)
+    else:
+        _feed_with_progress(context, ids)
+
+
+def _feed_with_progress(context: "Context", ids: list[int]) -> None:
+    from ysnake.inference.generate import PROMPT_STEP
+
+    with progress(cli.console(sys.stderr)) as show:
+        for start in range(0, len(ids), PROMPT_STEP):
+            show(start / len(ids), f"reading the prompt: {start:,} of {len(ids):,} tokens")
+            context.feed(ids[start : start + PROMPT_STEP])
 
 
 def complete(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, get_args
 
 import tyro
 from tyro.constructors import (
@@ -136,14 +136,16 @@ def writing(path: Path) -> Iterator[None]:
         raise InputError(f"{error.filename or path}: {error.strerror}") from error
 
 
-def console() -> "Console":
+def console(stream: TextIO | None = None) -> "Console":
     """The console that a command prints to. It wraps no lines; the terminal does.
 
-    A command continues when its terminal is closed or the program that reads its output ends.
+    `stream` is standard output unless given. A command continues when its terminal is closed or the
+    program that reads its output ends.
     """
     from rich.console import Console
 
-    out: Any = sys.stdout and terminal.LastingOutput(sys.stdout)
+    stream = stream or sys.stdout
+    out: Any = stream and terminal.LastingOutput(stream)
     return Console(file=out, highlight=False, soft_wrap=True)
 
 
