@@ -12,13 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ysnake_kernels import conv, mixer
-from ysnake_kernels.checks import INTEGERS, check, check_indices, check_rank, check_whole
+from ysnake_kernels import conv, mixer, step
+from ysnake_kernels.backend import choose
+from ysnake_kernels.checks import (
+    INTEGERS,
+    check,
+    check_decay,
+    check_indices,
+    check_rank,
+    check_whole,
+)
 from ysnake_kernels.norm import rms_norm_gated
 from ysnake_kernels.numerics import accumulator, step_sizes
 from ysnake_kernels.padding import documents_before_padding, skip_padding
 from ysnake_kernels.ssd import ssd_scan
-from ysnake_kernels.step import ssd_step
 from ysnake_kernels.step.inputs import StepInputs
 
 NO_LIMIT = (-torch.inf, torch.inf)  # of step sizes
@@ -314,19 +321,7 @@ def selective_state_update(
     _check_update(inputs)
     if x.ndim == 3 and _repeats(A, (1, 2)) and _repeats(dt, (2,)) and _repeats(dt_bias, (1,)):
         contiguous = state.contiguous()
-        y = ssd_step(
-            contiguous,
-            x,
-            dt[..., 0],
-            A[:, 0, 0],
-            B,
-            C,
-            D,
-            z,
-            None if dt_bias is None else dt_bias[:, 0],
-            dt_softplus,
-            state_batch_indices,
-        )
+        y = step.run(choose(x), _of_heads(inputs._replace(state=contiguous)))
         if contiguous is not state:
             state.copy_(contiguous)
         return y
@@ -336,6 +331,20 @@ def selective_state_update(
         return _update_each_channel(tokens)
 
     return skip_padding(run, state_batch_indices, x, dt, B, C, z)
+
+
+def _of_heads(inputs: StepInputs) -> StepInputs:
+    """The inputs of `ssd_step`, from those in which the values of a head are repeated."""
+    A, B, C, dt_bias = inputs.A[:, 0, 0], inputs.B, inputs.C, inputs.dt_bias
+    check_decay(A)
+    return inputs._replace(
+        dt=inputs.dt[..., 0],
+        A=A,
+        B=B if B.ndim == 3 else B[:, None],
+        C=C if C.ndim == 3 else C[:, None],
+        dt_bias=None if dt_bias is None else dt_bias[:, 0],
+        dt_limit=(0.0, torch.inf),
+    )
 
 
 def _update_each_channel(inputs: StepInputs) -> Tensor:
