@@ -355,17 +355,19 @@ def test_help_explains_every_setting(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 4])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_presets_learn_at_any_batch_size(tmp_path, preset, batch_size):
-    lr = max(1e-2, 4 * PRESETS[preset].settings.get("lr", 0))
+def test_presets_learn_at_any_batch_size(tmp_path, preset, batch_size, times):
+    """With their learning rate and with a larger one, most of the time at its peak."""
+    lr = times * PRESETS[preset].settings["lr"]
     options = ["--preset", preset, "--batch-size", batch_size, "--lr", lr, "--seq-len", "8"]
-    command = ["ysnake.train", *options, "--max-steps", "300", "--run", "run"]
-    done = python(*command, "--eval-every", "1000", cwd=tmp_path, timeout=7200)
+    command = ["ysnake.train", *options, "--max-steps", "60", "--warmup-steps", "10"]
+    done = python(*command, "--eval-every", "1000", "--run", "run", cwd=tmp_path, timeout=3600)
     assert done.returncode == 0, done.stderr
     losses = [m["train_loss"] for m in metrics(tmp_path / "run")]
     assert metrics(tmp_path / "run")[-1]["skipped"] == 0
-    assert sum(losses[-50:]) < sum(losses[:50])
+    assert sum(losses[-20:]) < sum(losses[:20])
 
 
 @pytest.mark.slow
