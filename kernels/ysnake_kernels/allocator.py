@@ -19,7 +19,7 @@ def keep_freed_memory(largest: int = 1 << 30) -> None:
         largest: the size in bytes up to which freed blocks are kept. Larger blocks may be mapped
             anew. That takes time, but leaves no gaps that later blocks do not fit.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if not _is_glibc():
         return
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # as in malloc.h
     libc = ctypes.CDLL(None)
@@ -27,3 +27,19 @@ def keep_freed_memory(largest: int = 1 << 30) -> None:
     libc.mallopt(M_MMAP_THRESHOLD, largest) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     libc.mallopt(M_ARENA_MAX, 1)
+
+
+def give_back_freed_memory() -> None:
+    """Give all freed memory back to the system, once.
+
+    For the moment after a large conversion, such as that of a model's weights to fewer bits.
+    Otherwise `keep_freed_memory` would keep the old weights' memory until the process ends.
+
+    This does nothing where the C library is not glibc.
+    """
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"

@@ -1,8 +1,12 @@
 """Writing token by token equals the model's own steps, and with smaller weights it stays near."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
-from small import entry, model, saved
+from small import entry, environment, model, saved
 from torch.nn.functional import cross_entropy
 from ysnake_kernels.native import build
 from ysnake_kernels.native.matrix import FORMATS
@@ -103,6 +107,31 @@ def test_a_compiler_that_works_gives_smaller_weights():
     if decoder.native is None:
         pytest.skip("no C++ compiler")
     assert decoder.weights == "bfloat16"
+
+
+RESIDENT = """
+import re, sys
+from ysnake.inference.model_options import make_decoder
+from ysnake.model.config import ModelConfig
+from ysnake.model.network import Model
+from ysnake.shared import cli
+cli.tune_memory()
+decoder = make_decoder(Model(ModelConfig(512, d_model=512, n_layers=8)), sys.argv[1], False)
+print(re.search("RssAnon:[^0-9]*([0-9]+)", open("/proc/self/status").read())[1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="frees memory as glibc does")
+def test_fewer_bits_take_less_memory():
+    kilobytes = {}
+    for weights in ("float32", "int8"):
+        command = [sys.executable, "-c", RESIDENT, weights]
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, check=True
+        )
+        kilobytes[weights] = int(done.stdout)
+    saved = 8 * 512 * (2 * 1024 + 2 * 128 + 16 + 1024) * 3 / 1024  # bytes of eight layers
+    assert kilobytes["float32"] - kilobytes["int8"] > 0.9 * saved
 
 
 def test_the_weights_stay_what_they_were():

@@ -81,6 +81,7 @@ def make_decoder(model: "Model", weights: Weights, compile: bool = True) -> "Dec
         InputError: the weights cannot be stored so.
     """
     import torch
+    from ysnake_kernels.allocator import give_back_freed_memory
     from ysnake_kernels.native.build import would_compile
 
     from ysnake.inference.decoding import Decoder
@@ -90,6 +91,7 @@ def make_decoder(model: "Model", weights: Weights, compile: bool = True) -> "Dec
     if compile and suits and would_compile():
         print("compiling code for this processor, once: a few seconds", file=sys.stderr)
     decoder = Decoder(model, weights, compile)
+    give_back_freed_memory()  # that of the weights before they were rounded
     if decoder.not_compiled:
         print(f"warning: {decoder.not_compiled}; pure torch writes, slower", file=sys.stderr)
     return decoder
