@@ -38,6 +38,7 @@ SIZES: dict[str, dict[str, object]] = {
     "24M": {"d_model": 512, "n_layers": 10, "vocab_size": 13_183},
     "71M": {"d_model": 768, "n_layers": 13, "vocab_size": 28_590},
 }
+MUON_95: dict[str, object] = {"optimizer": "muon", "momentum": 0.95}
 # Each recipe changes "baseline", with which the report compares it.
 RECIPES: dict[str, dict[str, object]] = {
     "baseline": {"optimizer": "adamw", "schedule": "cosine", "init": "hippo"},
@@ -45,11 +46,13 @@ RECIPES: dict[str, dict[str, object]] = {
     "uniform": {"init": "uniform"},
     "linear-uniform": {"schedule": "linear", "init": "uniform"},
     "linear-zero": {"schedule": "linear", "zero_out": True},
-    "muon": {"optimizer": "muon"},
-    "muon-linear": {"optimizer": "muon", "schedule": "linear"},
-    "muon-linear-uniform": {"optimizer": "muon", "schedule": "linear", "init": "uniform"},
+    "muon": MUON_95,
+    "muon-90": {"optimizer": "muon", "momentum": 0.9},
+    "muon-80": {"optimizer": "muon", "momentum": 0.8},
+    "muon-linear": {**MUON_95, "schedule": "linear"},
+    "muon-linear-uniform": {**MUON_95, "schedule": "linear", "init": "uniform"},
     "zero-out": {"zero_out": True},
-    "muon-linear-zero": {"optimizer": "muon", "schedule": "linear", "zero_out": True},
+    "muon-linear-zero": {**MUON_95, "schedule": "linear", "zero_out": True},
     "no-decay": {"weight_decay": 0.0},
     "short-warmup": {"warmup_steps": 20},
     "carry-state": {"carry_state": True},

@@ -13,7 +13,8 @@ from ysnake.training.optimizer import make_moments, make_optimizer
 def test_with_its_coefficients_a_matrix_gets_the_update_of_torch(shape, monkeypatch):
     monkeypatch.setattr(muon, "ITERATIONS", ((3.4445, -4.7750, 2.0315),) * 5)
     own, expected = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
-    optimizer = Muon([{"params": [own], "parts": [shape[0]], "weight_decay": 0.1}], (0.9, 0.95))
+    group = {"params": [own], "parts": [shape[0]], "weight_decay": 0.1}
+    optimizer = Muon([group], (0.9, 0.95), momentum=0.95)
     make_moments(optimizer)
     optimizer.param_groups[0]["lr"] = 0.01
     theirs = torch.optim.Muon(
@@ -104,6 +105,19 @@ def test_adamw_updates_the_other_weights(trained):
         assert ("momentum" in optimizer.state[own]) is projection, name
 
 
+def test_momentum_is_the_share_of_earlier_steps():
+    m = model()
+    weight = m.backbone.layers[0].mixer.in_proj.weight
+    optimizer = make_optimizer(m, 0.0, "muon", momentum=0.75)
+    make_moments(optimizer)
+    for p in m.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[weight]["momentum"], weight.grad / 4)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[weight]["momentum"], weight.grad * (1 - 0.75**2))
+
+
 def test_matrices_that_are_updated_together_get_the_same_update(trained, monkeypatch):
     m, before, _ = trained
     twin = model(n_groups=2)
@@ -127,7 +141,7 @@ def test_a_restored_state_has_its_steps_on_the_device_of_the_weight():
             torch.nn.Parameter(torch.ones(shape, device=device)) for shape in ((4, 4), 4)
         )
         groups = [{"params": [matrix], "parts": [4]}, {"params": [vector]}]
-        return Muon([group | {"weight_decay": 0.0} for group in groups], (0.9, 0.95))
+        return Muon([group | {"weight_decay": 0.0} for group in groups], (0.9, 0.95), 0.9)
 
     stored, restored = muon_on("cpu"), muon_on("meta")
     make_moments(stored)

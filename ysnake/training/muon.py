@@ -20,7 +20,6 @@ ITERATIONS = (
     (3.6366, -2.7219, 0.5365),
     (2.6613, -1.9772, 0.4526),
 )
-MOMENTUM = 0.95
 UPDATE_SIZE = 0.2  # root mean square of an update at learning rate 1; AdamW's is about as large
 STACKED = 1 << 25  # elements of the matrices that a GPU updates together: 128 MB in float32
 
@@ -35,10 +34,11 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: as torch's optimizers take them; each has its `weight_decay`.
         betas: of AdamW.
+        momentum: of Muon.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float]):
-        defaults = {"lr": 0.0, "betas": betas, "eps": 1e-8, "momentum": MOMENTUM}
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], momentum: float):
+        defaults = {"lr": 0.0, "betas": betas, "eps": 1e-8, "momentum": momentum}
         super().__init__(groups, defaults | {"parts": None, "by_columns": False})
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ysnake.training.options import Optimizer
+from ysnake.training.options import MOMENTUM, Optimizer
 
 if TYPE_CHECKING:
     import torch
@@ -13,11 +13,17 @@ BETAS = (0.9, 0.95)  # of AdamW
 
 
 def make_optimizer(
-    model: "Model", weight_decay: float, kind: Optimizer = "adamw"
+    model: "Model", weight_decay: float, kind: Optimizer = "adamw", momentum: float = MOMENTUM
 ) -> "torch.optim.Optimizer":
     """AdamW; or Muon for the projections of the mixers, and AdamW for the other weights.
 
     Weight decay is for matrices only, not for A_log, D, dt_bias, norms and biases.
+
+    Args:
+        model: its parameters are updated.
+        weight_decay: of matrices.
+        kind: "adamw" or "muon".
+        momentum: of Muon.
     """
     import torch
 
@@ -38,7 +44,7 @@ def make_optimizer(
         others = [p for p in model.parameters() if (p.ndim >= 2) == matrices and id(p) not in taken]
         groups.append({"params": others, "weight_decay": weight_decay if matrices else 0.0})
     if kind == "muon":
-        return Muon(groups, BETAS)
+        return Muon(groups, BETAS, momentum)
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
 
 
