@@ -48,6 +48,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "linear-zero": {"schedule": "linear", "zero_out": True},
     "muon": MUON_95,
     "muon-90": {"optimizer": "muon", "momentum": 0.9},
+    "muon-90-linear": {"optimizer": "muon", "momentum": 0.9, "schedule": "linear"},
     "muon-80": {"optimizer": "muon", "momentum": 0.8},
     "muon-linear": {**MUON_95, "schedule": "linear"},
     "muon-linear-uniform": {**MUON_95, "schedule": "linear", "init": "uniform"},
