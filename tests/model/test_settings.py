@@ -29,10 +29,20 @@ def test_settings_come_back_as_they_were(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 
 
+def test_a_run_of_an_older_version_keeps_what_it_trained_with(tmp_path):
+    path = stored(tmp_path, optimizer="muon") / "settings.json"
+    values = json.loads(path.read_text())
+    del values["momentum"], values["schedule"]
+    path.write_text(json.dumps(values))
+    for found in (settings.read(tmp_path), settings.parse(["--config", str(path)])):
+        assert (found.momentum, found.schedule) == (0.95, "cosine")
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
         ("seed", 1.5, "--seed: expected a whole number, got 1.5"),
+        ("momentum", 1.0, "--momentum: expected from 0 to below 1, got 1.0"),
         ("batch_size", 2.5, "--batch-size: expected a whole number, got 2.5"),
         ("batch_size", True, "--batch-size: expected a whole number, got True"),
         ("batch_size", None, "--batch-size: expected a whole number, got None"),

@@ -313,7 +313,7 @@ def read(folder: Path) -> Settings:
         values["data"] = tuple(map(Path, values["data"]))
         for name in ("from_", "tokens_from"):
             values[name] = Path(values[name]) if values.get(name) else None
-        settings = Settings(**values | {"run": folder} | OF_A_LAUNCH)
+        settings = Settings(**OF_OLD_RUNS | values | {"run": folder} | OF_A_LAUNCH)
         check(settings)
     except (TypeError, LookupError, InputError) as error:
         raise InputError(f"{path}: not the settings of a run ({error})") from error
