@@ -123,7 +123,7 @@ def test_tokens_are_enough_and_a_failed_training_stops_no_other(text, tmp_path, 
     train.main(["--data", str(text), *sizes, "--max-steps", "1", "--run", str(made)])
     moved = made.rename(tmp_path / "moved")
     text.unlink()
-    monkeypatch.setitem(recipes.RECIPES, "broken", {"batch_size": 0})
+    monkeypatch.setitem(recipes.RECIPES, "broken", {"n_layers": 0})
     out = tmp_path / "out"
     options = ["--tokens-from", str(moved), "--recipe", "broken", "baseline", "--steps", "2"]
     options += ["--lr", "0.01", "--seed", "0", "--runs", str(tmp_path / "runs"), "--out", str(out)]
