@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.compare import main
+from ysnake.shared.errors import InputError
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -60,16 +63,19 @@ def test_rounded_products_take_turns_too(tmp_path):
     assert "ysnake, 16-bit products" in rows["ysnake"]["ratios"]
 
 
-def test_what_is_wrong_is_said_in_one_line(tmp_path):
-    few = tmp_path / "few.txt"
-    few.write_text("too little")
-    for arguments, message in (
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (["quality"], "--text: quality needs a file"),
-        (["quality", "--text", few], "--text: expected at least"),
-        (["scan", "--repeat", 0], "--repeat: expected at least 1"),
-    ):
-        done = compare(*arguments, "--out", tmp_path / "out")
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert len(done.stderr.splitlines()) == 1
-        assert not (tmp_path / "out").exists()
+        (["quality", "--text", "few.txt"], "--text: expected at least"),
+        (["scan", "--repeat", "0"], "--repeat: expected at least 1"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_measured(
+    tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    Path("few.txt").write_text("too little")
+    with pytest.raises(InputError, match=message):
+        main([*arguments, "--out", "out"])
+    assert not Path("out").exists()
