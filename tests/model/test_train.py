@@ -361,8 +361,9 @@ def test_help_explains_every_setting(tmp_path):
 def test_presets_learn_at_any_batch_size(tmp_path, preset, batch_size, times):
     """With their learning rate and with a larger one, most of the time at its peak."""
     lr = times * PRESETS[preset].settings["lr"]
+    steps = max(40, 1000 // (8 * batch_size))  # at least a thousand tokens
     options = ["--preset", preset, "--batch-size", batch_size, "--lr", lr, "--seq-len", "8"]
-    command = ["ysnake.train", *options, "--max-steps", "40", "--warmup-steps", "10"]
+    command = ["ysnake.train", *options, "--max-steps", steps, "--warmup-steps", "10"]
     done = python(*command, "--eval-every", "1000", "--run", "run", cwd=tmp_path, timeout=3600)
     assert done.returncode == 0, done.stderr
     losses = [m["train_loss"] for m in metrics(tmp_path / "run")]
