@@ -63,12 +63,19 @@ def test_rounded_products_take_turns_too(tmp_path):
     assert "ysnake, 16-bit products" in rows["ysnake"]["ratios"]
 
 
+def test_what_is_wrong_is_said_in_one_line():
+    done = compare("scan", "--repeat", 0)
+    assert done.returncode == 2
+    assert "--repeat: expected at least 1" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["quality"], "--text: quality needs a file"),
         (["quality", "--text", "few.txt"], "--text: expected at least"),
-        (["scan", "--repeat", "0"], "--repeat: expected at least 1"),
+        (["scan", "--threads", "0"], "--threads: expected at least 1"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_measured(
