@@ -4,7 +4,8 @@ Each model has a small vocabulary and a few layers of the original sizes. Where 
 differ, they stand in about the same proportion as in the original. transformers chooses its
 operators when a model is imported. So each way runs in a process of its own. The two processes take
 turns. The processor time of a run is measured, since other programs affect it less. A ratio above 1
-means that the drop-in is faster.
+means that the drop-in is faster. Beside it stands how much of the time with the drop-in goes into
+the products of the model's own linear layers, which no drop-in changes.
 """
 
 import argparse
@@ -14,9 +15,11 @@ import sys
 import time
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 WAYS = ("plain", "drop-in")
 MODES = ("prefill", "step", "training")
+LINEAR = ("aten::mm", "aten::addmm")  # what linear layers call, and few others
 LENGTHS = {torch.float32: 256, torch.bfloat16: 64}  # many CPUs are slow in bfloat16
 COMMON = {"num_hidden_layers": 2, "vocab_size": 512, "pad_token_id": 0, "bos_token_id": 0}
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 4}
@@ -55,7 +58,7 @@ MODELS = {
             **HEADS,
             "hidden_size": 3072,
             "intermediate_size": 12288,
-            "layers_block_type": ["mamba", "mlp"],
+            "layers_block_type": [*["mamba", "mlp"] * 2, "attention"],
             "mamba_num_heads": 112,
             "mamba_head_dim": 64,
             "ssm_state_size": 128,
@@ -116,6 +119,13 @@ class Runs:
         getattr(self, mode)()
         return time.process_time() - start
 
+    def linear(self, mode: str) -> float:
+        """The part of a run's time that its linear layers take."""
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            getattr(self, mode)()
+        times = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+        return sum(times.get(name, 0) for name in LINEAR) / sum(times.values())
+
     @torch.no_grad()
     def prefill(self) -> None:
         out = self.model.eval()(self.ids, use_cache=True, logits_to_keep=1)
@@ -134,7 +144,7 @@ class Runs:
 
 
 def worker(way: str) -> None:
-    """Read lines `model dtype length` and `mode`. Answer each mode with the time of a run."""
+    """Read lines `model dtype length`, `mode` and `linear mode`. Answer with times and parts."""
     if way == "drop-in":
         import ysnake_kernels.dropin
 
@@ -144,11 +154,16 @@ def worker(way: str) -> None:
     transformers.logging.set_verbosity_error()
     runs = None
     for line in sys.stdin:
-        words = line.split()
-        if len(words) == 3:
-            runs = None  # free its memory before the next model is built
-            runs = Runs(words[0], getattr(torch, words[1]), int(words[2]))
-        print(0 if len(words) == 3 else runs.time(words[0]), flush=True)
+        answer = 0.0
+        match line.split():
+            case [name, dtype, length]:
+                runs = None  # free its memory before the next model is built
+                runs = Runs(name, getattr(torch, dtype), int(length))
+            case ["linear", mode]:
+                answer = runs.linear(mode)
+            case [mode]:
+                answer = runs.time(mode)
+        print(answer, flush=True)
 
 
 class Worker:
@@ -172,14 +187,12 @@ class Worker:
         self.process.wait()
 
 
-def ratios(workers: list[Worker], modes: list[str], repeat: int) -> dict[str, tuple[float, float]]:
-    """For each mode: the time without the drop-in divided by that with it, and the latter."""
-    out = {}
-    for mode in modes:
-        times = [[worker.ask(mode) for worker in workers] for _ in range(repeat + 1)][1:]
-        plain, ours = (statistics.median(way) for way in zip(*times, strict=True))
-        out[mode] = (plain / ours, ours)
-    return out
+def compared(workers: list[Worker], mode: str, repeat: int) -> str:
+    """The time without the drop-in divided by that with it, the latter, and its linear layers'."""
+    times = [[worker.ask(mode) for worker in workers] for _ in range(repeat + 1)][1:]
+    plain, ours = (statistics.median(way) for way in zip(*times, strict=True))
+    linear = workers[-1].ask(f"linear {mode}")
+    return f"{plain / ours:.2f} ({ours * 1e3:,.0f} ms, {linear:.0%} linear)"
 
 
 def main() -> int:
@@ -203,8 +216,7 @@ def main() -> int:
             length = options.length or dtypes[dtype]
             for each in workers:
                 each.ask(f"{name} {dtype} {length}")
-            found = ratios(workers, options.modes, options.repeat)
-            cells = [f"{ratio:.2f} ({ours * 1e3:,.0f} ms)" for ratio, ours in found.values()]
+            cells = [compared(workers, mode, options.repeat) for mode in options.modes]
             print(f"| {name} | {dtype} | {length} | {' | '.join(cells)} |", flush=True)
     for each in workers:
         each.end()

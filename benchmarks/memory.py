@@ -12,46 +12,77 @@ import random
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from ysnake.model.config import PRESETS, model_config
 from ysnake.training import memory
-from ysnake.training.options import Settings
+from ysnake.training.options import Optimizer, Precision, Settings
 
-OPTIMIZER = "adamw"  # it keeps more than Muon does
-# preset, vocabulary, sequence, batch, chunk, --recompute, GB that the original project reports
+SPARE_WORDS = 1.2  # a part of the text is held out, and so are words that occur only there
+
+
+class Row(NamedTuple):
+    """A training run."""
+
+    preset: str
+    vocab_size: int
+    seq_len: int
+    batch_size: int
+    chunk_size: int
+    original_gb: float | None = None  # what the original project reports
+    recompute: bool = False
+    precision: Precision = "float32"
+    optimizer: Optimizer = "adamw"  # it keeps more than Muon does
+
+    @property
+    def name(self) -> str:
+        """The preset, and the options that differ from the defaults of a row."""
+        given = [self.preset, *(["--recompute"] if self.recompute else [])]
+        for name in ("precision", "optimizer"):
+            value = getattr(self, name)
+            if value != self._field_defaults[name]:
+                given.append(f"--{name} {value}")
+        return " ".join(given)
+
+
 ROWS = [
-    ("ys-24m", 13_183, 256, 64, 64, False, 19.0),
-    ("ys-24m", 13_183, 512, 16, 64, False, 21.5),
-    ("ys-60m", 13_183, 128, 64, 64, False, 21.5),
-    ("ys-71m", 28_590, 128, 64, 16, False, 21.9),
-    ("ys-71m", 28_590, 128, 64, 64, False, None),
-    ("ys-71m", 28_590, 128, 64, 64, True, None),
-    ("ys-71m", 28_590, 128, 8, 64, False, None),
-    ("quick", 4_096, 128, 8, 64, False, None),
+    Row("ys-24m", 13_183, 256, 64, 64, 19.0),
+    Row("ys-24m", 13_183, 512, 16, 64, 21.5),
+    Row("ys-60m", 13_183, 128, 64, 64, 21.5),
+    Row("ys-71m", 28_590, 128, 64, 16, 21.9),
+    Row("ys-71m", 28_590, 128, 64, 64),
+    Row("ys-71m", 28_590, 128, 64, 64, optimizer="muon"),
+    Row("ys-71m", 28_590, 128, 64, 64, precision="bfloat16"),
+    Row("ys-71m", 28_590, 128, 64, 64, precision="bfloat16", optimizer="muon"),
+    Row("ys-71m", 28_590, 128, 64, 64, recompute=True),
+    Row("ys-71m", 28_590, 128, 8, 64),
+    Row("quick", 4_096, 128, 8, 64),
 ]
 
 
 def corpus(folder: Path, vocabulary: int) -> Path:
     """Write documents with more distinct words than the vocabulary has entries."""
     rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(vocabulary)]
+    count = int(SPARE_WORDS * vocabulary)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(count)]
     documents = [" ".join(words)] * 3 + [" ".join(rng.choices(words, k=200)) for _ in range(60)]
     path = folder / "words.txt"
     path.write_text("\n<|endoftext|>\n".join(documents))
     return path
 
 
-def measured(row: tuple, folder: Path) -> float:
+def measured(row: Row, folder: Path) -> float:
     """Peak resident bytes of two training steps of a row, in a process of its own."""
-    preset, vocabulary, seq_len, batch_size, chunk_size, recompute, _ = row
     options = {
-        **{"preset": preset, "vocab-size": vocabulary, "tokenizer": "word"},
-        **{"seq-len": seq_len, "batch-size": batch_size, "chunk-size": chunk_size},
-        **{"max-steps": 2, "eval-every": 1000, "data": corpus(folder, vocabulary)},
-        **{"run": folder / "run", "max-documents": 10_000, "optimizer": OPTIMIZER},
+        **{"preset": row.preset, "vocab-size": row.vocab_size, "tokenizer": "word"},
+        **{"seq-len": row.seq_len, "batch-size": row.batch_size, "chunk-size": row.chunk_size},
+        **{"precision": row.precision, "optimizer": row.optimizer, "max-steps": 2},
+        **{"eval-every": 1000, "data": corpus(folder, row.vocab_size), "run": folder / "run"},
+        "max-documents": 10_000,
     }
-    command = [sys.executable, "-m", "ysnake.train", *(["--recompute"] if recompute else [])]
+    command = [sys.executable, "-m", "ysnake.train", *(["--recompute"] if row.recompute else [])]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
@@ -62,13 +93,11 @@ def measured(row: tuple, folder: Path) -> float:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def predicted(row: tuple) -> memory.Plan:
-    preset, vocabulary, seq_len, batch_size, chunk_size, recompute, _ = row
-    settings = Settings(**PRESETS[preset].settings)
-    settings.chunk_size, settings.recompute, settings.optimizer = chunk_size, recompute, OPTIMIZER
-    settings.seq_len, settings.batch_size = seq_len, batch_size
-    config = model_config(settings, vocabulary, 0)
-    return memory.predict(config, settings)
+def predicted(row: Row) -> memory.Plan:
+    own = set(Row._fields) & {f.name for f in fields(Settings)}
+    settings = Settings(**PRESETS[row.preset].settings)
+    settings = replace(settings, **{name: getattr(row, name) for name in own})
+    return memory.predict(model_config(settings, row.vocab_size, 0), settings)
 
 
 def writable(text: str) -> Path:
@@ -95,19 +124,12 @@ def main() -> None:
         plan = predicted(row)
         with tempfile.TemporaryDirectory() as folder:
             peak = measured(row, Path(folder))
-        preset, _, seq_len, batch_size, chunk_size, recompute, original = row
-        name = preset + (" --recompute" if recompute else "")
-        columns = (name, f"{plan.parameters:,}", seq_len, batch_size, chunk_size)
+        columns = (row.name, f"{plan.parameters:,}", row.seq_len, row.batch_size, row.chunk_size)
         sizes = (f"{plan.peak / 1e9:.2f} GB", f"{peak / 1e9:.2f} GB")
-        theirs = f"{original} GB" if original else ""
+        theirs = f"{row.original_gb} GB" if row.original_gb else ""
         print("|", " | ".join(map(str, (*columns, *sizes, theirs))), "|", flush=True)
-        results.append(
-            {
-                **{"preset": preset, "parameters": plan.parameters, "seq_len": seq_len},
-                **{"batch_size": batch_size, "chunk_size": chunk_size, "recompute": recompute},
-                **{"predicted": plan.peak, "measured": peak, "original_gb": original},
-            }
-        )
+        counts = {"parameters": plan.parameters, "predicted": plan.peak, "measured": peak}
+        results.append(row._asdict() | counts)
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 

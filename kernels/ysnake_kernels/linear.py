@@ -192,6 +192,16 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")[:rows]
 
 
+def products_are_rounded(x: Tensor) -> bool:
+    """Whether the caller lets torch round the factors of x's products to bfloat16 on a CPU.
+
+    `torch.set_float32_matmul_precision("medium")` and torch.backends.mkldnn say so. CPUs without
+    such products do not round.
+    """
+    allowed = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    return allowed and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def _rounded(rows: int) -> int:
     """A number of rows that is at least `rows`, one of four between two powers of two.
 

@@ -206,6 +206,42 @@ def test_saves_only_its_arguments(norm_before_gate):
     assert all(t.grad is not None for t in leaves.values() if t.is_floating_point())
 
 
+@pytest.fixture
+def rounded_products():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    yield
+    torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("norm_before_gate", [True, False])
+def test_where_products_are_rounded_so_is_what_is_saved(norm_before_gate, rounded_products):
+    options = {"chunk_size": 8, "norm_before_gate": norm_before_gate}
+    exact = inputs(initial_states=True)
+    given = {k: t.float().requires_grad_() for k, t in exact.items()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = mamba_split_conv1d_scan_combined(**given, **options)
+    zxbcdt, dt = given["zxbcdt"], given["zxbcdt"][..., -len(given["A"]) :]
+    assert not any(t.data_ptr() == zxbcdt.data_ptr() for t in saved)
+    assert any(torch.equal(t, zxbcdt.bfloat16()) for t in saved)
+    assert any(torch.equal(t, dt) for t in saved)
+    leaves = {k: t.requires_grad_() for k, t in exact.items()}
+    expected = mamba_split_conv1d_scan_combined(**leaves, **options)
+    assert distance(y, expected) < 2e-2
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    got = torch.autograd.grad(y, [*given.values()], weight)
+    wanted = torch.autograd.grad(expected, [*leaves.values()], weight.double())
+    for name, a, b in zip(leaves, got, wanted, strict=True):
+        assert a.dtype == torch.float32
+        assert distance(a, b) < 5e-2, name
+
+
+def test_nothing_is_rounded_in_other_dtypes(rounded_products):
+    options = {"chunk_size": 8, "norm_before_gate": False}
+    assert_equals_reference(mamba_split_conv1d_scan_combined, inputs(), options)
+
+
 def test_backward_runs_the_implementation_of_forward():
     """Also where the override has ended by then."""
     tensors = {k: t.requires_grad_() for k, t in inputs().items()}

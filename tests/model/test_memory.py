@@ -38,9 +38,10 @@ def test_parameters_are_counted_exactly(sizes):
 
 
 CASES = [
-    (24, 128, False, False, "adamw"),
-    (24, 128, True, False, "adamw"),
-    (24, 128, False, True, "muon"),
+    (24, 128, False, False, "adamw", "float32"),
+    (24, 128, False, False, "adamw", "bfloat16"),
+    (24, 128, True, False, "adamw", "float32"),
+    (24, 128, False, True, "muon", "float32"),
 ]
 PEAK = """
 import json, os, sys
@@ -62,7 +63,9 @@ for case in json.loads(sys.argv[1]):
         sys.exit(1)
 else:
     sys.exit()
-batch, length, recompute, carry_state, kind = case
+batch, length, recompute, carry_state, kind, precision = case
+if precision == "bfloat16":
+    torch.set_float32_matmul_precision("medium")
 keep_freed_memory(KEPT_RECOMPUTING) if recompute else keep_freed_memory()
 torch.set_num_threads(1)
 model = Model(ModelConfig(vocab_size=1024, d_model=256, n_layers=3, d_state=64))
@@ -111,7 +114,7 @@ def added():
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is counted as on Linux")
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_step_adds_is_foreseen(added, case):
-    names = ("batch_size", "seq_len", "recompute", "carry_state", "optimizer")
+    names = ("batch_size", "seq_len", "recompute", "carry_state", "optimizer", "precision")
     plan = memory.predict(ModelConfig(**SIZES), Settings(**dict(zip(names, case, strict=True))))
     weights = 4 * plan.parameters  # which were there before
     expected = plan.kept + plan.working + plan.weights - weights

@@ -40,7 +40,7 @@ class Plan:
 
 
 def predict(config: ModelConfig, settings: Settings) -> Plan:
-    """Predict the memory for training with these settings in one process, in float32."""
+    """Predict the memory for training with these settings in one process on a CPU."""
     from ysnake_kernels.mixer.eager import CHUNK_ELEMENTS
     from ysnake_kernels.ssd.eager_layout import CPU_CHUNK
 
@@ -64,8 +64,11 @@ def predict(config: ModelConfig, settings: Settings) -> Plan:
 
     batch_size, seq_len = settings.batch_size, settings.seq_len
     tokens = batch_size * seq_len
-    block = tokens * (c.d_model + projected)  # the input of a block and of its mixer
-    kept = c.n_layers * block
+    stored: float = projected  # the input of the mixer
+    if settings.precision == "bfloat16" and settings.context_parallel == 1:
+        stored = projected / 2 + c.n_heads  # in bfloat16, and the step sizes in float32 too
+    block = tokens * (c.d_model + stored)
+    kept: float = c.n_layers * block
     if settings.recompute:  # the gradients take the memory of inputs that are freed
         kept = max(0, c.n_layers * tokens * c.d_model - parameters) + block
     if settings.carry_state:  # before the window and after it

@@ -69,9 +69,9 @@ def autocast(precision: str, device: "torch.device") -> "AbstractContextManager[
 def rounded_products(precision: str, device: "torch.device", console: "Console") -> Iterator[None]:
     """While the block runs, a CPU rounds the factors of its products, if `precision` is bfloat16.
 
-    Tensors stay float32, and so do the sums of the products. So this costs no conversion of whole
-    tensors, which makes it faster than autocast on a CPU. It is a setting of torch for the whole
-    process. The block restores it at its end.
+    Tensors stay float32, and so do the sums of the products. This is faster than autocast on a
+    CPU. Only what a mixer stores for its backward pass is in bfloat16, which takes half the memory.
+    It is a setting of torch for the whole process. The block restores it at its end.
     """
     import torch
 
@@ -80,8 +80,8 @@ def rounded_products(precision: str, device: "torch.device", console: "Console")
         return
     if not bfloat16_products():
         console.print(
-            "warning: --precision bfloat16: this CPU has no products in 16 bits, so training uses "
-            "float32"
+            "warning: --precision bfloat16: this CPU has no products in 16 bits, so it computes "
+            "them in float32; what a step stores for its backward pass is in 16 bits"
         )
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

@@ -46,7 +46,8 @@ def mamba_split_conv1d_scan_combined(
     gates the scan), and a linear layer if it has a weight. For backward it stores its arguments and
     at most one number for each token. Name and arguments are those of mamba_ssm; the last one is
     ours. Differentiable once in every floating-point argument. Under autocast the linear layer runs
-    in autocast's dtype.
+    in autocast's dtype. Where torch's settings let a CPU round the factors of float32 products to
+    bfloat16, zxbcdt is stored in bfloat16 for backward, all but dt.
 
     Args:
         zxbcdt: (batch, length, 2 * d_inner + 2 * ngroups * N + heads).

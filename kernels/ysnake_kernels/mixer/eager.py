@@ -4,7 +4,9 @@ It stores its arguments. Backward computes the convolution again, then goes over
 scan once forward, for the states, and once back. What follows the scan (output.py) is computed
 chunk by chunk with it, so neither the scan's output nor its gradient ever exists as a whole. The
 gradients of z, xBC and dt are written straight into the gradient of zxbcdt. A few rows of the batch
-are taken at a time, so that a chunk stays in the cache.
+are taken at a time, so that a chunk stays in the cache. Where the caller lets torch round the
+factors of products to bfloat16, zxbcdt is stored in bfloat16, which takes half the memory. Its dt
+stays exact.
 """
 
 from functools import partial
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.conv import eager as conv
+from ysnake_kernels.linear import products_are_rounded
 from ysnake_kernels.mixer.inputs import BY_ROW, SEQ_IDX, TENSORS, MixerInputs
 from ysnake_kernels.mixer.output import MergedOutput, output_of
 from ysnake_kernels.numerics import accumulator
@@ -40,7 +43,8 @@ def mixer(inputs: MixerInputs) -> tuple[Tensor, Tensor | None]:
     # caller uses it, runs this again in backward only until all is saved. So it does not compute
     # the output a second time.
     outputs = empty_outputs(inputs)
-    out, states = _Mixer.apply(*outputs, *inputs)
+    rounded = torch.is_grad_enabled() and products_are_rounded(inputs.zxbcdt)
+    out, states = _Mixer.apply(*outputs, rounded, *inputs)
     with torch.no_grad():
         compute(outputs._replace(out=out, states=states), inputs)
     return out, states
@@ -74,17 +78,32 @@ def compute(outputs: Outputs, inputs: MixerInputs) -> None:
 
 
 def gradients(
-    dout: Tensor | None, dstates: Tensor | None, rstd: Tensor | None, inputs: MixerInputs
+    dout: Tensor | None,
+    dstates: Tensor | None,
+    rstd: Tensor | None,
+    inputs: MixerInputs,
+    dt: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of all tensors of the inputs but seq_idx, a few rows of the batch at a time."""
+    """The gradients of all tensors of the inputs but seq_idx, a few rows of the batch at a time.
+
+    Args:
+        dout, dstates: the gradients of the outputs; None stands for zeros.
+        rstd: what `compute` wrote.
+        inputs: those of the mixer. If dt is given, their zxbcdt was rounded after `compute`.
+        dt: the exact dt of zxbcdt.
+    """
     zxbcdt = inputs.zxbcdt
-    dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
+    dtype = zxbcdt.dtype if dt is None else dt.dtype
+    dzxbcdt = torch.empty(zxbcdt.shape, dtype=dtype, device=zxbcdt.device)
     conv_starts: list[Tensor | None] = []
     scan_starts: list[Tensor | None] = []
     totals: list[Tensor | None] = [None] * (TENSORS - BY_ROW)
     for rows in _row_groups(inputs):
         given = BackwardInputs(*(None if t is None else t[rows] for t in (rstd, dout, dstates)))
-        conv_start, scan_start, grads = _backward(inputs.rows(rows), given, dzxbcdt[rows])
+        part = inputs.rows(rows)
+        if dt is not None:
+            part = part._replace(zxbcdt=_with_dt(part.zxbcdt, dt[rows]))
+        conv_start, scan_start, grads = _backward(part, given, dzxbcdt[rows])
         conv_starts.append(conv_start)
         scan_starts.append(scan_start)
         totals = [
@@ -98,6 +117,13 @@ def gradients(
     return [dzxbcdt, _joined(conv_starts), _joined(scan_starts), *parameters]
 
 
+def _with_dt(zxbcdt: Tensor, dt: Tensor) -> Tensor:
+    """A copy of zxbcdt in dt's dtype, with this dt at its end."""
+    copy = zxbcdt.to(dt.dtype)
+    copy[..., -dt.shape[-1] :] = dt
+    return copy
+
+
 def _joined(parts: list[Tensor | None]) -> Tensor | None:
     """The parts of the batch in one tensor; None if there are none."""
     given = [part for part in parts if part is not None]
@@ -105,14 +131,26 @@ def _joined(parts: list[Tensor | None]) -> Tensor | None:
 
 
 class _Mixer(torch.autograd.Function):
-    """The gradient of what `compute` writes to out and states. It also stores rstd."""
+    """The gradient of what `compute` writes to out and states. It also stores rstd.
+
+    With `rounded` it stores zxbcdt in bfloat16.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, states: Tensor | None, rstd: Tensor | None, *arguments: Any
+        ctx: Any,
+        out: Tensor,
+        states: Tensor | None,
+        rstd: Tensor | None,
+        rounded: bool,
+        *arguments: Any,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.options, ctx.rstd = arguments[TENSORS:], rstd
-        ctx.save_for_backward(*arguments[:TENSORS])
+        inputs, dt = MixerInputs._make(arguments), None
+        if rounded:
+            dt = inputs.sizes.split(inputs.zxbcdt)[2].contiguous()
+            inputs = inputs._replace(zxbcdt=inputs.zxbcdt.bfloat16())
+        ctx.save_for_backward(dt, *inputs[:TENSORS])
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(*(t for t in (out, states) if t is not None))
         return out, states
@@ -120,10 +158,11 @@ class _Mixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dstates: Tensor | None) -> tuple:
-        inputs = MixerInputs._make((*ctx.saved_tensors, *ctx.options))
-        grads = gradients(dout, dstates, ctx.rstd, inputs)
+        dt, *tensors = ctx.saved_tensors
+        inputs = MixerInputs._make((*tensors, *ctx.options))
+        grads = gradients(dout, dstates, ctx.rstd, inputs, dt)
         grads.insert(SEQ_IDX, None)
-        return None, None, None, *grads, *[None] * len(ctx.options)
+        return None, None, None, None, *grads, *[None] * len(ctx.options)
 
 
 def _row_groups(inputs: MixerInputs) -> list[slice]:
