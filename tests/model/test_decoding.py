@@ -52,13 +52,13 @@ def test_steps_equal_the_models_own(sizes, batch, compile):
     decoder, state = Decoder(model(**sizes), compile=compile), None
     for i in range(tokens.shape[1]):
         logits, state = decoder.step(tokens[:, i], state)
-        assert torch.allclose(logits, expected[:, i], atol=2e-6)
+        assert torch.allclose(logits, expected[:, i], atol=1e-5)
     # a piece of one token, and pieces of many, go on from the same state
     logits, state = decoder.step(tokens[:, :1], state)
     more, again = plain.step(torch.cat([tokens, tokens[:, :1]], 1))
-    assert torch.allclose(logits[:, 0], more[:, -1], atol=2e-6)
+    assert torch.allclose(logits[:, 0], more[:, -1], atol=1e-5)
     logits, _ = decoder.step(tokens, state, last_only=True)
-    assert torch.allclose(logits, plain.step(tokens, again)[0][:, -1], atol=2e-6)
+    assert torch.allclose(logits, plain.step(tokens, again)[0][:, -1], atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", FORMS.values(), ids=FORMS)
@@ -68,7 +68,7 @@ def test_the_step_for_a_gpu_equals_the_models_own(sizes):
     step, state = ReplayedStep(plain), plain.empty_state(3)
     with torch.no_grad():
         for i in range(tokens.shape[1]):
-            assert torch.allclose(step.write(tokens[:, i], state), expected[:, i], atol=2e-6)
+            assert torch.allclose(step.write(tokens[:, i], state), expected[:, i], atol=1e-5)
 
 
 def test_rows_of_a_larger_state_are_written_in_place():
@@ -143,7 +143,7 @@ def test_the_weights_stay_what_they_were():
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     tokens = ids(2, 20)
-    assert torch.allclose(before(tokens), after(tokens), atol=2e-6)
+    assert torch.allclose(before(tokens), after(tokens), atol=1e-5)
 
 
 # format -> relative error of the logits of an untrained model, whose errors do not average out

@@ -1,15 +1,23 @@
 """`--precision bfloat16` on a CPU: products with rounded factors, and torch's setting restored."""
 
 import json
+import threading
 
 import pytest
 import torch
-from small import TINY, corpus
+from small import TINY, corpus, model
 from test_train import metrics
 
 from ysnake import train
+from ysnake.inference import decoding
+from ysnake.inference.decoding import Decoder
+from ysnake.shared import processor
 from ysnake.shared.processor import bfloat16_products
 from ysnake.training import precision, step
+
+
+def setting():
+    return torch.backends.mkldnn.matmul.fp32_precision
 
 
 @pytest.fixture
@@ -19,10 +27,10 @@ def options(tmp_path):
 
 
 def test_products_are_rounded_while_training_only(tmp_path, options, monkeypatch, capsys):
-    real, during = step.batch_loss, []
+    real, during, before = step.batch_loss, [], setting()
 
     def noting(*arguments):
-        during.append(torch.get_float32_matmul_precision())
+        during.append(setting())
         return real(*arguments)
 
     monkeypatch.setattr(step, "batch_loss", noting)
@@ -30,8 +38,8 @@ def test_products_are_rounded_while_training_only(tmp_path, options, monkeypatch
     for name in ("float32", "bfloat16"):
         run = runs[name] = tmp_path / name
         assert train.main([*options, "--precision", name, "--run", str(run)]) == 0
-        assert set(during) == {"highest" if name == "float32" else "medium"}
-        assert torch.get_float32_matmul_precision() == "highest"
+        assert set(during) == {before if name == "float32" else "bf16"}
+        assert setting() == before
         during.clear()
     warned = "this CPU has no products in 16 bits" in " ".join(capsys.readouterr().out.split())
     assert warned is not bool(bfloat16_products())
@@ -44,9 +52,10 @@ def test_an_error_restores_the_setting(tmp_path, options, monkeypatch):
         raise KeyError("a fault")
 
     monkeypatch.setattr(step, "batch_loss", fail)
+    before = setting()
     with pytest.raises(KeyError):
         train.main([*options, "--precision", "bfloat16", "--run", str(tmp_path / "run")])
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert setting() == before
 
 
 @pytest.mark.parametrize(
@@ -73,5 +82,41 @@ def test_auto_takes_16_bits_where_they_are_faster(
 
 
 def test_the_measurement_restores_the_setting():
-    assert precision.gain_of_16_bits() > 0
-    assert torch.get_float32_matmul_precision() == "highest"
+    before = setting()
+    assert processor.gain_of_16_bits() > 0
+    assert setting() == before
+
+
+def test_the_last_of_several_threads_restores_the_setting():
+    before = setting()
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay():
+        with processor.rounded_products():
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=stay)
+    with processor.rounded_products():
+        thread.start()
+        assert inside.wait(60)
+    assert setting() == "bf16"
+    leave.set()
+    thread.join()
+    assert setting() == before
+
+
+@pytest.mark.parametrize(
+    ("weights", "faster", "rounded"),
+    [("float32", True, False), ("int8", True, True), ("int8", False, False)],
+)
+def test_reading_rounds_where_weights_are_rounded(monkeypatch, weights, faster, rounded):
+    monkeypatch.setattr(decoding, "rounding_is_faster", lambda: faster)
+    ids = torch.randint(0, 99, (1, 20), generator=torch.Generator().manual_seed(0))
+    expected, _ = model().step(ids)
+    decoder, during, before = Decoder(model(), weights), [], setting()
+    decoder.model.backbone.register_forward_pre_hook(lambda *_: during.append(setting()))
+    logits, _ = decoder.step(ids)
+    assert during == ["bf16" if rounded else before]
+    assert setting() == before
+    assert torch.allclose(logits, expected, atol=0.05)

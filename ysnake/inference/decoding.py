@@ -4,7 +4,13 @@ For one token every weight matrix is multiplied by a single row, so reading the 
 of the time. On a CPU with a C++ compiler, code compiled on this machine takes the token through the
 whole model. It reads weights of 32, 16, 8 or 4 bits. Without a compiler pure torch does the same,
 in float32 or int8. On a GPU a graph is replayed.
+
+The model itself reads several tokens at once. If its weights are rounded anyway, a CPU with 16-bit
+products uses these.
 """
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +25,7 @@ from ysnake_kernels.norm.eager import few_rows
 from ysnake.inference.replay import ReplayedStep
 from ysnake.model.network import Block, FactorisedHead, Model, RMSNorm, State
 from ysnake.shared.errors import InputError
+from ysnake.shared.processor import rounded_products, rounding_is_faster
 
 
 class Decoder:
@@ -48,6 +55,7 @@ class Decoder:
         weight = model.backbone.embeddings.weight
         self.fast = weight.device.type == "cpu" and weight.dtype == torch.float32
         self.weights = str(weight.dtype).removeprefix("torch.")  # how they are stored
+        self.reading: Callable[[], AbstractContextManager[object]] = nullcontext
         self.native: ModelStep | None = None
         self.not_compiled = ""
         self.layers: list[_Layer] = []
@@ -77,6 +85,8 @@ class Decoder:
         self.weights = weights
         if weights == "auto":
             self.weights = "bfloat16" if compile else "float32"
+        if self.weights != "float32" and rounding_is_faster():
+            self.reading = rounded_products
         if compile:
             self.native = _model_step(self.model, self.weights)
             return
@@ -97,7 +107,8 @@ class Decoder:
         """As `Model.step`."""
         one = ids.shape[-1] == 1 if ids.ndim == 2 else True
         if not (one and (self.fast or self.replayed)):
-            return self.model.step(ids, state, last_only)
+            with self.reading():
+                return self.model.step(ids, state, last_only)
         if state is None:
             state = self.model.empty_state(ids.shape[0])
         if self.replayed:

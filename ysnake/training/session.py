@@ -7,7 +7,7 @@ from ysnake.training import parallel, tool_log
 from ysnake.training.loop import fit
 from ysnake.training.open_run import open_run
 from ysnake.training.options import Settings
-from ysnake.training.precision import rounded_products
+from ysnake.training.precision import products_as
 from ysnake.training.run import Progress
 from ysnake.training.signals import Stop
 from ysnake.training.step import warm_up_warning
@@ -36,7 +36,7 @@ def train(settings: Settings, console: "Console", program: str = cli.MODULES) ->
                 run.progress.ended = run.progress.ended and reason_to_end(run)
             if line := warm_up_warning(settings):
                 console.print(line)
-            with rounded_products(settings.precision, run.device, console):
+            with products_as(settings.precision, run.device, console):
                 fit(run, stop, console)
         console.print(summary(run, program))
         return run.progress
