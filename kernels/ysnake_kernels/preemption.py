@@ -15,7 +15,9 @@ except ImportError:  # Windows does not count
 
 CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # if one is set, say nothing
 WINDOW = 5.0  # seconds of processor time between two looks
-MOST = 20.0  # losses of a core per second of processor time; about 1 on an idle machine
+# Losses of a core per second of processor time: 2 to 16 on an idle machine with two cores, 150 and
+# more where a busy program takes one of them.
+MOST = 60.0
 ADVICE = (
     "other programs take the cores from this process, and threads that wait for each other keep "
     "theirs meanwhile; set GOMP_SPINCOUNT=2000 and KMP_BLOCKTIME=1 in the environment before the "
