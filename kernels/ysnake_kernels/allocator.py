@@ -2,6 +2,9 @@
 
 import ctypes
 import platform
+from typing import Any
+
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 def keep_freed_memory(largest: int = 1 << 30) -> None:
@@ -27,6 +30,19 @@ def keep_freed_memory(largest: int = 1 << 30) -> None:
     libc.mallopt(M_MMAP_THRESHOLD, largest) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
     libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     libc.mallopt(M_ARENA_MAX, 1)
+
+
+def keep_freed_memory_once_training() -> None:
+    """Call `keep_freed_memory` after the first step of any optimizer of torch in this process.
+
+    A program that only reads and generates keeps the allocator as it is.
+    """
+
+    def trained(*of_step: Any) -> None:
+        hook.remove()
+        keep_freed_memory()
+
+    hook = register_optimizer_step_post_hook(trained)
 
 
 def give_back_freed_memory() -> None:

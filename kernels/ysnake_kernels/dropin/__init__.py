@@ -76,8 +76,9 @@ def install(
 
     Args:
         force: stand in for the real packages even where they are installed.
-        keep_freed_memory: set the C library's allocator to keep freed memory for the next step.
-            This makes training on a CPU faster (`allocator.keep_freed_memory`).
+        keep_freed_memory: once an optimizer has made a step, set the C library's allocator to keep
+            freed memory for the next one. This makes training on a CPU faster
+            (`allocator.keep_freed_memory`).
         fused_training: in training, run a whole Mamba-2 mixer of transformers as one function. This
             is faster and takes less memory. The function sees only the mixer's weights. Results are
             wrong if an output projection has an adapter (LoRA) or a hook, if a batch is padded on
@@ -109,7 +110,7 @@ def install(
     if wanted and not any(isinstance(finder, _Refuser) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Refuser())
     if keep_freed_memory:
-        allocator.keep_freed_memory()
+        allocator.keep_freed_memory_once_training()
 
 
 def _is_ours(package: str) -> bool:
