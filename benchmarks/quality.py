@@ -39,8 +39,7 @@ class Corpus:
 
     folder: Path
     sizes: dict[str, int]
-    held_out_tokens: int
-    held_out_bytes: int  # of the held-out tokens
+    held_out_bytes: int  # of the tokens that are predicted
     frame: int  # the token that begins and ends a document
 
 
@@ -66,9 +65,12 @@ def prepare(text: Path | None, folder: Path, sizes: dict[str, int], quick: bool)
     frame, entries = tokenizer.eot_id(learnt), learnt.get_vocab_size()
     folder.mkdir()
     data.write_tokens(corpus.pieces(), learnt, frame, frame, folder, lambda characters: None)
-    held_out = data.Tokens.open(folder / "val.tokens", entries, frame, frame).ids[:VAL_TOKENS]
-    size = len(tokenizer.decode(learnt, held_out.tolist()).encode())
-    return Corpus(folder, sizes, len(held_out), size, frame)
+    held_out = data.Tokens.open(folder / "val.tokens", entries, frame, frame)
+    predicted: list[int] = []
+    for batch in data.held_out_windows(held_out, SEQ_LEN, BATCH_SIZE, VAL_TOKENS):
+        predicted += batch.predicted.tolist()
+    size = len(tokenizer.decode(learnt, predicted).encode())
+    return Corpus(folder, sizes, size, frame)
 
 
 def measure(
@@ -146,9 +148,10 @@ def _held_out(tokens: "Tokens", loss_of: Callable[["Batch"], "Tensor"], job: dic
     import torch
 
     from ysnake.text import data
+    from ysnake.training.evaluation import VAL_TOKENS
 
     with torch.no_grad():
-        windows = data.held_out_windows(tokens, SEQ_LEN, BATCH_SIZE, job["held_out_tokens"])
+        windows = data.held_out_windows(tokens, SEQ_LEN, BATCH_SIZE, VAL_TOKENS)
         return sum(loss_of(batch).item() for batch in windows) / job["held_out_bytes"]
 
 

@@ -146,6 +146,14 @@ def test_an_epoch_sees_every_window_once(length, seq_len, batch):
     assert epochs[0] != epochs[1]
 
 
+def test_the_windows_of_an_epoch_have_no_pattern():
+    """An arithmetic progression would give each batch windows of few documents."""
+    tokens = Tokens(np.arange(1, 4001), 0, 0)
+    seen = [data.training_windows(tokens, 10, 4, i, seed=3).ids[:, 0] for i in range(100)]
+    distances = np.diff(np.concatenate(seen)) % 4000
+    assert len(set(distances.tolist())) > 100
+
+
 def test_windows_depend_on_seed_and_index_alone():
     tokens = Tokens(np.arange(1, 1000), 0, 0)
     first, again, other, later = (
@@ -164,13 +172,24 @@ def test_consecutive_windows_read_on():
     assert (first.targets[:, -1] == second.ids[:, 0]).all()
 
 
-@pytest.mark.parametrize(("length", "limit"), [(100, 1000), (100, 60), (5, 100), (1, 100), (0, 10)])
+@pytest.mark.parametrize(
+    ("length", "limit"), [(100, 1000), (100, 100), (5, 100), (1, 100), (0, 10)]
+)
 def test_held_out_windows_cover_each_target_once(length, limit):
     tokens = Tokens(np.arange(1, length + 1), 0, 0)
     targets = []
     for batch in data.held_out_windows(tokens, 8, 3, limit):
-        targets += batch.targets[batch.targets != IGNORED].tolist()
-    assert sorted(targets) == list(range(2, min(length, limit) + 1))
+        targets += batch.predicted.tolist()
+    assert sorted(targets) == list(range(2, length + 1))
+
+
+def test_held_out_windows_over_the_limit_come_from_all_parts():
+    tokens = Tokens(np.arange(1, 1001), 0, 0)
+    batches = list(data.held_out_windows(tokens, 8, 3, 80))
+    begins = np.concatenate([batch.ids[:, 0] for batch in batches])
+    assert len(begins) == 10
+    assert begins[0] == 1
+    assert set(np.diff(begins)) <= {96, 104}  # 100 tokens, in whole windows
 
 
 def test_prompts_come_from_the_middle(written):

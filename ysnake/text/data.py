@@ -4,9 +4,9 @@ A corpus is never in memory as a whole: documents come in pieces, and tokens are
 disk a document is bos + text + eos, so a document starts exactly where a bos follows an eos.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -152,8 +152,13 @@ class Batch:
     starts_anew: np.ndarray  # (batch,) bool, whether the first token begins a document
 
     @property
+    def predicted(self) -> np.ndarray:
+        """The targets that count, one after the other."""
+        return self.targets[self.targets != IGNORED]
+
+    @property
     def n_targets(self) -> int:
-        return int((self.targets != IGNORED).sum())
+        return len(self.predicted)
 
 
 def training_windows(tokens: Tokens, seq_len: int, batch_size: int, index: int, seed: int) -> Batch:
@@ -165,19 +170,16 @@ def training_windows(tokens: Tokens, seq_len: int, batch_size: int, index: int, 
     starts = np.empty(batch_size, dtype=np.int64)
     for i in range(batch_size):
         epoch, k = divmod(index * batch_size + i, per_epoch)
-        offset, first, stride = _shuffle(seed, epoch, len(tokens), per_epoch)
-        starts[i] = offset + (first + k * stride) % per_epoch * seq_len
+        offset, order = _shuffle(seed, epoch, len(tokens), per_epoch)
+        starts[i] = offset + order[k] * seq_len
     return tokens.windows(starts, seq_len)
 
 
-def _shuffle(seed: int, epoch: int, length: int, count: int) -> tuple[int, int, int]:
-    """Offset of an epoch's windows, and a permutation k -> first + k * stride modulo count."""
+@lru_cache(maxsize=2)  # a batch may lie in two epochs
+def _shuffle(seed: int, epoch: int, length: int, count: int) -> tuple[int, np.ndarray]:
+    """The offset of an epoch's windows, and their order. The order takes 8 bytes a window."""
     random = np.random.default_rng((seed, epoch))
-    offset, first = int(random.integers(length)), int(random.integers(count))
-    while True:
-        stride = int(random.integers(1, count + 1))
-        if math.gcd(stride, count) == 1:
-            return offset, first, stride
+    return int(random.integers(length)), random.permutation(count)
 
 
 def consecutive_windows(tokens: Tokens, seq_len: int, batch_size: int, index: int) -> Batch:
@@ -187,9 +189,15 @@ def consecutive_windows(tokens: Tokens, seq_len: int, batch_size: int, index: in
 
 
 def held_out_windows(tokens: Tokens, seq_len: int, batch_size: int, limit: int) -> Iterator[Batch]:
-    """The first `limit` tokens, cut into windows from the start."""
-    length = min(len(tokens), limit)
+    """All tokens, cut into windows. Of more than `limit` tokens, windows at equal distances.
+
+    So a part of the tokens stands for all documents, not for the first ones.
+    """
+    length = len(tokens)
     starts = np.arange(0, max(length - 1, 0), seq_len)
+    if length > limit:
+        most = max(1, limit // seq_len)
+        starts = starts[np.arange(most) * len(starts) // most]
     for i in range(0, len(starts), batch_size):
         batch = tokens.windows(starts[i : i + batch_size], seq_len)
         # the last window may reach beyond the end, to the start of the stream

@@ -21,7 +21,8 @@ SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
 def held_out_loss(run: Run, tell: Callable[[str], None]) -> dict[str, float | None]:
     """The loss on held-out text, as `val_loss` in nats per token and as `bits_per_byte`.
 
-    Both are None if nothing is held out. The bytes are those of the text that the tokens give back.
+    Both are None if nothing is held out. At most VAL_TOKENS are read, in windows at equal
+    distances. The bytes are those of the text that their targets give back.
     `tell` is called with how far the evaluation is.
     """
     import torch
@@ -31,21 +32,21 @@ def held_out_loss(run: Run, tell: Callable[[str], None]) -> dict[str, float | No
 
     settings = run.settings
     n_tokens, n_read = min(len(run.val), VAL_TOKENS), 0
-    loss, n_targets = torch.zeros((), dtype=torch.float64), 0
+    loss, predicted = torch.zeros((), dtype=torch.float64), list[int]()
     with torch.no_grad():
         for batch in data.held_out_windows(
             run.val, settings.seq_len, settings.batch_size, VAL_TOKENS
         ):
             loss += step.batch_loss(run, *step.windows(run, batch), None).item()
-            n_targets += batch.n_targets
+            predicted += batch.predicted.tolist()
             n_read += batch.ids.size
             tell(f"evaluating {min(1.0, n_read / n_tokens):.0%}")
-    if not n_targets:
+    if not predicted:
         return {"val_loss": None, "bits_per_byte": None}
     nats = run.ranks.total(loss)
-    text = decode(run.tokenizer, run.val.ids[:n_tokens].tolist())
+    text = decode(run.tokenizer, predicted)
     bits = nats / math.log(2) / max(1, len(text.encode("utf-8", "replace")))
-    return {"val_loss": nats / n_targets, "bits_per_byte": bits}
+    return {"val_loss": nats / len(predicted), "bits_per_byte": bits}
 
 
 def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
@@ -78,9 +79,9 @@ def evaluate(run: Run, console: "Console", tell: Callable[[str], None]) -> dict[
     loss = measured["val_loss"]
     better = False
     if loss is not None and math.isfinite(loss):
-        better = progress.best_val_loss is None or loss < progress.best_val_loss
+        better = progress.best_held_out_loss is None or loss < progress.best_held_out_loss
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
-        progress.best_val_loss = loss if better else progress.best_val_loss
+        progress.best_held_out_loss = loss if better else progress.best_held_out_loss
         progress.evaluations += 1
     model = run.ranks.gathered_model(run.model)
 
