@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+from functools import cache
 from typing import Any
 
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -32,17 +33,18 @@ def keep_freed_memory(largest: int = 1 << 30) -> None:
     libc.mallopt(M_ARENA_MAX, 1)
 
 
+@cache  # there is one hook, however often this is called
 def keep_freed_memory_once_training() -> None:
     """Call `keep_freed_memory` after the first step of any optimizer of torch in this process.
 
     A program that only reads and generates keeps the allocator as it is.
     """
+    set_once = cache(keep_freed_memory)
 
     def trained(*of_step: Any) -> None:
-        hook.remove()
-        keep_freed_memory()
+        set_once()
 
-    hook = register_optimizer_step_post_hook(trained)
+    register_optimizer_step_post_hook(trained)  # torch removes no hook while it calls hooks
 
 
 def give_back_freed_memory() -> None:

@@ -6,11 +6,29 @@ directly; a differentiable one goes through a plain autograd function.
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+def outside_autocast(backward: Callable) -> Callable:
+    """A `backward` of an autograd function that computes in its own dtypes inside `torch.autocast`.
+
+    Forward has chosen the dtypes. A product that autocast rounds would not fit to them.
+    """
+
+    @wraps(backward)
+    def run(ctx: Any, *grads: Tensor | None) -> Any:
+        device = next((g.device.type for g in grads if g is not None), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return backward(ctx, *grads)
+        with torch.autocast(device, enabled=False):
+            return backward(ctx, *grads)
+
+    return run
 
 
 class Differentiable:
@@ -53,7 +71,7 @@ class Differentiable:
             (torch.autograd.Function,),
             {
                 "forward": staticmethod(forward),
-                "backward": staticmethod(once_differentiable(plain)),
+                "backward": staticmethod(outside_autocast(once_differentiable(plain))),
             },
         )
 

@@ -47,8 +47,12 @@ def log_decays(dt: Tensor, A: Tensor) -> Tensor:
 
 
 def sums_of_log_decays(log_decays: Tensor, dim: int) -> Tensor:
-    """The cumulative sums along `dim`, added up in float64 and rounded once."""
-    return log_decays.cumsum(dim, dtype=torch.float64).to(log_decays.dtype)
+    """The cumulative sums along `dim`, added up in float64 and rounded once.
+
+    Apple's GPUs have no float64. There they are added up in the dtype of `log_decays`.
+    """
+    exact = log_decays.dtype if log_decays.device.type == "mps" else torch.float64
+    return log_decays.cumsum(dim, dtype=exact).to(log_decays.dtype)
 
 
 def step_sizes_backward(

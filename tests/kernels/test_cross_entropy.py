@@ -74,3 +74,8 @@ LOGITS, TARGETS = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
 def test_bad_arguments(logits, targets, error, names):
     with pytest.raises(error, match=names):
         cross_entropy_(logits, targets)
+
+
+def test_a_target_out_of_range_is_an_error():
+    with backend("eager"), pytest.raises(RuntimeError, match="out of bounds"):
+        cross_entropy_(torch.zeros(2, 5), torch.tensor([1, -1]))

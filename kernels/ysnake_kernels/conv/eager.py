@@ -136,7 +136,7 @@ class _Blocks:
             history = self.x.new_zeros(batch, channels, back)
         before = history.transpose(1, 2).to(self.acc)
         self.edge = torch.cat([before, self.x[:, :back].to(self.acc)], 1)
-        first, size = min(back, length), max(back, BLOCK_ELEMENTS // (batch * channels))
+        first, size = min(back, length), max(back, BLOCK_ELEMENTS // max(1, batch * channels))
         starts = range(first, length, size)
         self.spans = [(0, first), *((s, min(s + size, length)) for s in starts)]
         self.largest = max(end - start for start, end in self.spans)

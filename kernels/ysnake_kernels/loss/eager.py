@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
+from ysnake_kernels.loss.reference import IGNORED
+
 
 def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     """`ysnake_kernels.loss.cross_entropy_` of checked arguments."""
     exact = torch.promote_types(logits.dtype, torch.float32)
-    counts = (targets != -100)[:, None]
-    target = targets.clamp(min=0)[:, None]
+    counts = (targets != IGNORED)[:, None]
+    target = targets[:, None].masked_fill(~counts, 0)
     p = logits.to(exact)  # the same memory where the dtype is exact; turns into probabilities
     greatest = p.amax(1, keepdim=True)
     log_p = p.gather(1, target) - greatest

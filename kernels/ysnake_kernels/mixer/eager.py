@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.conv import eager as conv
+from ysnake_kernels.custom_op import outside_autocast
 from ysnake_kernels.linear import products_are_rounded
 from ysnake_kernels.mixer.inputs import BY_ROW, SEQ_IDX, TENSORS, MixerInputs
 from ysnake_kernels.mixer.output import MergedOutput, output_of
@@ -156,6 +157,7 @@ class _Mixer(torch.autograd.Function):
         return out, states
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dstates: Tensor | None) -> tuple:
         dt, *tensors = ctx.saved_tensors

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ysnake_kernels.conv import fused as conv
+from ysnake_kernels.custom_op import outside_autocast
 from ysnake_kernels.mixer.inputs import TENSORS, MixerInputs
 from ysnake_kernels.norm import fused as norm
 from ysnake_kernels.ssd import fused as scan
@@ -50,6 +51,7 @@ class _Mixer(torch.autograd.Function):
         return (normed if weight is None else F.linear(normed, weight, inputs.out_bias)), states
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dstates: Tensor | None) -> tuple:
         inputs = MixerInputs._make((*ctx.saved_tensors, *ctx.options))

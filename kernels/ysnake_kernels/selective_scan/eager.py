@@ -51,7 +51,7 @@ class _Tiles:
         most = max(1, TILE_ELEMENTS // (FEWEST_TOKENS * self.n))  # channels of all rows
         parts = -(-per_group // most)
         self.width = -(-per_group // parts)
-        self.height = min(self.rows, max(1, most // self.width))
+        self.height = max(1, min(self.rows, most // self.width))
         fitting = TILE_ELEMENTS // (self.height * self.width * self.n)
         self.block = min(self.length, max(FEWEST_TOKENS, fitting))
         self.blocks = -(-self.length // self.block)

@@ -165,8 +165,8 @@ def backward(
         at_edges = AtEdges(S, CS, *edges.before(dS, chunks))
         dV = add_gradients_across_edges(scan, piece, at_edges, G, flows_of[number], gradients)
         write(layout, dx[number], gradients.x, dV, piece.exit)
-        write(layout, dB[number], gradients.B.view(len(chunks), layout.b, -1, 1, layout.n))
-        write(layout, dC[number], gradients.C.view(len(chunks), layout.b, -1, 1, layout.n))
+        for into_piece, found in ((dB[number], gradients.B), (dC[number], gradients.C)):
+            write(layout, into_piece, found.unflatten(0, (len(chunks), layout.b)).unsqueeze(3))
         if S is not None:
             dS = at_edges.dentering[0]
 

@@ -45,7 +45,7 @@ class Layout:
         themselves: the first reads no state, and the state that leaves the last may not be wanted.
         A last chunk with fewer tokens is always a piece by itself.
         """
-        most = max(1, PIECE_ELEMENTS // (self.batch * self.q * self.heads * self.p))
+        most = max(1, PIECE_ELEMENTS // max(1, self.batch * self.q * self.heads * self.p))
         first = 0 if from_a_state else min(1, self.n_chunks - 1)
         last = self.n_chunks if from_a_state and self.last_q == self.q else self.n_chunks - 1
         count = ceil_divide(last - first, most)
@@ -102,7 +102,8 @@ class Layout:
     def by_token(self, t: Tensor) -> Tensor:
         """[chunk b q r] -> [batch length (g r)]."""
         t = self.unfold(t).permute(1, 0, 3, 2, 4)
-        return t.reshape(self.batch, -1, self.heads)[:, : self.length]
+        tokens = t.shape[1] * t.shape[2]
+        return t.reshape(self.batch, tokens, self.heads)[:, : self.length]
 
     def merge_heads(self, t: Tensor) -> Tensor:
         """[k b q r p] -> [(k b) q (r p)], a view."""

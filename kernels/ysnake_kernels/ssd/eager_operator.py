@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ysnake_kernels.custom_op import empty_gradients, with_none, without_none
+from ysnake_kernels.custom_op import (
+    empty_gradients,
+    outside_autocast,
+    with_none,
+    without_none,
+)
 from ysnake_kernels.ssd.eager import forward
 from ysnake_kernels.ssd.eager_backward import backward, gate_backward
 from ysnake_kernels.ssd.inputs import (
@@ -89,6 +94,7 @@ class _Scan(torch.autograd.Function):
         return out, final
 
     @staticmethod
+    @outside_autocast
     @once_differentiable
     def backward(ctx, dout, dstates):
         saved = ctx.saved_tensors  # read once: torch's checkpoint allows no second time
