@@ -103,8 +103,8 @@ class LanguageModel:
         from ysnake.text.tokenizer import encode
 
         _check("text", text, str)
-        config = self.decoder.model.config
-        ids = [config.bos_id, *encode(self.tokenizer, text)]
+        bos_id, _ = self.decoder.model.config.check_frame()
+        ids = [bos_id, *encode(self.tokenizer, text)]
         device = self.decoder.model.backbone.embeddings.weight.device
         logits, _ = self.decoder.step(torch.tensor([ids], device=device))
         return logits[0, :, : self.tokenizer.get_vocab_size()]

@@ -100,8 +100,13 @@ def listing(shown: Shown) -> list[list[str]]:
 
 
 def summary(folder: Path, shown: Shown) -> dict[str, str]:
-    """The summary of a run, as text."""
-    return {name: shown(name, value) for name, value in run_files.summary(folder).items()}
+    """The summary of a run, as text. The state of a damaged run says why it cannot be read."""
+    try:
+        found = run_files.summary(folder)
+    except (InputError, OSError) as error:
+        known = {"run": str(folder), "state": f"cannot be read: {error}"}
+        found = {**dict.fromkeys(run_files.SUMMARY), **known, "when": run_files.changed(folder)}
+    return {name: shown(name, value) for name, value in found.items()}
 
 
 def as_text(name: str, value: Any) -> str:

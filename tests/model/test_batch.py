@@ -88,6 +88,23 @@ def test_a_prompt_of_another_owner_is_not_read_on_from(served):
     assert len(set(texts)) == 1
 
 
+def test_jobs_of_clients_that_left_are_forgotten_while_another_writes(served):
+    tokenizer, m = checkpoint.load_tokenizer(served), checkpoint.load(served)
+    batch = Batch(Decoder(m), tokenizer, lambda news: None, rows=1)
+    batch.submit(Job((0, 5), Sampling(), 1_000_000))
+    left = [Job((0, 6), Sampling(), 4) for _ in range(20)]
+    for job in left:
+        batch.submit(job)
+        job.gone = True
+    end = time.monotonic() + 60
+    while (batch.reading or not batch.inbox.empty()) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert batch.writing
+    assert not batch.reading
+    batch.close()
+    batch.thread.join(60)
+
+
 def test_an_error_in_the_model_ends_requests_not_the_batch(served, caplog):
     tokenizer, m = checkpoint.load_tokenizer(served), checkpoint.load(served)
     bad, good = Job((0, 100_000), Sampling(), 4), Job((0, 5), Sampling(), 4)

@@ -8,7 +8,7 @@ import time
 import pytest
 from small import corpus, entry, model, saved
 
-from ysnake import serve
+from ysnake import serve, train
 from ysnake.checkpoints import checkpoint
 from ysnake.inference.batch import Batch, Job
 from ysnake.inference.decoding import Decoder
@@ -193,6 +193,20 @@ def test_files_with_a_template(chatty, tmp_path):
         settings.write_text(json.dumps(content))
         with pytest.raises(InputError, match=r"tokenizer_config\.json: "):
             chat_template.load(tmp_path, ours)
+
+
+def test_training_on_keeps_the_template_and_the_names_of_tokens(chatty, tmp_path):
+    before = chat_template.load(chatty, checkpoint.load_tokenizer(chatty))
+    text = corpus(tmp_path)
+    argv = ["--from", str(chatty), "--data", str(text), "--run", str(tmp_path / "run")]
+    argv += ["--seq-len", "16", "--batch-size", "2", "--max-steps"]
+    assert train.main([*argv, "1"]) == 0
+    assert train.main(["--run", str(tmp_path / "run"), "--resume", "--max-steps", "2"]) == 0
+    for name in ("last", "best"):
+        folder = tmp_path / "run" / name
+        ours = checkpoint.load_tokenizer(folder)
+        assert chat_template.load(folder, ours).render(TALK) == before.render(TALK)
+        assert chat_template.load(folder, ours).end_id == ours.token_to_id("<|im_end|>")
 
 
 def test_many_special_tokens_are_refused(chatty):

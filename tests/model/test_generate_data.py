@@ -371,6 +371,28 @@ def test_torn_anywhere(tmp_path, monkeypatch):
         reopened.close()
 
 
+def test_an_answer_that_does_not_fit_on_the_disk_leaves_no_trace(tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows has no limit to a file's size")
+    first, large, last = islice(questions.tasks("words", 0), 3)
+    opened = store(tmp_path / "corpus")
+    opened.add(first, document(first.entry), False, 40)
+    before = ledger(tmp_path).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"words\.txt: File too large"):
+            opened.add(large, document(large.entry) * 100, False, 40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ledger(tmp_path).read_bytes() == before
+    opened.add(last, document(last.entry), False, 40)  # another answer, on its way meanwhile
+    opened.close()
+    reopened = store(tmp_path / "corpus")
+    assert documents(tmp_path) == [document(first.entry), document(last.entry)]
+    assert next(reopened.tasks) == large
+    reopened.close()
+
+
 def test_a_file_of_another_hand_is_left_alone(tmp_path):
     (tmp_path / "words.txt").write_text("my own words\n")
     with pytest.raises(InputError, match=r"words\.txt: expected 0 bytes.*got 13"):

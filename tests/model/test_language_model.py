@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,15 @@ def test_generate_is_what_the_command_writes(folder, model, tmp_path):
     assert "".join(model.generate("The adder", 9, temperature=0, stream=True)) == text
     assert model.generate("The adder", 9, temperature=0, stop=[text[3:5]]) == text[:3]
     assert model.generate("The adder", 9, temperature=0, stop=text[3:5]) == text[:3]
+
+
+def test_a_model_without_a_first_token_is_refused(folder):
+    loaded = ysnake.load(folder)
+    m = loaded.decoder.model
+    m.use_config(replace(m.config, bos_id=None))
+    for ask in (loaded.logits, loaded.loss):
+        with pytest.raises(InputError, match="bos_id: expected a token"):
+            ask("The boa")
 
 
 def test_loss_follows_from_the_logits(model):

@@ -36,6 +36,11 @@ def test_the_text_is_not_read_again(first, tmp_path):
     assert train.main(argv) == 0
 
 
+def test_an_option_may_be_written_with_underscores(first, tmp_path):
+    argv = ["--tokens_from", str(first), "--run", str(tmp_path / "new"), "--max_steps", "1"]
+    assert settings.parse(argv).tokens_from == first
+
+
 def test_it_works_for_other_settings_of_the_model(first, tmp_path, capsys):
     other = tmp_path / "other"
     sizes = ["--d-model", "16", "--n-layers", "1", "--d-state", "4", "--head-dim", "4"]

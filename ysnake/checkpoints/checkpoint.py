@@ -55,6 +55,7 @@ def save(
     training: dict[str, Any] | None = None,
     progress: dict[str, Any] | None = None,
     optimizer: Path | None = None,
+    tokenizer_settings: dict[str, str] | None = None,
 ) -> None:
     """Write a checkpoint folder, completely or not at all. An existing one becomes `folder`.old.
 
@@ -65,6 +66,7 @@ def save(
         training: tensors and plain values that resuming needs; `load_training` reads them.
         progress: plain values about the run, for people.
         optimizer: a folder that is moved into this one.
+        tokenizer_settings: for tokenizer_config.json, such as a chat template.
 
     Raises:
         InputError: a file cannot be written. The message names it; the folder is unchanged.
@@ -78,7 +80,11 @@ def save(
         WEIGHTS: lambda path: save_file(_weights(model), path, {"format": "pt"}),
     }
     if tokenizer is not None:
-        files[tokenizers.FILE] = lambda path: tokenizers.save(tokenizer, path.parent)
+        c = model.config
+        ids = {"bos_token": c.bos_id, "eos_token": c.eos_id, "pad_token": c.pad_id}
+        named = {k: tokenizer.id_to_token(id) for k, id in ids.items() if id is not None}
+        settings = named | (tokenizer_settings or {})
+        files[tokenizers.FILE] = lambda path: tokenizers.save(tokenizer, path.parent, settings)
     if training is not None:
         files[STATE] = lambda path: _write_pickled(path, training)
     if progress is not None:

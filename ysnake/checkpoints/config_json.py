@@ -58,8 +58,9 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         "use_cache": True,
         "dtype": "float32",
     }
-    if not math.isinf(config.dt_limit[1]):
-        out["time_step_limit"] = list(config.dt_limit)
+    if config.dt_limit != ModelConfig.dt_limit:
+        low, high = config.dt_limit
+        out["time_step_limit"] = [low, {"__float__": "Infinity"} if math.isinf(high) else high]
     return out
 
 

@@ -85,9 +85,14 @@ class DocumentStore:
             at = self.file.seek(0, os.SEEK_END)
             document = ((f"{EOT}\n" if at else "") + text + "\n").encode()
             record |= {"at": at, "bytes": len(document)}
+        before = self.ledger.seek(0, os.SEEK_END)
         append(self.ledger, (json.dumps(record, ensure_ascii=False) + "\n").encode(), self.path)
-        if document:
-            append(self.file, document, self.path)
+        try:
+            if document:
+                append(self.file, document, self.path)
+        except InputError:
+            self.ledger.truncate(before)  # other answers may still be added
+            raise
         self.counts[verdict] += 1
         if verdict == KEPT:
             self.seen.add(text)

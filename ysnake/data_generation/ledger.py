@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ysnake.shared.errors import InputError
+from ysnake.shared.run_lock import try_lock
 
 KEPT = "kept"
 DROPPED = ("refusal", "stub", "duplicate", "near duplicate")
@@ -33,14 +34,8 @@ def append(file: BinaryIO, data: bytes, path: Path) -> None:
 
 def lock(file: BinaryIO, path: Path) -> None:
     """Lock a file for this process until the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no flock
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{path}: another process is writing it") from None
+    if try_lock(file.fileno()) is False:
+        raise InputError(f"{path}: another process is writing it")
 
 
 def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]]:

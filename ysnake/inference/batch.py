@@ -127,12 +127,10 @@ class Batch:
 
     def _read(self, news: News) -> None:
         """Read about PROMPT_STEP tokens of waiting prompts, so that writing continues soon."""
+        self.reading = deque(job for job in self.reading if not job.gone)
         left = PROMPT_STEP
         while left > 0 and self.reading and len(self.writing) < self.rows:
             job = self.reading[0]
-            if job.gone:
-                self.reading.popleft()
-                continue
             reader: Context | MeanState
             if job.embeds:
                 reader = job.pooled = job.pooled or MeanState(self.model)

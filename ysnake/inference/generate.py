@@ -111,7 +111,7 @@ class Context:
         """
         kept = [(name, p) for name, p in self.model.named_parameters() if "_proj." not in name]
         kept = [(name, p) for name, p in kept if not name.startswith("lm_head.")]
-        norms = [float(p.detach().double().sum()).hex() for _, p in kept]
+        norms = [float(p.detach().cpu().double().sum()).hex() for _, p in kept]
         return " ".join([str(self.model.config.vocab_size), *norms])
 
 

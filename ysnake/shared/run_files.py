@@ -97,8 +97,18 @@ def parameters(folder: Path) -> int | None:
         return None
 
 
+SUMMARY = (
+    *("run", "state", "parameters", "data", "steps", "loss"),
+    *("best held-out loss", "best bits per byte", "tokens/s", "when"),
+)
+
+
 def summary(folder: Path) -> dict[str, Any]:
-    """The run in a few values; None stands for what is not known."""
+    """The run in a few values; None stands for what is not known.
+
+    Raises:
+        InputError: a file of the run is damaged.
+    """
     lines = metrics(folder)
     losses = [line["train_loss"] for line in lines[-RECENT:] if line.get("train_loss") is not None]
     held_out = [line["val_loss"] for line in lines if line.get("val_loss") is not None]

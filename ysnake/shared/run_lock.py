@@ -25,6 +25,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 LONGEST_NAME = 200  # characters of a lock file that are shown
 LOCKED_BYTE = 1 << 30  # on Windows, where locked bytes cannot be read: far behind the content
 POLL = 0.02  # seconds between two tries
+LOOK = 0.5  # seconds that `held` takes at most, since it locks the file for a moment
 
 
 @contextmanager
@@ -68,13 +69,13 @@ def lock(path: Path, busy: str, patience: float = 0.0) -> Iterator[bool]:
 
 
 def held(path: Path) -> bool:
-    """Whether a process holds the lock file `path`."""
+    """Whether a process holds the lock file `path`. It is locked for a moment to find out."""
     try:
         descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     except OSError:  # not there, or not for us to open
         return False
     try:
-        return _try(descriptor) is False
+        return try_lock(descriptor) is False
     finally:
         os.close(descriptor)
 
@@ -91,7 +92,7 @@ def _locked(path: Path, busy: str, until: float) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         keep = False
         try:
-            free = _try(descriptor)
+            free = try_lock(descriptor)
             if free is None:
                 return None
             if not free and time.monotonic() >= until:
@@ -106,7 +107,7 @@ def _locked(path: Path, busy: str, until: float) -> int | None:
             time.sleep(POLL)
 
 
-def _try(descriptor: int) -> bool | None:
+def try_lock(descriptor: int) -> bool | None:
     """Try to lock an open file.
 
     Returns False if another process holds the lock, None on a file system without locks.

@@ -85,15 +85,28 @@ def load(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
     Raises:
         InputError: the template cannot be used. The message names its file.
     """
-    path, settings = folder / FILE, {}
-    if (folder / SETTINGS).is_file():
-        settings = read_json(folder / SETTINGS)
-        if not isinstance(settings, dict):
-            raise InputError(f"{folder / SETTINGS}: expected an object")
+    found = read(folder)
+    if found is None:
+        return None
+    path, source = found
+    try:
+        return ChatTemplate(source, tokenizer, _named_tokens(_settings(folder)))
+    except InputError as error:
+        raise InputError(f"{path}: chat template: {error}") from error
+
+
+def read(folder: Path) -> tuple[Path, str] | None:
+    """The file with the chat template of a checkpoint folder, and the template, if it has one.
+
+    Raises:
+        InputError: the file is damaged. The message names it.
+    """
+    path = folder / FILE
     source: Any
     if path.is_file():
         source = _source(path)
     else:
+        settings = _settings(folder)
         path, source = folder / SETTINGS, settings.get("chat_template")
         if isinstance(source, list):  # several, each with a name
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
@@ -103,10 +116,24 @@ def load(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
     if not isinstance(source, str):
         raise InputError(f"{path}: chat_template: expected a text")
     manifest.verify(path)
-    try:
-        return ChatTemplate(source, tokenizer, _named_tokens(settings))
-    except InputError as error:
-        raise InputError(f"{path}: chat template: {error}") from error
+    return path, source
+
+
+def kept(folder: Path) -> dict[str, str]:
+    """The settings in tokenizer_config.json that a training hands on: for chats, they belong to the
+    model. The names of special tokens, and the chat template, if there is one."""
+    found = read(folder)
+    template = {} if found is None else {"chat_template": found[1]}
+    return _named_tokens(_settings(folder)) | template
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The content of tokenizer_config.json, if it is there."""
+    path = folder / SETTINGS
+    settings = read_json(path) if path.is_file() else {}
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: expected an object")
+    return settings
 
 
 def _source(path: Path) -> str:

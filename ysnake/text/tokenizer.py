@@ -7,7 +7,7 @@ characters, and a character never seen is dropped. Both are `tokenizers.Tokenize
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -136,19 +136,20 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json, and the tokenizer_config.json that transformers reads."""
+def save(tokenizer: Tokenizer, folder: Path, settings: Mapping[str, str | None]) -> None:
+    """Write tokenizer.json, and the tokenizer_config.json that transformers reads.
+
+    `settings`: what the latter gets besides, such as the "eos_token".
+    """
     (folder / FILE).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    settings = {
+    written = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": EOT,
-        "eos_token": EOT,
-        "pad_token": EOT,
+        **settings,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
         "model_max_length": 10**30,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
 def load(folder: Path) -> Tokenizer:

@@ -88,7 +88,8 @@ def evaluate(run: Run, console: "Console", tell: Callable[[str], None]) -> dict[
     def write() -> None:
         assert model is not None  # on the first rank
         if better:
-            checkpoint.save(run.folder / "best", model, run.tokenizer)
+            kept = run.tokenizer_settings
+            checkpoint.save(run.folder / "best", model, run.tokenizer, tokenizer_settings=kept)
         prompt, written = sample(run, model, progress.step // run.settings.eval_every)
         held_out = "" if loss is None else f", held-out loss {loss:.3f}"
         head = f"step {progress.step}: loss {progress.mean_loss:.3f}{held_out}"

@@ -34,12 +34,15 @@ NO_TEXT = "no text in these files"
 def start(settings: Settings, console: "Console") -> Run:
     """Make the folder of a new run: tokenizer, tokens on disk, first weights. All or nothing."""
     from ysnake.checkpoints import checkpoint
-    from ysnake.text import data
+    from ysnake.text import chat_template, data
 
     run_folder.check_free(settings.run)
     corpus = _open_corpus(settings)
     device = cli.pick_device(settings.device)
     settings.precision, about_precision = precision.choose_precision(settings.precision, device)
+    kept: dict[str, str] = {}
+    if settings.from_ is not None:
+        kept = chat_template.kept(checkpoint.resolve(settings.from_))
 
     def fill(folder: Path) -> "tuple[Tokenizer, Model, list[str]]":
         tokenizer, model, speed = _tokenizer_and_model(settings, corpus, device, console)
@@ -66,7 +69,9 @@ def start(settings: Settings, console: "Console") -> Run:
             said += expectation.lines(settings, model.config, n_tokens, speed)
         manifest.write(tokens)
         here = replace(settings, run=folder)
-        save_last(assemble(here, model, tokenizer, Progress(), Ranks()))
+        run = assemble(here, model, tokenizer, Progress(), Ranks())
+        run.tokenizer_settings = kept
+        save_last(run)
         launch.record_launch(folder)
         settings_of.write(here)
         checkpoint.sync(folder)
@@ -79,7 +84,9 @@ def start(settings: Settings, console: "Console") -> Run:
     console.print(f"[bold]{cli.markup(folder)}[/]: {model.n_parameters():,} parameters on {device}")
     for line in [*said, *about_precision]:
         console.print(escape_controls(line), markup=False)
-    return assemble(settings, model, tokenizer, Progress(), Ranks())
+    run = assemble(settings, model, tokenizer, Progress(), Ranks())
+    run.tokenizer_settings = kept
+    return run
 
 
 def _tokenizer_and_model(

@@ -32,7 +32,9 @@ def open_run(settings: Settings, ranks: Ranks, console: "Console") -> Iterator[R
 
         def take_lock() -> None:
             with cli.writing(settings.folder):
-                held.enter_context(run_lock.lock(settings.folder / run_lock.TRAINING, busy))
+                held.enter_context(
+                    run_lock.lock(settings.folder / run_lock.TRAINING, busy, run_lock.LOOK)
+                )
                 run_folder.remove_leftovers(settings.folder.parent)
 
         ranks.on_first(take_lock)

@@ -94,6 +94,7 @@ def _resumed(
 ) -> Run:
     """Restore the run from what its checkpoint contains."""
     from ysnake.checkpoints import checkpoint
+    from ysnake.text import chat_template
 
     config = own_config(model.config, settings)
     if config.output_size is not None:
@@ -116,6 +117,7 @@ def _resumed(
     if progress.ended in ("interrupted", "diverged"):
         progress.ended = None
     run = assemble(settings, model, tokenizer, progress, ranks)
+    run.tokenizer_settings = chat_template.kept(last)
     for side, count in zip(("train", "val"), saved.get("corpus", ()), strict=False):
         if len(getattr(run, side)) != count:
             path = run.folder / "data" / f"{side}.tokens"

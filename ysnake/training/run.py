@@ -69,6 +69,7 @@ class Run:
     loss: "Callable[..., torch.Tensor]"  # of this rank's part of a batch
     carried: "State | None" = None  # with --carry-state: the state with which the next step starts
     replays: "Replays | None" = None  # on a GPU, of step.add_gradients
+    tokenizer_settings: dict[str, str] = field(default_factory=dict)  # that checkpoints keep
 
     @property
     def folder(self) -> Path:
@@ -171,6 +172,7 @@ def save_last(run: Run) -> None:
         assert model is not None  # on the first rank
         training["head"] = checkpoint.head_factors(model)
         parts = shards if ranks.sharded and shards.exists() else None
-        checkpoint.save(run.folder / "last", model, run.tokenizer, training, progress, parts)
+        rest = (training, progress, parts, run.tokenizer_settings)
+        checkpoint.save(run.folder / "last", model, run.tokenizer, *rest)
 
     ranks.on_first(write)

@@ -40,9 +40,8 @@ def make(wanted: Path | None, default: Path, fill: Callable[[Path], Result]) -> 
         if base.parent.exists() and not base.parent.is_dir():  # mkdir would say "File exists"
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         base.parent.mkdir(parents=True, exist_ok=True)
-        with run_lock.lock(
-            new.with_suffix(".lock"), f"{base}: another process removes this folder"
-        ):
+        busy = f"{base}: another process removes this folder"
+        with run_lock.lock(new.with_suffix(".lock"), busy, run_lock.LOOK):
             try:
                 new.mkdir()
                 result = fill(new)

@@ -105,7 +105,8 @@ def _look_ahead(argv: list[str]) -> dict[str, Any]:
     first.add_argument("--from", type=Path, dest="from_")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--data", nargs="*")
-    return vars(first.parse_known_args([a for a in argv if a not in ("-h", "--help")])[0])
+    named = [a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in argv]
+    return vars(first.parse_known_args([a for a in named if a not in ("-h", "--help")])[0])
 
 
 def _complete(
