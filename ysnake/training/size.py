@@ -60,9 +60,9 @@ class Size:
 
 MEASURED_ON = "Vim's documentation (9.4 MB)"
 SIZES = {
-    "3M": Size(256, 4, 64, 4096, measured=((0.31e6, 1.69), (1.1e6, 1.38), (2.2e6, 1.23))),
+    "3M": Size(256, 4, 64, 4096, measured=((0.31e6, 1.22),)),
     "10M": Size(384, 7, 128, 8192),
-    "24M": Size(512, 10, 128, 13_183, measured=((0.41e6, 1.53),)),
+    "24M": Size(512, 10, 128, 13_183, measured=((0.18e6, 1.26),)),
     "71M": Size(768, 13, 128, 28_590),
 }
 NAMES = (*SIZES, AUTO)
