@@ -54,13 +54,15 @@ def test_a_factorised_head_is_saved_as_its_product(tmp_path):
 
 
 def test_special_tokens_have_the_names_that_the_configuration_gives(tmp_path):
+    ours = json.loads((saved(tmp_path) / "tokenizer_config.json").read_text())
+    assert {ours[f"{role}_token"] for role in ("bos", "eos", "pad")} == {tokenizer.EOT}
     learnt = tokenizer.train("bpe", [TEXT * 9], 300)
     learnt.add_special_tokens(["<s>", "</s>"])
     begin, end = (learnt.token_to_id(token) for token in ("<s>", "</s>"))
     m = model(vocab=learnt.get_vocab_size())
     m.use_config(replace(m.config, bos_id=begin, eos_id=end, pad_id=None))
-    checkpoint.save(tmp_path / "m", m, learnt)
-    written = json.loads((tmp_path / "m/tokenizer_config.json").read_text())
+    checkpoint.save(tmp_path / "other", m, learnt)
+    written = json.loads((tmp_path / "other/tokenizer_config.json").read_text())
     assert (written["bos_token"], written["eos_token"]) == ("<s>", "</s>")
     assert "pad_token" not in written
 
@@ -288,12 +290,12 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path, message):
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     folder = saved(tmp_path)
     other = tokenizer.train("bpe", ["quite other words, and more of them " * 9], 300)
-    tokenizer.save(other, folder, {})
+    tokenizer.save(other, folder)
     with pytest.raises(InputError, match=r"tokenizer\.json: damaged or exchanged"):
         checkpoint.load_tokenizer(folder)
     (folder / "manifest.json").unlink()  # as in a checkpoint that transformers wrote
     small = tokenizer.train("word", ["few words"], 20)
-    tokenizer.save(small, folder, {})
+    tokenizer.save(small, folder)
     with pytest.raises(InputError, match="do not fit a model with 320 rows"):
         checkpoint.load_tokenizer(folder)
     (folder / "tokenizer.json").unlink()

@@ -80,7 +80,7 @@ def another_model(path):
 
 
 def another_tokenizer(path):
-    tokenizer.save(tokenizer.train("bpe", ["quite other words " * 9], 300), path.parent, {})
+    tokenizer.save(tokenizer.train("bpe", ["quite other words " * 9], 300), path.parent)
 
 
 DAMAGE = {

@@ -231,7 +231,7 @@ def two_runs(tmp_path_factory):
 
 def test_runs_are_listed(two_runs, monkeypatch, capsys):
     monkeypatch.chdir(two_runs)
-    (two_runs / "runs/first/metrics.jsonl").open("a").write('{"step": 4, "torn')
+    (two_runs / "runs/first/metrics.jsonl").open("a").write('5\n{}\n{"step": 4, "torn')
     assert runs.main(["--csv"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith("run,state,parameters,data,steps,loss")

@@ -1,6 +1,5 @@
 """Tokenizers: any input, exact round trips, the fallback of words, reuse from disk."""
 
-import json
 import random
 
 import pytest
@@ -87,8 +86,6 @@ def test_saved_and_loaded_is_the_same(kind, request, tmp_path):
     loaded = t.load(tmp_path)
     for text in [*STRANGE, TEXT]:
         assert t.encode(loaded, text) == t.encode(tokenizer, text)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert {settings[f"{role}_token"] for role in ("bos", "eos", "pad")} == {t.EOT}
 
 
 @pytest.mark.parametrize("kind", ["bpe", "word"])

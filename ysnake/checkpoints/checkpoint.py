@@ -82,9 +82,11 @@ def save(
     if tokenizer is not None:
         c = model.config
         ids = {"bos_token": c.bos_id, "eos_token": c.eos_id, "pad_token": c.pad_id}
-        named = {k: tokenizer.id_to_token(id) for k, id in ids.items() if id is not None}
+        size = tokenizer.get_vocab_size()
+        known = {k: id for k, id in ids.items() if id is not None and 0 <= id < size}
+        named = {name: tokenizer.id_to_token(id) for name, id in known.items()}
         settings = named | (tokenizer_settings or {})
-        files[tokenizers.FILE] = lambda path: tokenizers.save(tokenizer, path.parent, settings)
+        files[tokenizers.FILE] = lambda path: tokenizers.save(tokenizer, path.parent, **settings)
     if training is not None:
         files[STATE] = lambda path: _write_pickled(path, training)
     if progress is not None:

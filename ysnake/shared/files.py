@@ -24,6 +24,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the file cannot be written. The message names it.
     """
+    if not path.name:  # "." or "/"
+        raise InputError(f"{path}: expected a file to write, found a folder")
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         if path.exists() and not path.is_symlink() and not stat.S_ISREG(path.stat().st_mode):

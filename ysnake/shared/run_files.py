@@ -28,13 +28,15 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def parse_metrics(text: bytes) -> list[dict[str, Any]]:
-    """The complete lines of a part of metrics.jsonl."""
+    """The complete lines of a part of metrics.jsonl. Lines that are not metrics are left out."""
     found = []
     for line in text.splitlines():
         try:
-            found.append(json.loads(line))
+            metrics = json.loads(line)
         except ValueError:  # a process was killed while it wrote this line
             continue
+        if isinstance(metrics, dict) and "step" in metrics:
+            found.append(metrics)
     return found
 
 

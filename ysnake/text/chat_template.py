@@ -121,7 +121,13 @@ def read(folder: Path) -> tuple[Path, str] | None:
 
 def kept(folder: Path) -> dict[str, str]:
     """The settings in tokenizer_config.json that a training hands on: for chats, they belong to the
-    model. The names of special tokens, and the chat template, if there is one."""
+    model. The names of special tokens, and the chat template, if there is one.
+
+    Raises:
+        InputError: a file is damaged. The message names it.
+    """
+    if (folder / SETTINGS).is_file():
+        manifest.verify(folder / SETTINGS)
     found = read(folder)
     template = {} if found is None else {"chat_template": found[1]}
     return _named_tokens(_settings(folder)) | template

@@ -7,7 +7,7 @@ characters, and a character never seen is dropped. Both are `tokenizers.Tokenize
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -136,7 +136,7 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def save(tokenizer: Tokenizer, folder: Path, settings: Mapping[str, str | None]) -> None:
+def save(tokenizer: Tokenizer, folder: Path, **settings: str | None) -> None:
     """Write tokenizer.json, and the tokenizer_config.json that transformers reads.
 
     `settings`: what the latter gets besides, such as the "eos_token".

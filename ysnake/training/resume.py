@@ -71,10 +71,12 @@ def _verify_tokens(folder: Path) -> None:
 
 def _read_last(folder: Path) -> tuple[Path, dict[str, Any], "Model", "Tokenizer"]:
     from ysnake.checkpoints import checkpoint
+    from ysnake.text import chat_template
 
     def read(last: Path) -> tuple[dict[str, Any], "Model", "Tokenizer"]:
-        saved = checkpoint.load_training(last)
-        return saved, checkpoint.load(last), checkpoint.load_tokenizer(last)
+        saved, model = checkpoint.load_training(last), checkpoint.load(last)
+        tokenizer = checkpoint.load_tokenizer(last)
+        return saved | {"kept": chat_template.kept(last)}, model, tokenizer
 
     for name in WRITTEN:
         if (folder / name).is_symlink():
@@ -94,7 +96,6 @@ def _resumed(
 ) -> Run:
     """Restore the run from what its checkpoint contains."""
     from ysnake.checkpoints import checkpoint
-    from ysnake.text import chat_template
 
     config = own_config(model.config, settings)
     if config.output_size is not None:
@@ -117,7 +118,7 @@ def _resumed(
     if progress.ended in ("interrupted", "diverged"):
         progress.ended = None
     run = assemble(settings, model, tokenizer, progress, ranks)
-    run.tokenizer_settings = chat_template.kept(last)
+    run.tokenizer_settings = saved["kept"]
     for side, count in zip(("train", "val"), saved.get("corpus", ()), strict=False):
         if len(getattr(run, side)) != count:
             path = run.folder / "data" / f"{side}.tokens"
