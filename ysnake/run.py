@@ -12,6 +12,7 @@ from ysnake.inference.model_options import ModelOptions
 from ysnake.inference.sampling import Sampling
 from ysnake.shared import cli, terminal
 from ysnake.shared.errors import InputError
+from ysnake.shared.files import check_place
 
 
 @dataclass
@@ -44,6 +45,8 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         raise InputError("expected texts of at least one character", field="--stop")
     if options.prompt is not None and options.prompt_file is not None:
         raise InputError("cannot be combined with --prompt", field="--prompt-file")
+    if options.save_state is not None:
+        check_place(options.save_state, "--save-state")  # before a long prompt is read
     decoder, tokenizer = options.model.load()
 
     from ysnake.inference.generate import Context

@@ -215,7 +215,12 @@ LIST = {
     "other.state: the state of another model": (run, *MODEL, "--load-state", "other.state"),
     "shape.state: not a saved state (1.ssm is": (run, *MODEL, "--load-state", "shape.state"),
     "part.state: not a saved state (logits is": (run, *MODEL, "--load-state", "part.state"),
-    "nowhere/x: No such file or directory": (run, *MODEL, "--save-state", "nowhere/x"),
+    "--save-state: nowhere: no such folder; make it first": (
+        run,
+        *MODEL,
+        "--save-state",
+        "nowhere/x",
+    ),
     "--threads: expected 1 to 4096, got 0": (run, *MODEL, "--threads", "0"),
     "--device: cpu:3 is not available here": (run, *MODEL, "--device", "cpu:3"),
     # evaluate

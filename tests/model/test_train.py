@@ -316,9 +316,11 @@ def test_a_sample_takes_a_line_of_the_screen(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("short_samples")
 def test_a_warm_up_longer_than_the_time_is_said_at_the_end(tmp_path, capsys):
-    fit(tmp_path, "--max-minutes", 1e-9, "--warmup-steps", 2)
+    run = fit(tmp_path, "--max-minutes", 1e-9, "--warmup-steps", 2)
     said = capsys.readouterr().out
     assert "the warm-up takes 2 steps; a lower --warmup-steps helps" in said
+    suggested = float(" ".join(said.split()).partition("--resume --max-minutes ")[2].split()[0])
+    assert 60 * suggested > metrics(run)[-1]["seconds"]
     fit(tmp_path, "--max-minutes", 1e-9, "--warmup-steps", 1)
     assert "--warmup-steps helps" not in capsys.readouterr().out
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
+from ysnake.shared.files import check_place
 
 MODELFILE = "Modelfile"
 WRITTEN_BY_US = "# Written by ysnake.export. It replaces this file only if nobody has changed it."
@@ -32,10 +33,7 @@ def check(file: Path) -> Path:
         InputError: there is no folder to write to, or writing would replace a file that this
             command did not write or that was changed.
     """
-    if not file.name:
-        raise InputError(f"expected a file to write, got {file}", field="--gguf")
-    if not file.parent.is_dir():
-        raise InputError(f"{file.parent}: no such folder; make it first", field="--gguf")
+    check_place(file, "--gguf")
     beside = file.with_name(MODELFILE)
     if file.name.lower() == MODELFILE.lower():
         raise InputError(

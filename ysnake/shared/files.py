@@ -14,6 +14,14 @@ from ysnake.shared.errors import InputError
 LARGEST_JSON = 1 << 26  # bytes
 
 
+def check_place(path: Path, field: str) -> None:
+    """Raise InputError for `field`, unless a file can be written at `path` as far as names tell."""
+    if not path.name:  # "." or "/"
+        raise InputError(f"expected a file to write, got {path}", field=field)
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent}: no such folder; make it first", field=field)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a new, empty file beside `path`. It replaces `path` when the block ends.

@@ -99,9 +99,10 @@ def summary(run: Run, program: str = cli.MODULES) -> str:
 def _further(run: Run) -> str | None:
     """The option with which a finished run can be trained further; None for an interrupted one."""
     settings, progress = run.settings, run.progress
+    minutes = max(settings.max_minutes or 0, progress.elapsed / 60)  # an evaluation may take longer
     return {
         "steps": f"--max-steps {2 * progress.step}",
-        "time": f"--max-minutes {2 * (settings.max_minutes or 0):g}",
+        "time": f"--max-minutes {2 * minutes:.3g}",
         "loss": f"--stop-at-loss {(settings.stop_at_loss or 0) / 2:g}",
         "patience": f"--patience {2 * (settings.patience or 0)}",
         "diverged": f"--lr {settings.lr / 3:.2g}",
