@@ -171,7 +171,7 @@ def training_windows(tokens: Tokens, seq_len: int, batch_size: int, index: int, 
     for i in range(batch_size):
         epoch, k = divmod(index * batch_size + i, per_epoch)
         offset, order = _shuffle(seed, epoch, len(tokens), per_epoch)
-        starts[i] = offset + order[k] * seq_len
+        starts[i] = offset + int(order[k]) * seq_len
     return tokens.windows(starts, seq_len)
 
 
