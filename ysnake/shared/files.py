@@ -15,7 +15,7 @@ LARGEST_JSON = 1 << 26  # bytes
 
 
 def check_place(path: Path, field: str) -> None:
-    """Raise InputError for `field`, unless a file can be written at `path` as far as names tell."""
+    """Raise InputError for the option `field` if `path` names no file, or has no folder."""
     if not path.name:  # "." or "/"
         raise InputError(f"expected a file to write, got {path}", field=field)
     if not path.parent.is_dir():

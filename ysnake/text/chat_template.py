@@ -120,8 +120,9 @@ def read(folder: Path) -> tuple[Path, str] | None:
 
 
 def kept(folder: Path) -> dict[str, str]:
-    """The settings in tokenizer_config.json that a training hands on: for chats, they belong to the
-    model. The names of special tokens, and the chat template, if there is one.
+    """The settings of a checkpoint's tokenizer that further training keeps.
+
+    They are the names of special tokens, and the chat template if there is one.
 
     Raises:
         InputError: a file is damaged. The message names it.

@@ -76,7 +76,7 @@ def _read_last(folder: Path) -> tuple[Path, dict[str, Any], "Model", "Tokenizer"
     def read(last: Path) -> tuple[dict[str, Any], "Model", "Tokenizer"]:
         saved, model = checkpoint.load_training(last), checkpoint.load(last)
         tokenizer = checkpoint.load_tokenizer(last)
-        return saved | {"kept": chat_template.kept(last)}, model, tokenizer
+        return saved | {"tokenizer_settings": chat_template.kept(last)}, model, tokenizer
 
     for name in WRITTEN:
         if (folder / name).is_symlink():
@@ -118,7 +118,7 @@ def _resumed(
     if progress.ended in ("interrupted", "diverged"):
         progress.ended = None
     run = assemble(settings, model, tokenizer, progress, ranks)
-    run.tokenizer_settings = saved["kept"]
+    run.tokenizer_settings = saved["tokenizer_settings"]
     for side, count in zip(("train", "val"), saved.get("corpus", ()), strict=False):
         if len(getattr(run, side)) != count:
             path = run.folder / "data" / f"{side}.tokens"
