@@ -76,6 +76,7 @@ setup(
         "safetensors>=0.5",
         "numpy>=1.26",
         "tyro>=1.0.17",
+        "docstring-parser>=0.16",
         "rich>=13.9",
         "matplotlib>=3.9",
     ],

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
         print(f"{usage()}\n\n{advice()}")
         return cli.DONE
     name, *rest = argv
+    name = name.replace("_", "-") if not name.startswith("-") else name
     if name in ("--help", "-h", "help"):
         print(usage())
         return cli.DONE

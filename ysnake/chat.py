@@ -7,7 +7,7 @@ from tyro.conf import arg
 
 from ysnake.inference.model_options import ModelOptions
 from ysnake.inference.sampling import Sampling
-from ysnake.shared import cli
+from ysnake.shared import cli, run_files
 from ysnake.shared.errors import InputError
 
 
@@ -31,6 +31,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         raise InputError(f"expected at least 1, got {options.max_tokens}", field="--max-tokens")
     if "" in options.stop:
         raise InputError("expected texts of at least one character", field="--stop")
+    run_files.check_no_model(options.stop, "--stop")
     decoder, tokenizer = options.model.load()
 
     from ysnake.inference.chat import Chat

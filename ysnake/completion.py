@@ -14,10 +14,6 @@ from tyro.conf import Positional
 
 from ysnake.shared import cli
 
-# A shell takes each line for a completion, but tyro's help texts may have several lines.
-PRINTED = "print(completion)"
-WITHOUT_BREAKS = "print(completion.replace(chr(10), chr(32)))"
-
 
 @dataclass
 class Options:
@@ -47,7 +43,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
             config=(*cli.STYLE, tyro.conf.OmitSubcommandPrefixes),
             registry=cli.KINDS,
         )
-    print(script.getvalue().replace(PRINTED, WITHOUT_BREAKS))
+    print(script.getvalue())
     if options.shell == "bash":  # where tyro knows no completion, complete the names of files
         print("complete -o default -F _tyro_ysnake ysnake")
     return cli.DONE

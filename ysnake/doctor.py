@@ -96,8 +96,8 @@ def processor() -> str:
 def memory() -> str:
     from ysnake.training.memory import available
 
-    free = available()
-    return "not known" if free is None else f"{free / 1e9:.1f} GB available"
+    size = available()
+    return "not known" if size is None else f"{size / 1e9:.1f} GB, of this machine or container"
 
 
 def packages() -> dict[str, str]:

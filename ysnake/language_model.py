@@ -75,6 +75,8 @@ class LanguageModel:
         _check("max_tokens", max_tokens, int)
         for text in stops:
             _check("stop", text, str)
+            if not text:
+                raise InputError("expected texts of at least one character", field="stop")
         for name, kind in get_type_hints(Sampling).items():
             if name in sampling:
                 _check(name, sampling[name], kind)

@@ -10,8 +10,8 @@ from tyro.conf import arg
 from ysnake.inference.conversation import complete, converse, read
 from ysnake.inference.model_options import ModelOptions
 from ysnake.inference.sampling import Sampling
-from ysnake.shared import cli, terminal
-from ysnake.shared.errors import InputError
+from ysnake.shared import cli, run_files, terminal
+from ysnake.shared.errors import InputError, why
 from ysnake.shared.files import check_place
 
 
@@ -43,6 +43,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         raise InputError(f"expected at least 1, got {options.max_tokens}", field="--max-tokens")
     if "" in options.stop:
         raise InputError("expected texts of at least one character", field="--stop")
+    run_files.check_no_model(options.stop, "--stop")
     if options.prompt is not None and options.prompt_file is not None:
         raise InputError("cannot be combined with --prompt", field="--prompt-file")
     if options.save_state is not None:
@@ -88,7 +89,7 @@ def read_prompt(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise terminal.not_text(str(path), error.start, "utf-8") from error
     except OSError as error:
-        raise InputError(f"--prompt-file: {path}: {error.strerror}") from error
+        raise InputError(f"--prompt-file: {path}: {why(error)}") from error
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
     """List or compare as the command line says; returns the exit code."""
     options = cli.parse(Options, argv, cli.command_line("runs", program))
     shown = as_plain_value if options.csv else as_text
-    compared = options.compare and (find(options.compare[0]), find(options.compare[1]))
+    compared = options.compare
+    if compared:
+        compared = cli.find_run(compared[0]), cli.find_run(compared[1])
     if compared:
         rows = comparison(*compared, shown)
     else:
@@ -76,12 +78,6 @@ def show(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for cells in rows:
         print("  ".join(map(str.ljust, cells, widths)).rstrip())
-
-
-def find(folder: Path) -> Path:
-    """The folder of a run; its name is enough for a run in runs/."""
-    inside = cli.RUNS / folder
-    return inside if inside.is_dir() and not folder.exists() else folder
 
 
 def tokenizer(folder: Path) -> bytes | None:

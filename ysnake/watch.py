@@ -28,9 +28,11 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
             f"the page needs {error.name}: pip install -c constraints.txt -e '.[serve]'"
         ) from error
     from ysnake.serving.options import Options as Serving
+    from ysnake.serving.options import check
     from ysnake.serving.server import listen
 
     serving = Serving(port=options.port)
+    check(serving)
     with listen(serving) as listener:
         app = application(cli.RUNS, serving)
         config = uvicorn.Config(

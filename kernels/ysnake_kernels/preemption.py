@@ -4,9 +4,9 @@ Threads that wait for each other spin in a loop. On a busy machine that makes th
 slower. How they wait is fixed when torch is imported, so only the user of a program can change it.
 """
 
+import logging
 import os
 import time
-import warnings
 
 try:
     import resource
@@ -44,7 +44,8 @@ class Watch:
         seconds, losses = self._used()
         if losses - self.losses > MOST * (seconds - self.seconds):
             self.over = True
-            warnings.warn(ADVICE, stacklevel=2)
+            # A warning of Python's could stop a program that makes its warnings errors.
+            logging.getLogger(__name__).warning("warning: %s", ADVICE)
         self.seconds, self.losses = seconds, losses
 
     def _used(self) -> tuple[float, int]:

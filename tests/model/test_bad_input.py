@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small import TINY, entry, model, python, saved
 
-from ysnake import evaluate, export, generate_data, run, serve, train
+from ysnake import evaluate, export, generate_data, run, serve, train, watch
 from ysnake.checkpoints import checkpoint
 from ysnake.inference.generate import Context
 from ysnake.text import tokenizer
@@ -122,7 +122,13 @@ LIST = {
     ),
     "invalid choice 'letters'": (train, *NEW, "--tokenizer", "letters"),
     "invalid choice 'zero'": (train, *NEW, "--init", "zero"),
-    "--vocab-size: 9000 cannot be met, these documents give": (train, *NEW, "--vocab-size", "9000"),
+    "--vocab-size: expected at most": (train, *NEW, "--vocab-size", "9000"),
+    "snakes.txt: the files to train on stand after --data": (train, "snakes.txt"),
+    "--data: model is a model; name it before the options": (
+        *(evaluate, "--data", "snakes.txt", "model"),
+    ),
+    "--stop: model is a model; name it before the options": (run, "--stop", "x", "model"),
+    "--port: expected at most 65535, got 99999": (watch, "--port", "99999"),
     "a bpe tokenizer needs at least 257, got 20": (train, *NEW, "--vocab-size", "20"),
     "a bpe tokenizer needs at least 257, got 256": (train, *NEW, "--plan", "--vocab-size", "256"),
     "--memory: expected a size like 8GB, got '8'": (train, *NEW, "--memory", "8"),
@@ -134,7 +140,7 @@ LIST = {
         *(train, *NEW, "--vocab-size", "9", "--tokenizer", "word"),
     ),
     "--max-documents: expected at least 1, got 0": (train, *NEW, "--max-documents", "0"),
-    "there: already exists; --resume continues a run": (train, *NEW, "--run", "there"),
+    "there: already exists; name another folder": (train, *NEW, "--run", "there"),
     "snakes.txt/run: Not a directory": (train, *NEW, "--run", "snakes.txt/run"),
     f"{'long' * 100}: File name too long": (train, *NEW, "--run", "long" * 100),
     "nowhere: no such checkpoint folder": (train, *NEW, "--from", "nowhere"),
@@ -208,7 +214,7 @@ LIST = {
     "--repetition-penalty: expected above 0, got 0.0": (run, *MODEL, "--repetition-penalty", "0"),
     "--seed: expected at most 63 bits": (run, *MODEL, "--seed", "9" * 30),
     "--stop: expected texts of at least one character": (run, *MODEL, "--stop", ""),
-    "nothing: not a saved state": (run, *MODEL, "--load-state", "nothing"),
+    "nothing: no such file": (run, *MODEL, "--load-state", "nothing"),
     "empty: not a saved state": (run, *MODEL, "--load-state", "empty"),
     "snakes.txt: not a saved state": (run, *MODEL, "--load-state", "snakes.txt"),
     "cut.state: not a saved state": (run, *MODEL, "--load-state", "cut.state"),
@@ -242,7 +248,7 @@ LIST = {
     "llama.cpp has no such tokenizer as this model's": (export, "words", "--gguf", "x.gguf"),
     "invalid choice 'q2'": (export, "model", "--gguf", "x.gguf", "--type", "q2"),
     # serve
-    "port must be": (serve, "model", "--port", "70000"),
+    "--port: expected at most 65535, got 70000": (serve, "model", "--port", "70000"),
     "--port: expected at least 0, got -1": (serve, "model", "--port", "-1"),
     "--host, --port: 999.9.9.9:0": (serve, "model", "--host", "999.9.9.9", "--port", "0"),
     "--parallel: expected at least 1, got 0": (serve, "model", "--parallel", "0"),

@@ -257,7 +257,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_it_resumes(disk, whole, data, par
     assert remount(f"size={int(size * part)}")
     code, _, errors = fit(data, folder / "run")
     assert (code, errors.count("\n")) == (2, 1)
-    assert "No space left on device" in errors
+    assert "No space left on device; free some space there" in errors
     assert str(folder) in errors
     assert remount("size=64m")
     if part < 1:

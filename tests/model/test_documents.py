@@ -150,6 +150,9 @@ def test_folders(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     left_out = LeftOut()
+    for name in ("settings.json", "metrics.jsonl", "samples.txt"):
+        (tmp_path / "runs/first").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs/first" / name).write_text("{}")
     found = find_files([tmp_path, tmp_path / "b.TXT"], left_out)
     assert [p.relative_to(tmp_path).as_posix() for p in found] == ["a.md", "b.TXT", "sub/c.Jsonl"]
     assert find_files([tmp_path / "README.md"]) == [tmp_path / "README.md"]
@@ -157,6 +160,7 @@ def test_folders(tmp_path):
     for line in (
         "left out: hidden files and folders: 1",
         "left out: README files: 1",
+        "left out: folders of runs and checkpoints: 1",
         "left out: files that end in .pdf: 1; pdftotext",
         "left out: files that end in .csv: 1; pandas",
     ):

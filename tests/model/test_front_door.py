@@ -53,8 +53,26 @@ def test_every_command_is_there(here, capsys):
         assert f"usage: ysnake {name}" in capsys.readouterr().out
     assert front.main(["--version"]) == 0
     assert capsys.readouterr().out == f"ysnake {__version__}\n"
+    with pytest.raises(SystemExit):
+        front.main(["generate_data", "--help"])
     with pytest.raises(InputError, match="brew: expected one of train"):
         front.main(["brew"])
+
+
+def test_a_run_is_found_by_its_name(here, capsys):
+    (here / "runs").mkdir()
+    saved(here / "runs")
+    options = ("--prompt", "The adder", "--temperature", "0", "--max-tokens", "3")
+    told = [entry(run.main, name, *options) for name in ("model", "runs/model")]
+    assert told[0] == told[1]
+    assert told[0][0] == 0
+
+
+def test_a_wrong_name_of_an_implementation_is_named(here, monkeypatch):
+    monkeypatch.setenv("YSNAKE_BACKEND", "fast")
+    code, _, errors = entry(run.main, saved(here), "--prompt", "x")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "YSNAKE_BACKEND: expected one of" in errors
 
 
 def test_as_a_module(here):
@@ -122,17 +140,17 @@ def test_it_remembers_what_was_said(chat, loaded, capsys):
     torch.testing.assert_close(chat.context.logits, whole.logits)
 
 
-def test_a_busy_machine_does_not_interrupt_it(tmp_path, monkeypatch, recwarn):
+def test_a_busy_machine_does_not_interrupt_it(tmp_path, monkeypatch, caplog):
     for name in preemption.CHOICES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(preemption, "MOST", -1)  # any machine counts as busy
     monkeypatch.setattr(preemption, "watch", preemption.Watch(window=0))
     folder = saved(tmp_path)
     Chat(*ModelOptions(folder).load(), Sampling(), 5, ()).answer("The adder")
-    assert not recwarn.list
+    assert not caplog.messages
     monkeypatch.setattr(preemption, "watch", preemption.Watch(window=0))
     language_model.load(folder).loss("The adder")
-    assert str(recwarn.pop().message) == preemption.ADVICE
+    assert caplog.messages == [f"warning: {preemption.ADVICE}"]
 
 
 def test_undo_and_clear(chat):
@@ -184,10 +202,10 @@ def test_commands_that_cannot_be_done(chat, here, line, names):
 
 def test_save_and_load(chat, loaded, here, capsys):
     chat.answer("The adder")
-    chat.answer("/save a.state")
+    chat.answer("/save of today.state")
     assert "MB for a text of any length" in capsys.readouterr().err
     other = Chat(*loaded, Sampling(temperature=0), 5, ())
-    other.answer("/load a.state")
+    other.answer("/load of today.state")
     torch.testing.assert_close(other.context.logits, chat.context.logits)
 
 

@@ -64,6 +64,8 @@ def test_wrong_arguments(model, tmp_path):
         model.generate("a", temperature=-1)
     with pytest.raises(TypeError, match="no argument max_token; expected prompt, max_tokens, stop"):
         model.generate("a", max_token=1)
+    with pytest.raises(InputError, match="stop: expected texts of at least one character"):
+        model.generate("a", stop="")
     for wrong in ({"max_tokens": "5"}, {"max_tokens": 2.5}, {"temperature": "hot"}, {"stop": [3]}):
         with pytest.raises(InputError, match=f"{min(wrong)}: expected .*, got "):
             model.generate("a", **wrong)

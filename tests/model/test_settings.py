@@ -158,6 +158,17 @@ def test_an_option_without_a_value_by_default_is_shown_with_its_kind(capsys):
     assert "--max-steps INT" in shown
     assert "--tokenizer {bpe,word}" in shown
     assert "{None}" not in shown
+    assert "(default: None)" not in shown
+    assert "(default: False)" not in shown
+
+
+def test_the_help_of_an_option_is_one_paragraph(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        settings.parse(["--help"])
+    shown = capsys.readouterr().out
+    assert "Train a Mamba-2 language model." in shown
+    assert "A step with Muon learns more and takes longer. The same --lr suits both." in shown
 
 
 def test_the_learning_rate_has_a_long_name_too():

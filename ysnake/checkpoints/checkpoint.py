@@ -8,6 +8,7 @@ that it takes.
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +33,7 @@ from ysnake.checkpoints.weight_files import (
 from ysnake.model.config import VOCAB_MULTIPLE, ModelConfig
 from ysnake.model.network import FactorisedHead, Model
 from ysnake.shared import manifest, run_lock
-from ysnake.shared.errors import InputError
+from ysnake.shared.errors import InputError, why
 from ysnake.shared.files import read_json
 from ysnake.shared.shown import escape_controls
 from ysnake.text import tokenizer as tokenizers
@@ -106,9 +107,7 @@ def save(
                     write(path)
                 sync(new)
                 path = folder
-                if (
-                    folder.exists()
-                ):  # if not, an earlier save was interrupted between the two renames
+                if folder.exists():  # if not, an earlier save was interrupted between the renames
                     shutil.rmtree(old, ignore_errors=True)
                     folder.rename(old)
                 new.rename(folder)
@@ -116,11 +115,7 @@ def save(
             except BaseException:
                 shutil.rmtree(new, ignore_errors=True)
                 raise
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors, on a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # of torch and of safetensors, too
         raise InputError(f"{path}: cannot be written ({_reason(error)})") from error
 
 
@@ -138,11 +133,16 @@ def sync(folder: Path, contents: bool = True) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Why a file could not be written. Torch's error hides the reason in the error before it."""
+    """Why a file could not be written.
+
+    Torch's error hides the reason in the error before it, that of safetensors in its text.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    return (cause and cause.strerror) or str(error)
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        cause = OSError(int(found[1]), os.strerror(int(found[1])))
+    return why(cause) if cause else str(error)
 
 
 def find(folder: Path | str) -> Path:
@@ -180,6 +180,9 @@ def newest_good(folder: Path | str, read: Callable[[Path], Read]) -> tuple[Path,
     try:
         found = read(old)
     except InputError:
+        best = folder.with_name("best")
+        if folder.name == "last" and (best / "config.json").is_file():
+            damage = InputError(f"{damage}; --checkpoint best reads {best}")
         raise damage from None
     warning = escape_controls(f"warning: {damage}; continues from {old}, the checkpoint before")
     logging.getLogger(__name__).warning("%s", warning)

@@ -10,7 +10,7 @@ from typing import Any
 from ysnake.data_generation.ledger import KEPT, append, lock, recover
 from ysnake.data_generation.options import Options
 from ysnake.data_generation.questions import Task, lines, tasks
-from ysnake.shared.errors import InputError
+from ysnake.shared.errors import InputError, why
 
 
 class DocumentStore:
@@ -106,7 +106,7 @@ def open_stores(options: Options) -> list[DocumentStore]:
         kinds = dict.fromkeys(options.kinds)
         return [DocumentStore(options.out, kind, options.count, options.seed) for kind in kinds]
     except OSError as error:
-        raise InputError(f"{error.filename}: {error.strerror}", field="--out") from error
+        raise InputError(f"{error.filename}: {why(error)}", field="--out") from error
 
 
 def next_task(stores: list[DocumentStore]) -> tuple[DocumentStore, Task] | None:

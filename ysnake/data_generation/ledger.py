@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ysnake.shared.errors import InputError
+from ysnake.shared.errors import InputError, why
 from ysnake.shared.run_lock import try_lock
 
 KEPT = "kept"
@@ -29,7 +29,7 @@ def append(file: BinaryIO, data: bytes, path: Path) -> None:
         os.fsync(file.fileno())
     except OSError as error:
         file.truncate(end)
-        raise InputError(f"{path}: {error.strerror}") from error
+        raise InputError(f"{path}: {why(error)}") from error
 
 
 def lock(file: BinaryIO, path: Path) -> None:

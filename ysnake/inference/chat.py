@@ -84,7 +84,7 @@ class Chat:
         """
         if line.startswith("/") and not line.startswith("//"):
             name, *values = line[1:].split(maxsplit=2) or [""]
-            self.command(name, values)
+            self.command(name, values, line)
             return
         text = line.removeprefix("/") if line.startswith("//") else line
         if not text and self.context.logits is None:
@@ -122,7 +122,7 @@ class Chat:
         if written:
             read(self.context, self.tokenizer, "\n")
 
-    def command(self, name: str, values: list[str]) -> None:
+    def command(self, name: str, values: list[str], line: str) -> None:
         """Run the command NAME of a line "/NAME VALUES"."""
         if name == "help":
             print(HELP, file=sys.stderr)
@@ -142,9 +142,9 @@ class Chat:
             name = values[0].replace("-", "_")
             print(f"{name} is now {self.settings()[name]}", file=sys.stderr)
         elif name in ("save", "load"):
-            if len(values) != 1:
+            if not values:
                 raise InputError(f"/{name}: expected the name of a file")
-            self.to_file(name, Path(values[0]))
+            self.to_file(name, Path(line.split(maxsplit=1)[1].strip()))
         else:
             raise InputError(f"/{name}: unknown command; /help lists the commands")
 

@@ -83,6 +83,8 @@ class Context:
 
     def load(self, path: Path) -> None:
         """Continue from a file that `save` wrote with the same model."""
+        if not path.exists():
+            raise InputError(f"{path}: no such file")
         try:
             with safe_open(path, framework="pt") as file:
                 if (file.metadata() or {}).get("model") != self._fingerprint():

@@ -21,7 +21,11 @@ Weights = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 PathOption = Positional[
     Annotated[
         Path | None,
-        arg(metavar="PATH", help="A run or a checkpoint folder; by default the newest run."),
+        arg(
+            metavar="[PATH]",
+            help="A run, a checkpoint folder, or the name of a run in runs/; by default the newest "
+            "run.",
+        ),
     ]
 ]
 CheckpointOption = Annotated[
@@ -114,7 +118,7 @@ def read_model(
     Raises:
         InputError: an argument is wrong, or there is no model to load.
     """
-    path = path or cli.newest_run_named()
+    path = cli.find_run(path) if path else cli.newest_run_named()
 
     from ysnake.checkpoints import checkpoint as checkpoints
 

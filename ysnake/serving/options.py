@@ -9,6 +9,7 @@ from ysnake.inference.model_options import ModelOptions
 from ysnake.shared.errors import InputError
 
 KEY_VARIABLE = "YSNAKE_API_KEY"
+LAST_PORT = 65535
 
 
 @dataclass
@@ -67,6 +68,8 @@ def check(options: Options) -> None:
             raise InputError(
                 f"expected at least 0, got {getattr(options, name)}", field=f"--{name}"
             )
+    if options.port > LAST_PORT:
+        raise InputError(f"expected at most {LAST_PORT}, got {options.port}", field="--port")
     key = options.api_key
     if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
         raise InputError(

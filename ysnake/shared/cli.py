@@ -4,20 +4,24 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, get_args, get_type_hints
 
+import docstring_parser
 import tyro
 from tyro.constructors import (
     ConstructorRegistry,
     PrimitiveConstructorSpec,
     PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
     UnsupportedTypeAnnotationError,
 )
 
 from ysnake.shared import run_lock, terminal
-from ysnake.shared.errors import InputError
+from ysnake.shared.errors import InputError, why
 from ysnake.shared.shown import escape_controls
 
 if TYPE_CHECKING:
@@ -72,6 +76,52 @@ def optional(
     )
 
 
+@KINDS.struct_rule
+def described(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """The options in a dataclass. The help of each is its docstring, as one paragraph.
+
+    An option whose default says nothing, such as None, shows no default.
+    """
+    if not is_dataclass(info.type) or info.type.__module__.startswith("tyro."):
+        return None
+    kinds = get_type_hints(info.type, include_extras=True)
+    docstrings = docstring_parser.parse_from_object(info.type).params
+    helps = {each.arg_name: " ".join((each.description or "").split()) for each in docstrings}
+    shown = tyro.conf.arg(help_behavior_hint=lambda value: value and f"(default: {value})")
+    silent = tyro.conf.arg(help_behavior_hint="")
+
+    def make(**values: Any) -> Any:
+        try:
+            return info.type(**values)
+        except InputError as error:  # tyro would show a ValueError in its own words
+            raise _Refused(error) from error
+
+    make.__doc__ = " ".join((info.type.__doc__ or "").split())  # what tyro shows above the options
+
+    def spec(field: Field) -> StructFieldSpec:
+        known = isinstance(info.default, info.type)
+        default = getattr(info.default, field.name) if known else _default(field)
+        hint = silent if default is None or default is False else shown
+        kind: Any = Annotated[kinds[field.name], hint]
+        return StructFieldSpec(field.name, kind, default, helps.get(field.name))
+
+    return StructConstructorSpec(make, tuple(spec(field) for field in fields(info.type)))
+
+
+def _default(field: Field) -> Any:
+    if field.default is not MISSING:
+        return field.default
+    return tyro.MISSING if field.default_factory is MISSING else field.default_factory()
+
+
+class _Refused(Exception):
+    """Carries the InputError of a dataclass through tyro."""
+
+    def __init__(self, error: InputError):
+        super().__init__(str(error))
+        self.error = error
+
+
 def parse(
     options: type[Options], argv: list[str], command: str, default: Options | None = None
 ) -> Options:
@@ -85,14 +135,17 @@ def parse(
         command: how the user started the command, for the usage line.
         default: values of the options that are not given.
     """
-    parsed: Any = tyro.cli(
-        options,
-        prog=command,
-        args=argv,
-        default=default,
-        config=STYLE,
-        registry=KINDS,
-    )
+    try:
+        parsed: Any = tyro.cli(
+            options,
+            prog=command,
+            args=argv,
+            default=default,
+            config=STYLE,
+            registry=KINDS,
+        )
+    except _Refused as refused:
+        raise refused.error from None
     return parsed
 
 
@@ -112,7 +165,7 @@ def run(command: Callable[[list[str]], int]) -> None:
         code = FAILED
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        message = escape_controls(f"{where}{error.strerror or error}")
+        message = escape_controls(f"{where}{why(error)}")
         print(f"error: {message}", file=sys.stderr)
         code = FAILED
     except (MemoryError, RuntimeError) as error:
@@ -133,7 +186,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"{error.filename or path}: {error.strerror}") from error
+        raise InputError(f"{error.filename or path}: {why(error)}") from error
 
 
 def console(stream: TextIO | None = None) -> "Console":
@@ -181,6 +234,12 @@ def newest_run() -> Path:
     return max(found, key=lambda folder: (folder / "settings.json").stat().st_mtime)
 
 
+def find_run(path: Path) -> Path:
+    """The folder that a user names. The name of a run in runs/ is enough."""
+    inside = RUNS / path
+    return inside if inside.is_dir() and not path.exists() else path
+
+
 def newest_run_named() -> Path:
     """The newest run, for a command that was given none. Prints its name, apart from the output."""
     folder = newest_run()
@@ -192,12 +251,13 @@ def pick_device(name: str) -> str:
     """The device to compute on: `auto` means CUDA if this machine has a GPU, else the CPU.
 
     Raises:
-        InputError: this machine does not have the device.
+        InputError: this machine does not have the device, or the variable YSNAKE_BACKEND names
+            nothing that runs on it.
     """
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -207,6 +267,13 @@ def pick_device(name: str) -> str:
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     if (device.index or 0) >= count.get(device.type, 0):
         raise InputError(f"{name} is not available here", field="--device")
+    if "YSNAKE_BACKEND" in os.environ:
+        from ysnake_kernels.backend import choose
+
+        try:
+            choose(torch.empty(0, device=device))
+        except (ValueError, RuntimeError) as error:
+            raise InputError(str(error)) from error
     return name
 
 

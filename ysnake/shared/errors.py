@@ -1,5 +1,6 @@
 """The error of every command for input that cannot work."""
 
+import errno
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,13 @@ class InputError(ValueError):
 def option(name: str) -> str:
     """The command-line option of a setting."""
     return "--" + name.rstrip("_").replace("_", "-")
+
+
+def why(error: OSError) -> str:
+    """What is wrong with a file, in a line. On a full disk it says what helps."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    remedy = "; free some space there, or choose another folder" if error.errno in full else ""
+    return f"{error.strerror or error}{remedy}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ysnake.shared.errors import InputError
+from ysnake.shared.errors import InputError, why
 
 LARGEST_JSON = 1 << 26  # bytes
 
@@ -50,7 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 new.unlink()
             raise
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from error
+        raise InputError(f"{path}: {why(error)}") from error
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -76,6 +76,6 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+        raise InputError(f"{path}: {why(error)}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from ysnake.shared.errors import InputError
+from ysnake.shared.errors import InputError, why
 from ysnake.shared.files import read_json
 
 FILE = "manifest.json"  # SHA-256 of every file of the folder
@@ -49,5 +49,5 @@ def _sha256(path: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:  # for instance from a failing disk
-        raise InputError(f"{path}: {error.strerror}") from error
+        raise InputError(f"{path}: {why(error)}") from error
     return digest.hexdigest()

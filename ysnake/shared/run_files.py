@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ysnake.shared.errors import InputError
 from ysnake.shared.files import read_json
 
 SETTINGS, METRICS, SAMPLES = "settings.json", "metrics.jsonl", "samples.txt"
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin")  # endings of a checkpoint's weights
 RECENT = 50  # steps over which the training loss is averaged
 STATES = {  # why the run ended -> what a user reads
     "steps": "all steps done",
@@ -19,6 +21,26 @@ STATES = {  # why the run ended -> what a user reads
     "interrupted": "interrupted",
     "diverged": "diverged",
 }
+
+
+def is_model(folder: Path) -> bool:
+    """Whether the folder is a run or a checkpoint, by the files in it."""
+    if (folder / SETTINGS).is_file() and (
+        (folder / METRICS).exists() or (folder / "last").exists()
+    ):
+        return True
+    weights = any(next(folder.glob(f"*{ending}"), None) for ending in WEIGHTS)
+    return weights and (folder / "config.json").is_file()
+
+
+def check_no_model(words: Iterable[Path | str], field: str) -> None:
+    """Raise InputError if a value of the option `field` is a run or a checkpoint.
+
+    An option that takes several values also takes the path that follows them.
+    """
+    for word in words:
+        if is_model(Path(word)):
+            raise InputError(f"{word} is a model; name it before the options", field=field)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

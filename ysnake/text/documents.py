@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from ysnake.shared.errors import InputError
+from ysnake.shared.errors import InputError, why
+from ysnake.shared.run_files import is_model
 from ysnake.text.tokenizer import EOT
 
 BINARY = "a binary file (leave it out), or text that needs --encoding utf-16"
@@ -78,7 +79,7 @@ def find_files(paths: Iterable[Path], left_out: LeftOut | None = None) -> list[P
     """The .txt, .md and .jsonl files among `paths` and in folders among them, in a fixed order.
 
     Linked folders are followed. A file with several names is used once. The README and the hidden
-    files of a folder describe the data and are left out.
+    files of a folder describe the data and are left out. So are runs and checkpoints in it.
 
     Raises:
         InputError: a path is missing or has another ending, or a folder has no file to read.
@@ -110,7 +111,7 @@ def _files_in(folder: Path, left_out: LeftOut) -> list[Path]:
     """The files to read in a folder and below."""
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: {error.strerror}") from error
+        raise InputError(f"{error.filename}: {why(error)}") from error
 
     files, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -120,7 +121,9 @@ def _files_in(folder: Path, left_out: LeftOut) -> list[Path]:
         seen.add(os.path.realpath(place))
         hidden = sum(name.startswith(".") for name in (*folders, *names))
         left_out.files["hidden files and folders"] += hidden
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in visible if not is_model(Path(place, name)))
+        left_out.files["folders of runs and checkpoints"] += len(visible) - len(folders)
         for path in (Path(place, name) for name in names if not name.startswith(".")):
             if not path.is_file():
                 left_out.files["links that lead nowhere, pipes and devices"] += 1
@@ -169,7 +172,7 @@ def read_file(
             f"{_remedy(beginning, form.encoding)}"
         ) from error
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+        raise InputError(f"{path}: {why(error)}") from error
 
 
 def _remedy(beginning: bytes, encoding: str) -> str:

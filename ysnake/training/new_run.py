@@ -219,7 +219,8 @@ def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") ->
     found_size = tokenizer.get_vocab_size()
     if found_size < wanted and settings.vocab_size is not None:
         raise InputError(
-            f"{wanted} cannot be met, these documents give {found_size}", field="--vocab-size"
+            f"expected at most {found_size}, all that these documents give, got {wanted}",
+            field="--vocab-size",
         )
     if found_size < wanted:
         console.print(f"vocabulary: {found_size:,} entries, all that these documents give")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ysnake.shared import run_lock
-from ysnake.shared.errors import InputError
+from ysnake.shared.errors import InputError, why
 
 Result = TypeVar("Result")
 
@@ -53,14 +53,16 @@ def make(wanted: Path | None, default: Path, fill: Callable[[Path], Result]) -> 
             with suppress(OSError):  # another process has started a run there
                 base.parent.rmdir()
         if isinstance(error, OSError):
-            raise InputError(f"{base}: {error.strerror}") from error
+            raise InputError(f"{base}: {why(error)}") from error
         raise
 
 
 def check_free(wanted: Path | None) -> None:
     """Raise InputError if the folder for a new run already exists."""
     if wanted is not None and os.path.lexists(wanted):
-        raise InputError(f"{wanted}: already exists; --resume continues a run")
+        raise InputError(
+            f"{wanted}: already exists; name another folder, or continue that run with --resume"
+        )
 
 
 def _rename(new: Path, base: Path, or_a_neighbour: bool) -> Path:

@@ -42,6 +42,8 @@ def parse(argv: list[str], program: str = cli.MODULES) -> Settings:
     A setting comes from its option, else from the file of --config, else from the resumed run, the
     checkpoint of --from, the size, or the preset.
     """
+    if argv and not argv[0].startswith("-"):
+        raise InputError(f"{argv[0]}: the files to train on stand after --data")
     options = _look_ahead(argv)
     from_file = read_config(options["config"], options) if "config" in options else {}
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ysnake.shared.errors import InputError
+from ysnake.shared.errors import InputError, why
 from ysnake.shared.field_types import from_plain, is_a, name_of
 from ysnake.shared.files import read_json
 from ysnake.shared.terminal import not_text
@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise not_text(str(path), error.start, "utf-8") from error
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}", field="--config") from error
+        raise InputError(f"{path}: {why(error)}", field="--config") from error
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not TOML ({error})", field="--config") from error
 
