@@ -50,6 +50,7 @@ RECIPES: dict[str, dict[str, object]] = {
     "muon-90": {"optimizer": "muon", "momentum": 0.9},
     "muon-90-linear": {"optimizer": "muon", "momentum": 0.9, "schedule": "linear"},
     "muon-80": {"optimizer": "muon", "momentum": 0.8},
+    "muon-90-batch-4": {"optimizer": "muon", "momentum": 0.9, "batch_size": 4},
     "muon-linear": {**MUON_95, "schedule": "linear"},
     "muon-linear-uniform": {**MUON_95, "schedule": "linear", "init": "uniform"},
     "zero-out": {"zero_out": True},

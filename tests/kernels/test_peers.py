@@ -50,7 +50,7 @@ def both_ways(program: str, family: str, folder: Path) -> list[dict[str, torch.T
     return [torch.load(folder / way) for way in ways]
 
 
-@pytest.mark.parametrize("family", ["mamba2", "bamba"])
+@pytest.mark.parametrize("family", ["mamba2", pytest.param("bamba", marks=pytest.mark.slow)])
 def test_trainer_has_the_same_losses(family, tmp_path):
     needs("transformers", "accelerate")
     plain, ours = both_ways("trainer", family, tmp_path)
@@ -60,7 +60,11 @@ def test_trainer_has_the_same_losses(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "layers"), [("mamba2", ["in_proj"]), ("bamba", ["in_proj", "out_proj", "q_proj"])]
+    ("family", "layers"),
+    [
+        pytest.param("mamba2", ["in_proj"], marks=pytest.mark.slow),
+        ("bamba", ["in_proj", "out_proj", "q_proj"]),
+    ],
 )
 def test_every_adapter_of_peft_learns_the_same(family, layers, tmp_path):
     needs("transformers", "peft")

@@ -35,7 +35,8 @@ class Settings:
     """Folder of the run; by default a new one in runs/. With --resume: the run to continue, by
     default the newest."""
     from_: Annotated[Path | None, arg(name="from", metavar="CHECKPOINT")] = None
-    """Start a new run from this checkpoint's weights and tokenizer."""
+    """Start a new run from this checkpoint's weights and tokenizer. Its sizes are the checkpoint's.
+    The other settings are those of --preset."""
     resume: bool = False
     """Continue a run that was stopped, with its own settings."""
     size: Literal["3M", "10M", "24M", "71M", "auto"] | None = None
@@ -132,7 +133,8 @@ class Settings:
     """Stay below this memory, for example 8GB. Training then takes smaller batches, accumulates
     more of them, and recomputes if necessary. The number of windows in a step stays the same."""
     plan: bool = False
-    """Print the number of parameters, the predicted memory and the largest batch; do not train."""
+    """Print the number of parameters, the predicted memory and the largest batch, and with --size
+    also the time and loss to expect. Do not train."""
 
     seed: int = 0
     """Determines the first weights and the order of the windows."""
