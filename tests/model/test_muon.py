@@ -1,5 +1,7 @@
 """Muon updates a matrix as torch's does, each part of a projection apart; AdamW does the rest."""
 
+import math
+
 import pytest
 import torch
 from small import model
@@ -28,6 +30,41 @@ def test_with_its_coefficients_a_matrix_gets_the_update_of_torch(shape, monkeypa
         theirs.step()
     moved = (expected - 1).norm()
     assert (own - expected).norm() < 0.02 * moved  # torch computes in bfloat16
+
+
+def with_singular_values(largest, smallest):
+    """A matrix (24, 80) with these singular values and others between them."""
+    left, right = (torch.linalg.qr(torch.randn(n, 24, dtype=torch.float64))[0] for n in (24, 80))
+    values = torch.logspace(math.log10(largest), math.log10(smallest), 24, dtype=torch.float64)
+    return left @ values.diag() @ right.mT
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-8])
+def test_it_is_what_the_iterations_make_of_a_matrix(smallest):
+    X = with_singular_values(1.0, smallest)
+    expected = X / X.norm()
+    for a, b, c in muon.ITERATIONS:
+        gram = expected @ expected.mT
+        expected = (a * torch.eye(24) + b * gram + c * gram @ gram) @ expected
+    error = orthogonal(X[None].float(), 3.0)[0] - 3 * expected
+    assert error.norm() < 1e-4 * 3 * expected.norm()
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-8])
+def test_products_with_rounded_factors_make_no_singular_value_large(monkeypatch, smallest):
+    """Some CPUs round the factors to bfloat16."""
+
+    def product(x, y):
+        return torch.bmm(x.bfloat16().float(), y.bfloat16().float())
+
+    def sum_with_product(x, y, z, beta, alpha):
+        return beta * x + alpha * product(y, z)
+
+    X = with_singular_values(1.0, smallest)[None].float()
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    monkeypatch.setattr(torch, "baddbmm", sum_with_product)
+    made = orthogonal(X)[0]
+    assert torch.linalg.svdvals(made).max() < 1.5
 
 
 def test_singular_values_are_near_one():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-# Each iteration replaces X by X (a + b XᵀX + c (XᵀX)²). This brings its singular values near 1.
+# Each iteration replaces X by (a + b XXᵀ + c (XXᵀ)²) X. This brings its singular values near 1.
 # These a, b and c are the best for singular values from 0.01 to 1 (the method of arXiv 2505.16932):
 # after three iterations all of them are between 0.73 and 1.27.
 ITERATIONS = (
@@ -20,6 +20,7 @@ ITERATIONS = (
     (3.6366, -2.7219, 0.5365),
     (2.6613, -1.9772, 0.4526),
 )
+SMALLEST_NORM = 1e-7  # of a matrix; a smaller one is not enlarged to norm 1
 UPDATE_SIZE = 0.2  # root mean square of an update at learning rate 1; AdamW's is about as large
 STACKED = 1 << 25  # elements of the matrices that a GPU updates together: 128 MB in float32
 
@@ -134,28 +135,51 @@ def _orthogonal_parts(matrices: Tensor, rows: list[int]) -> Tensor:
         count = len(list(equal))
         part = matrices[:, start : start + count * size]
         start += count * size
-        update = orthogonal(part.unflatten(1, (count, size)).flatten(0, 1))
-        scale = UPDATE_SIZE * max(update.shape[1:]) ** 0.5
-        done.append((update * scale).reshape(part.shape))
+        scale = UPDATE_SIZE * max(size, part.shape[2]) ** 0.5
+        update = orthogonal(part.unflatten(1, (count, size)).flatten(0, 1), scale)
+        done.append(update.reshape(part.shape))
     return torch.cat(done, 1)
 
 
-def orthogonal(matrices: Tensor) -> Tensor:
+def orthogonal(matrices: Tensor, scale: float = 1.0) -> Tensor:
     """About the orthogonal matrix nearest to each of these: its singular values are 0.7 to 1.3.
 
     Singular values below a hundredth of a matrix's norm stay below 0.7.
 
-    The products are in bfloat16 on a GPU. On a CPU torch's matmul precision decides.
+    Args:
+        matrices: (matrices, rows, columns), float32.
+        scale: by which the result is multiplied.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    X = matrices.mT if tall else matrices
+    made = _factor(X @ X.mT, scale) @ X
+    return made.mT if tall else made
+
+
+def _factor(gram: Tensor, scale: float) -> Tensor:
+    """The matrix by which the iterations multiply X, times `scale`.
+
+    Each iteration multiplies X by a polynomial of XXᵀ, and so XXᵀ by the same polynomial from both
+    sides. XXᵀ is the smaller one, so this takes less time than to compute each X. Products may
+    round their factors to 16 bits, but the sums need float32.
 
     Args:
-        matrices: (matrices, rows, columns).
+        gram: XXᵀ of each matrix, (matrices, rows, rows).
+        scale: by which the result is multiplied.
     """
-    dtype = torch.bfloat16 if matrices.device.type == "cuda" else torch.float32
-    norms = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
-    X = (matrices / norms.clamp_min(1e-7)).to(dtype)
-    tall = X.shape[1] > X.shape[2]
-    X = X.mT if tall else X
-    for a, b, c in ITERATIONS:
-        gram = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
-    return (X.mT if tall else X).to(matrices.dtype)
+    squares = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp_min(SMALLEST_NORM**2)
+    gram = gram / squares  # that of a matrix whose norm is 1
+    first, *others = ITERATIONS
+    total = polynomial = _polynomial(gram, *first)
+    for coefficients in others:
+        gram = polynomial @ gram @ polynomial
+        polynomial = _polynomial(gram, *coefficients)
+        total = polynomial @ total
+    return total * (scale * squares.rsqrt())
+
+
+def _polynomial(gram: Tensor, a: float, b: float, c: float) -> Tensor:
+    """a + b gram + c gram²."""
+    made = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+    made.diagonal(dim1=1, dim2=2).add_(a)
+    return made
