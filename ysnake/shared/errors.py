@@ -31,9 +31,10 @@ def option(name: str) -> str:
 
 def why(error: OSError) -> str:
     """What is wrong with a file, in a line. On a full disk it says what helps."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    remedy = "; free some space there, or choose another folder" if error.errno in full else ""
-    return f"{error.strerror or error}{remedy}"
+    said = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
+        return f"{said}; free some space there, or choose another folder"
+    return said
 
 
 @contextmanager

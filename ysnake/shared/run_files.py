@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ STATES = {  # why the run ended -> what a user reads
 
 def is_model(folder: Path) -> bool:
     """Whether the folder is a run or a checkpoint, by the files in it."""
+    if not os.path.isdir(folder):  # False also for what can be no name of a folder
+        return False
     if (folder / SETTINGS).is_file() and (
         (folder / METRICS).exists() or (folder / "last").exists()
     ):
