@@ -138,8 +138,8 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        path: a run, or a checkpoint folder of ysnake or of Hugging Face's Mamba2. None means the
-            newest run in runs/.
+        path: a run, the name of a run in runs/, or a checkpoint folder of ysnake or of Hugging
+            Face's Mamba2. None means the newest run in runs/.
         checkpoint: the checkpoint of a run. None means best if `patience` ended training, else
             last.
         device: auto (CUDA if available, else CPU), cpu, cuda or mps.
@@ -154,7 +154,7 @@ def load(
     from ysnake.shared import cli
     from ysnake.shared.errors import named_as_in_python
 
-    folder = cli.newest_run() if path is None else path
+    folder = cli.newest_run() if path is None else cli.find_run(Path(path))
     with named_as_in_python(["checkpoint", "device", "weights"]):
         _, tokenizer, model = checkpoints.load_all(folder, checkpoint, cli.pick_device(device))
         return LanguageModel(make_decoder(model, weights), tokenizer)

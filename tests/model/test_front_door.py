@@ -66,6 +66,8 @@ def test_a_run_is_found_by_its_name(here, capsys):
     told = [entry(run.main, name, *options) for name in ("model", "runs/model")]
     assert told[0] == told[1]
     assert told[0][0] == 0
+    losses = [language_model.load(name).loss("The adder") for name in ("model", "runs/model")]
+    assert losses[0] == losses[1]
 
 
 def test_a_wrong_name_of_an_implementation_is_named(here, monkeypatch):
