@@ -116,6 +116,7 @@ def test_what_is_trained_is_not_trained_again(text, tmp_path):
     assert 0 < result["curve"][1][2] < 10
 
 
+@pytest.mark.slow
 def test_tokens_are_enough_and_a_failed_training_stops_no_other(text, tmp_path, monkeypatch):
     made = tmp_path / "made"
     sizes = [f"--{k}={v}".replace("_", "-") for k, v in recipes.SIZES["3M"].items()]

@@ -129,6 +129,7 @@ LIST = {
     ),
     "runs: no run there yet; ysnake train makes one  ": (run, "--stop", "x" * 5000, "y"),
     "--stop: model is a model; name it before the options": (run, "--stop", "x", "model"),
+    "--allow-host: model is a model; name it before": (serve, "--allow-host", "x", "model"),
     "--port: expected at most 65535, got 99999": (watch, "--port", "99999"),
     "a bpe tokenizer needs at least 257, got 20": (train, *NEW, "--vocab-size", "20"),
     "a bpe tokenizer needs at least 257, got 256": (train, *NEW, "--plan", "--vocab-size", "256"),

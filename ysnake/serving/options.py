@@ -7,6 +7,7 @@ from tyro.conf import arg
 
 from ysnake.inference.model_options import ModelOptions
 from ysnake.shared.errors import InputError
+from ysnake.shared.run_files import check_no_model
 
 KEY_VARIABLE = "YSNAKE_API_KEY"
 LAST_PORT = 65535
@@ -75,6 +76,7 @@ def check(options: Options) -> None:
         raise InputError(
             "expected ASCII characters without spaces", field=f"--api-key, {KEY_VARIABLE}"
         )
+    check_no_model(options.allow_host, "--allow-host")
     for origin in options.allow_origin:
         if origin != "*" and not origin.startswith(("http://", "https://")):
             raise InputError(f"expected https://NAME or *, got {origin}", field="--allow-origin")
