@@ -37,7 +37,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
 
     from ysnake.checkpoints import checkpoint
 
-    path = cli.find_run(options.path) if options.path else cli.newest_run_named()
+    path = cli.run_or_newest(options.path)
     folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint)
     name = folder.parent.name if folder.name in ("best", "last") else folder.name
     write_gguf(options.gguf, model, tokenizer, options.type, name)

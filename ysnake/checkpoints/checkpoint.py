@@ -140,7 +140,8 @@ def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
-    if found := re.search(r"\(os error (\d+)\)", str(error)):
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    if found and os.name != "nt":  # Windows has other numbers than errno
         cause = OSError(int(found[1]), os.strerror(int(found[1])))
     return why(cause) if cause else str(error)
 

@@ -118,7 +118,7 @@ def read_model(
     Raises:
         InputError: an argument is wrong, or there is no model to load.
     """
-    path = cli.find_run(path) if path else cli.newest_run_named()
+    path = cli.run_or_newest(path)
 
     from ysnake.checkpoints import checkpoint as checkpoints
 

@@ -240,8 +240,10 @@ def find_run(path: Path) -> Path:
     return inside if inside.is_dir() and not path.exists() else path
 
 
-def newest_run_named() -> Path:
-    """The newest run, for a command that was given none. Prints its name, apart from the output."""
+def run_or_newest(path: Path | None) -> Path:
+    """The folder that a user names, or else the newest run. Then standard error gets its name."""
+    if path is not None:
+        return find_run(path)
     folder = newest_run()
     print(f"the newest run: {escape_controls(str(folder))}", file=sys.stderr)
     return folder
