@@ -180,6 +180,26 @@ def test_other_number_of_threads_warns(tmp_path, capsys):
     assert "started with 1 thread, continues with 2 threads" in said
 
 
+def test_evaluations_do_not_depend_on_short_windows_and_batches(tmp_path):
+    options = ("--max-steps", 1, "--lr", 0)
+    wide = fit(tmp_path, *options, "--seq-len", 132, "--batch-size", 1)
+    narrow = fit(tmp_path, *options, "--seq-len", 12, "--batch-size", 30)
+    expected = metrics(wide)[-1]["val_loss"]
+    assert expected is not None
+    assert metrics(narrow)[-1]["val_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_best_loss_of_an_earlier_version_does_not_count(tmp_path):
+    run = fit(tmp_path, "--max-steps", 2)
+    path = run / "last/progress.json"
+    progress = json.loads(path.read_text())
+    del progress["best_loss"]
+    path.write_text(json.dumps(progress | {"best_held_out_loss": 1e-3}))
+    (run / "last/manifest.json").unlink()
+    train.main(["--run", str(run), "--resume", "--max-steps", "3"])
+    assert json.loads(path.read_text())["best_loss"] == metrics(run)[-1]["val_loss"]
+
+
 def test_carried_state_is_the_state_of_the_text_before(tmp_path):
     """With a learning rate of 0, losses of carried windows are those of the whole text."""
     argv = [*COMMAND[1:-1], str(corpus(tmp_path)), "--run", str(tmp_path / "run"), "--carry-state"]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ysnake.model.network import Model
 
 VAL_TOKENS = 1 << 15  # held-out tokens that an evaluation while training uses
+LEAST_LENGTH = 256  # of the windows of an evaluation, so that runs with short ones compare
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
 
 
@@ -22,7 +23,8 @@ def held_out_loss(run: Run, tell: Callable[[str], None]) -> dict[str, float | No
     """The loss on held-out text, as `val_loss` in nats per token and as `bits_per_byte`.
 
     Both are None if nothing is held out. At most VAL_TOKENS are read, in windows at equal
-    distances. The bytes are those of the text that their targets give back.
+    distances. A window has `seq_len` tokens, or the multiple of it that reaches LEAST_LENGTH.
+    The bytes are those of the text that their targets give back.
     `tell` is called with how far the evaluation is.
     """
     import torch
@@ -31,12 +33,12 @@ def held_out_loss(run: Run, tell: Callable[[str], None]) -> dict[str, float | No
     from ysnake.text.tokenizer import decode
 
     settings = run.settings
+    times = -(-LEAST_LENGTH // settings.seq_len)  # rounded up
+    seq_len, batch_size = times * settings.seq_len, max(1, settings.batch_size // times)
     n_tokens, n_read = min(len(run.val), VAL_TOKENS), 0
     loss, predicted = torch.zeros((), dtype=torch.float64), list[int]()
     with torch.no_grad():
-        for batch in data.held_out_windows(
-            run.val, settings.seq_len, settings.batch_size, VAL_TOKENS
-        ):
+        for batch in data.held_out_windows(run.val, seq_len, batch_size, VAL_TOKENS):
             loss += step.batch_loss(run, *step.windows(run, batch), None).item()
             predicted += batch.predicted.tolist()
             n_read += batch.ids.size
@@ -79,9 +81,9 @@ def evaluate(run: Run, console: "Console", tell: Callable[[str], None]) -> dict[
     loss = measured["val_loss"]
     better = False
     if loss is not None and math.isfinite(loss):
-        better = progress.best_held_out_loss is None or loss < progress.best_held_out_loss
+        better = progress.best_loss is None or loss < progress.best_loss
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
-        progress.best_held_out_loss = loss if better else progress.best_held_out_loss
+        progress.best_loss = loss if better else progress.best_loss
         progress.evaluations += 1
     model = run.ranks.gathered_model(run.model)
 

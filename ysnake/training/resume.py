@@ -101,10 +101,11 @@ def _resumed(
     if config.output_size is not None:
         model = checkpoint.with_factors(model, saved["head"], config.output_size)
     model.use_config(config)
-    # Earlier versions measured another part of the held-out text, which does not compare.
-    if "best_val_loss" in saved["progress"]:
-        del saved["progress"]["best_val_loss"]
-        saved["progress"]["evaluations_since_best"] = 0
+    # Earlier versions evaluated in other windows, whose losses do not compare.
+    for name in ("best_val_loss", "best_held_out_loss"):
+        if name in saved["progress"]:
+            del saved["progress"][name]
+            saved["progress"]["evaluations_since_best"] = 0
     progress = Progress(**{"samples_size": None} | saved["progress"])
     if progress.samples_size is not None:
         progress.samples_size = int(progress.samples_size)

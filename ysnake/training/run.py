@@ -41,7 +41,7 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     recent: list[float] = field(default_factory=list)  # losses of the last steps
-    best_held_out_loss: float | None = None
+    best_loss: float | None = None  # on held-out text
     evaluations: int = 0
     evaluations_since_best: int = 0
     samples_size: int | None = 0  # bytes of samples.txt; None in runs of earlier versions
