@@ -39,9 +39,12 @@ SIZES: dict[str, dict[str, object]] = {
     "71M": {"d_model": 768, "n_layers": 13, "vocab_size": 28_590},
 }
 MUON_95: dict[str, object] = {"optimizer": "muon", "momentum": 0.95}
+MUON: dict[str, object] = {"optimizer": "muon", "momentum": 0.9, "beta2": 0.99}
+SHORT: dict[str, object] = {"seq_len": 128, "batch_size": 16}
 # Each recipe changes "baseline", with which the report compares it.
 RECIPES: dict[str, dict[str, object]] = {
-    "baseline": {"optimizer": "adamw", "schedule": "cosine", "init": "hippo"},
+    "baseline": {"optimizer": "adamw", "schedule": "cosine", "init": "hippo", "beta2": 0.95},
+    "beta2-99": {"beta2": 0.99},
     "linear": {"schedule": "linear"},
     "uniform": {"init": "uniform"},
     "linear-uniform": {"schedule": "linear", "init": "uniform"},
@@ -51,6 +54,10 @@ RECIPES: dict[str, dict[str, object]] = {
     "muon-90-linear": {"optimizer": "muon", "momentum": 0.9, "schedule": "linear"},
     "muon-80": {"optimizer": "muon", "momentum": 0.8},
     "muon-90-batch-4": {"optimizer": "muon", "momentum": 0.9, "batch_size": 4},
+    "muon-beta2-99": MUON,
+    "muon-beta2-999": {**MUON, "beta2": 0.999},
+    "muon-beta2-99-seq-128": {**MUON, **SHORT},
+    "muon-beta2-999-seq-128": {**MUON, **SHORT, "beta2": 0.999},
     "muon-linear": {**MUON_95, "schedule": "linear"},
     "muon-linear-uniform": {**MUON_95, "schedule": "linear", "init": "uniform"},
     "zero-out": {"zero_out": True},

@@ -155,6 +155,20 @@ def test_momentum_is_the_share_of_earlier_steps():
     torch.testing.assert_close(optimizer.state[weight]["momentum"], weight.grad * (1 - 0.75**2))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_beta2_is_the_share_of_earlier_squares(kind):
+    m = model()
+    optimizer = make_optimizer(m, 0.0, kind, beta2=0.75)
+    make_moments(optimizer)
+    weight = m.backbone.embeddings.weight
+    for p in m.parameters():
+        p.grad = torch.randn_like(p)
+    for share in (0.25, 1 - 0.75**2):
+        optimizer.step()
+        squares = optimizer.state[weight]["exp_avg_sq"]
+        torch.testing.assert_close(squares, share * weight.grad.square())
+
+
 def test_matrices_that_are_updated_together_get_the_same_update(trained, monkeypatch):
     m, before, _ = trained
     twin = model(n_groups=2)

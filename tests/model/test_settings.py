@@ -32,10 +32,10 @@ def test_settings_come_back_as_they_were(tmp_path):
 def test_a_run_of_an_older_version_keeps_what_it_trained_with(tmp_path):
     path = stored(tmp_path, optimizer="muon") / "settings.json"
     values = json.loads(path.read_text())
-    del values["momentum"], values["schedule"]
+    del values["momentum"], values["beta2"], values["schedule"]
     path.write_text(json.dumps(values))
     for found in (settings.read(tmp_path), settings.parse(["--config", str(path)])):
-        assert (found.momentum, found.schedule) == (0.95, "cosine")
+        assert (found.momentum, found.beta2, found.schedule) == (0.95, 0.95, "cosine")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,7 @@ def test_a_run_of_an_older_version_keeps_what_it_trained_with(tmp_path):
     [
         ("seed", 1.5, "--seed: expected a whole number, got 1.5"),
         ("momentum", 1.0, "--momentum: expected from 0 to below 1, got 1.0"),
+        ("beta2", -0.1, "--beta2: expected from 0 to below 1, got -0.1"),
         ("batch_size", 2.5, "--batch-size: expected a whole number, got 2.5"),
         ("batch_size", True, "--batch-size: expected a whole number, got True"),
         ("batch_size", None, "--batch-size: expected a whole number, got None"),

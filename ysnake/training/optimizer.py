@@ -2,18 +2,22 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ysnake.training.options import MOMENTUM, Optimizer
+from ysnake.training.options import BETA2, MOMENTUM, Optimizer
 
 if TYPE_CHECKING:
     import torch
 
     from ysnake.model.network import Model
 
-BETAS = (0.9, 0.95)  # of AdamW
+BETA1 = 0.9  # of AdamW
 
 
 def make_optimizer(
-    model: "Model", weight_decay: float, kind: Optimizer = "adamw", momentum: float = MOMENTUM
+    model: "Model",
+    weight_decay: float,
+    kind: Optimizer = "adamw",
+    momentum: float = MOMENTUM,
+    beta2: float = BETA2,
 ) -> "torch.optim.Optimizer":
     """AdamW; or Muon for the projections of the mixers, and AdamW for the other weights.
 
@@ -24,12 +28,14 @@ def make_optimizer(
         weight_decay: of matrices.
         kind: "adamw" or "muon".
         momentum: of Muon.
+        beta2: of AdamW.
     """
     import torch
 
     from ysnake.training.muon import Muon
 
     groups: list[dict[str, Any]] = []
+    betas = (BETA1, beta2)
     if kind == "muon":
         mixers = [layer.mixer for layer in model.backbone.layers]
         sizes = mixers[0].sizes
@@ -44,8 +50,8 @@ def make_optimizer(
         others = [p for p in model.parameters() if (p.ndim >= 2) == matrices and id(p) not in taken]
         groups.append({"params": others, "weight_decay": weight_decay if matrices else 0.0})
     if kind == "muon":
-        return Muon(groups, BETAS, momentum)
-    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
+        return Muon(groups, betas, momentum)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
 def make_moments(optimizer: "torch.optim.Optimizer") -> None:

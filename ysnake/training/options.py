@@ -17,6 +17,7 @@ from ysnake.shared.field_types import is_a, name_of
 
 Optimizer = Literal["adamw", "muon"]
 MOMENTUM = 0.9  # of Muon, unless set
+BETA2 = 0.99  # of AdamW, unless set
 Schedule = Literal["cosine", "linear"]
 Precision = Literal["auto", "float32", "bfloat16"]
 SHIPPED = Path(__file__).parents[2] / "training_data"
@@ -102,6 +103,9 @@ class Settings:
     step with Muon learns more and takes longer. The same --lr suits both."""
     momentum: float = MOMENTUM
     """Momentum of Muon, from 0 to below 1: the share of the earlier steps in an update."""
+    beta2: float = BETA2
+    """Beta2 of AdamW, from 0 to below 1: the share of the earlier steps in its mean of squared
+    gradients. Small batches need a large one."""
     weight_decay: float = 0.1
     """Weight decay of matrices. There is none for A_log, D, dt_bias, norms and biases."""
     warmup_steps: int = 100
@@ -205,8 +209,9 @@ def check(settings: Settings) -> None:
         )
     if settings.max_minutes == 0:
         raise InputError("expected above 0, got 0", field="--max-minutes")
-    if not 0 <= settings.momentum < 1:
-        raise InputError(f"expected from 0 to below 1, got {settings.momentum}", field="--momentum")
+    for name in ("momentum", "beta2"):
+        if not 0 <= (share := getattr(settings, name)) < 1:
+            raise InputError(f"expected from 0 to below 1, got {share}", field=f"--{name}")
     if settings.memory is not None:
         parse_size(settings.memory)
     if settings.from_ and (settings.vocab_size or settings.output_size):

@@ -117,7 +117,8 @@ def with_tokens(
     progress.threads, progress.processes = torch.get_num_threads(), ranks.size
     model.backbone.recompute = settings.recompute
     loss = ranks.distribute(model, cli.pick_device(settings.device))
-    optimizer = make_optimizer(model, settings.weight_decay, settings.optimizer, settings.momentum)
+    how = (settings.weight_decay, settings.optimizer, settings.momentum, settings.beta2)
+    optimizer = make_optimizer(model, *how)
     run = Run(settings, model, tokenizer, optimizer, *tokens, progress, ranks, loss)
     forget_carried(run)
     return run

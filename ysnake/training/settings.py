@@ -27,7 +27,10 @@ FREE_ON_RESUME = (
     *("lr", "warmup_steps"),
 )
 # The settings.json of older runs lacks these.
-OF_OLD_RUNS = {"optimizer": "adamw", "schedule": "cosine", "zero_out": False, "momentum": 0.95}
+OF_OLD_RUNS = {
+    **{"optimizer": "adamw", "schedule": "cosine", "zero_out": False},
+    **{"momentum": 0.95, "beta2": 0.95},
+}
 # These settings are not stored: each start determines them again.
 OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
 OF_THE_TEXT = ("data", "max_documents", "encoding", "text_field", "tokenizer", "vocab_size")
