@@ -49,7 +49,7 @@ def test_a_size_and_a_time_determine_the_rest(text, name, rate):
     found = parsed("--size", name, "--data", text, "--max-minutes", "5")
     assert (found.size, found.preset, found.lr) == (name, None, rate)
     assert (found.optimizer, found.schedule) == ("muon", "cosine")
-    assert (found.batch_size, found.seq_len) == (8, 256)
+    assert (found.batch_size, found.seq_len) == (16, 128)
     assert (found.max_minutes, found.max_steps) == (5, None)
     assert found.patience
     sizes = (found.d_model, found.n_layers, found.d_state)

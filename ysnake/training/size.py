@@ -15,8 +15,8 @@ from ysnake.training.options import Settings
 AUTO = "auto"
 # The same for all sizes: the batch, the warm-up and the optimizer with which they were measured.
 RECIPE: dict[str, Any] = {
-    "seq_len": 256,
-    "batch_size": 8,
+    "seq_len": 128,
+    "batch_size": 16,
     "optimizer": "muon",
     "schedule": "cosine",
     "warmup_steps": 30,
