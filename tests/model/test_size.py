@@ -75,7 +75,7 @@ def test_the_steps_follow_from_the_text(text):
         file.truncate(9_400_000)
     found = parsed("--size", "3M", "--data", large).max_steps
     assert found == size.MOST_PASSES * 9_400_000 // size.BYTES_PER_TOKEN // (8 * 256)
-    assert parsed("--size", "3M", "--data", large, "--batch-size", "16").max_steps == found // 2
+    assert parsed("--size", "3M", "--data", large, "--batch-size", "32").max_steps == found // 2
     with large.open("wb") as file:
         file.truncate(10**11)  # sparse
     of_small, of_large = (parsed("--size", n, "--data", large).max_steps for n in ("3M", "71M"))
