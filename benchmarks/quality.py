@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ysnake.text.data import Batch, Tokens
 
-SEQ_LEN, BATCH_SIZE, WARMUP_STEPS, WEIGHT_DECAY, BETA2 = 256, 8, 100, 0.1, 0.95
+SEQ_LEN, BATCH_SIZE, WARMUP_STEPS, WEIGHT_DECAY = 256, 8, 100, 0.1
 EVALUATIONS = 10
 LEAST = 1_000_000  # bytes; with less text the result means nothing
 # contestant -> modules that it needs
@@ -117,7 +117,7 @@ def train(job: dict, report: Callable[[dict], None]) -> None:
     )
     model, loss_of = _model(job)
     settings = Settings(lr=job["lr"], warmup_steps=WARMUP_STEPS, max_minutes=job["minutes"])
-    optimizer, progress = make_optimizer(model, WEIGHT_DECAY, beta2=BETA2), Progress()
+    optimizer, progress = make_optimizer(model, WEIGHT_DECAY), Progress()
     reported = 0  # evaluations so far
     while progress.elapsed < 60 * job["minutes"]:
         start = time.monotonic()

@@ -337,7 +337,7 @@ def report(options: Options) -> list[Trained]:
     name = folder(options, "", 0, 0).parent.name
     text = ", ".join(path.name for path in options.text)
     where = machine(options)
-    title = f"{name} on {text}, {BATCH['batch_size']} x {BATCH['seq_len']} tokens a step ({where})"
+    title = f"{name} on {text}, {math.prod(BATCH.values()):,} tokens a step ({where})"
     curves = {"title": title, "runs": [vars(each) for each in found]}
     (options.out / f"{name}.json").write_text(json.dumps(curves) + "\n")
     (options.out / f"{name}.md").write_text(markdown(found, title))

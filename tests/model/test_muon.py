@@ -155,15 +155,18 @@ def test_momentum_is_the_share_of_earlier_steps():
     torch.testing.assert_close(optimizer.state[weight]["momentum"], weight.grad * (1 - 0.75**2))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_beta2_is_the_share_of_earlier_squares(kind):
+@pytest.mark.parametrize(
+    ("kind", "given", "beta2"),
+    [("adamw", 0.75, 0.75), ("muon", 0.75, 0.75), ("adamw", None, 0.95), ("muon", None, 0.99)],
+)
+def test_beta2_is_the_share_of_earlier_squares(kind, given, beta2):
     m = model()
-    optimizer = make_optimizer(m, 0.0, kind, beta2=0.75)
+    optimizer = make_optimizer(m, 0.0, kind, beta2=given)
     make_moments(optimizer)
     weight = m.backbone.embeddings.weight
     for p in m.parameters():
         p.grad = torch.randn_like(p)
-    for share in (0.25, 1 - 0.75**2):
+    for share in (1 - beta2, 1 - beta2**2):
         optimizer.step()
         squares = optimizer.state[weight]["exp_avg_sq"]
         torch.testing.assert_close(squares, share * weight.grad.square())

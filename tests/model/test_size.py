@@ -164,7 +164,7 @@ def test_what_to_expect_is_said_in_two_lines(text):
     assert "ends after 10 minutes or 5 evaluations without" in first
     assert "about 10 minutes at 2,200 tokens/s" in second
     assert "1.32 million tokens, 0.4 passes" in second
-    assert "1.22 nats (1.76 bits) per byte after 0.31 million" in second
+    assert "1.21 nats (1.75 bits) per byte after 0.31 million" in second
     chosen.max_minutes, chosen.max_steps = None, 100_000
     _, second = expectation.lines(chosen, config, 3e6, 2200.0)
     assert "about 26 hours" in second

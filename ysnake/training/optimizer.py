@@ -17,7 +17,7 @@ def make_optimizer(
     weight_decay: float,
     kind: Optimizer = "adamw",
     momentum: float = MOMENTUM,
-    beta2: float = BETA2,
+    beta2: float | None = None,
 ) -> "torch.optim.Optimizer":
     """AdamW; or Muon for the projections of the mixers, and AdamW for the other weights.
 
@@ -28,14 +28,14 @@ def make_optimizer(
         weight_decay: of matrices.
         kind: "adamw" or "muon".
         momentum: of Muon.
-        beta2: of AdamW.
+        beta2: of AdamW; None means that of BETA2.
     """
     import torch
 
     from ysnake.training.muon import Muon
 
     groups: list[dict[str, Any]] = []
-    betas = (BETA1, beta2)
+    betas = (BETA1, BETA2[kind] if beta2 is None else beta2)
     if kind == "muon":
         mixers = [layer.mixer for layer in model.backbone.layers]
         sizes = mixers[0].sizes

@@ -17,7 +17,7 @@ from ysnake.shared.field_types import is_a, name_of
 
 Optimizer = Literal["adamw", "muon"]
 MOMENTUM = 0.9  # of Muon, unless set
-BETA2 = 0.99  # of AdamW, unless set
+BETA2: dict[Optimizer, float] = {"adamw": 0.95, "muon": 0.99}  # of AdamW, unless set
 Schedule = Literal["cosine", "linear"]
 Precision = Literal["auto", "float32", "bfloat16"]
 SHIPPED = Path(__file__).parents[2] / "training_data"
@@ -103,9 +103,9 @@ class Settings:
     step with Muon learns more and takes longer. The same --lr suits both."""
     momentum: float = MOMENTUM
     """Momentum of Muon, from 0 to below 1: the share of the earlier steps in an update."""
-    beta2: float = BETA2
+    beta2: float | None = None
     """Beta2 of AdamW, from 0 to below 1: the share of the earlier steps in its mean of squared
-    gradients. Small batches need a large one."""
+    gradients. By default 0.99 beside Muon, and 0.95 where AdamW updates all weights."""
     weight_decay: float = 0.1
     """Weight decay of matrices. There is none for A_log, D, dt_bias, norms and biases."""
     warmup_steps: int = 100
@@ -210,7 +210,8 @@ def check(settings: Settings) -> None:
     if settings.max_minutes == 0:
         raise InputError("expected above 0, got 0", field="--max-minutes")
     for name in ("momentum", "beta2"):
-        if not 0 <= (share := getattr(settings, name)) < 1:
+        share = getattr(settings, name)
+        if share is not None and not 0 <= share < 1:
             raise InputError(f"expected from 0 to below 1, got {share}", field=f"--{name}")
     if settings.memory is not None:
         parse_size(settings.memory)
