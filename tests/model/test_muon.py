@@ -9,6 +9,7 @@ from small import model
 from ysnake.training import muon
 from ysnake.training.muon import Muon, orthogonal
 from ysnake.training.optimizer import make_moments, make_optimizer
+from ysnake.training.options import BETA2
 
 
 @pytest.mark.parametrize("shape", [(96, 64), (24, 80)])
@@ -127,7 +128,7 @@ def test_heads_that_are_larger_than_the_embedding_are_made_orthogonal():
 def test_adamw_updates_the_other_weights(trained):
     m, before, optimizer = trained
     twin = model(n_groups=2)
-    adamw = make_optimizer(twin, 0.0)
+    adamw = make_optimizer(twin, 0.0, beta2=BETA2["muon"])
     for p, own in zip(twin.parameters(), m.parameters(), strict=True):
         p.grad = own.grad
     for group in adamw.param_groups:
