@@ -41,33 +41,40 @@ SIZES: dict[str, dict[str, object]] = {
 MUON_95: dict[str, object] = {"optimizer": "muon", "momentum": 0.95}
 MUON: dict[str, object] = {"optimizer": "muon", "momentum": 0.9, "beta2": 0.99}
 SHORT: dict[str, object] = {"seq_len": 128, "batch_size": 16}
+CHANGES: dict[str, dict[str, object]] = {
+    "linear": {"schedule": "linear"},
+    "uniform": {"init": "uniform"},
+    "zero-out": {"zero_out": True},
+    "no-decay": {"weight_decay": 0.0},
+    "carry-state": {"carry_state": True},
+    "small-heads": {"head_dim": 32},
+    "large-state": {"d_state": 128},
+}
 # Each recipe changes "baseline", with which the report compares it.
 RECIPES: dict[str, dict[str, object]] = {
     "baseline": {"optimizer": "adamw", "schedule": "cosine", "init": "hippo", "beta2": 0.95},
-    "beta2-99": {"beta2": 0.99},
-    "linear": {"schedule": "linear"},
-    "uniform": {"init": "uniform"},
+    **CHANGES,
     "linear-uniform": {"schedule": "linear", "init": "uniform"},
     "linear-zero": {"schedule": "linear", "zero_out": True},
+    "short-warmup": {"warmup_steps": 20},
+    "batch-4": {"batch_size": 4},
+    "beta2-99": {"beta2": 0.99},
     "muon": MUON_95,
-    "muon-90": {"optimizer": "muon", "momentum": 0.9},
-    "muon-90-linear": {"optimizer": "muon", "momentum": 0.9, "schedule": "linear"},
-    "muon-80": {"optimizer": "muon", "momentum": 0.8},
-    "muon-90-batch-4": {"optimizer": "muon", "momentum": 0.9, "batch_size": 4},
-    "muon-beta2-99": MUON,
-    "muon-beta2-999": {**MUON, "beta2": 0.999},
-    "muon-beta2-99-seq-128": {**MUON, **SHORT},
-    "muon-beta2-999-seq-128": {**MUON, **SHORT, "beta2": 0.999},
     "muon-linear": {**MUON_95, "schedule": "linear"},
     "muon-linear-uniform": {**MUON_95, "schedule": "linear", "init": "uniform"},
-    "zero-out": {"zero_out": True},
     "muon-linear-zero": {**MUON_95, "schedule": "linear", "zero_out": True},
-    "no-decay": {"weight_decay": 0.0},
-    "short-warmup": {"warmup_steps": 20},
-    "carry-state": {"carry_state": True},
-    "batch-4": {"batch_size": 4},
-    "small-heads": {"head_dim": 32},
-    "large-state": {"d_state": 128},
+    "muon-90": {"optimizer": "muon", "momentum": 0.9},
+    "muon-90-linear": {"optimizer": "muon", "momentum": 0.9, "schedule": "linear"},
+    "muon-90-batch-4": {"optimizer": "muon", "momentum": 0.9, "batch_size": 4},
+    "muon-80": {"optimizer": "muon", "momentum": 0.8},
+    "muon-beta2-99": MUON,
+    "muon-beta2-999": {**MUON, "beta2": 0.999},
+    "muon-beta2-99-seq-128": {**MUON, **SHORT},  # what --size trains with
+    "muon-beta2-999-seq-128": {**MUON, **SHORT, "beta2": 0.999},
+    "muon-95-beta2-99-seq-128": {**MUON, **SHORT, "momentum": 0.95},
+    "muon-beta2-99-seq-128-batch-8": {**MUON, **SHORT, "batch_size": 8},
+    "muon-beta2-99-seq-64": {**MUON, "seq_len": 64, "batch_size": 32},
+    **{f"muon-beta2-99-seq-128-{name}": MUON | SHORT | each for name, each in CHANGES.items()},
 }
 
 

@@ -29,8 +29,8 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
 
         if not (is_local(options.host) or options.api_key or options.without_key):
             raise InputError(
-                f"expected a key, as --host {options.host} lets other machines in; "
-                f"{KEY_VARIABLE} can hold it, and --without-key does without",
+                f"--host {options.host} lets other machines connect, so a key is needed; set "
+                f"{KEY_VARIABLE}, or give --without-key to let them in without one",
                 field="--api-key",
             )
         serve(options, listener)

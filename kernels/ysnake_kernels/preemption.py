@@ -19,9 +19,9 @@ WINDOW = 5.0  # seconds of processor time between two looks
 # more where a busy program takes one of them.
 MOST = 60.0
 ADVICE = (
-    "other programs take the cores from this process, and threads that wait for each other keep "
-    "theirs meanwhile; set GOMP_SPINCOUNT=2000 and KMP_BLOCKTIME=1 in the environment before the "
-    "program starts, which is several times faster on a busy machine"
+    "other programs compete for the cores, and threads of this program waste time in busy loops "
+    "while they wait for each other; set GOMP_SPINCOUNT=2000 and KMP_BLOCKTIME=1 in the "
+    "environment before it starts: on a busy machine it then runs several times faster"
 )
 
 

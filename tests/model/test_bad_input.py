@@ -122,20 +122,30 @@ LIST = {
     ),
     "invalid choice 'letters'": (train, *NEW, "--tokenizer", "letters"),
     "invalid choice 'zero'": (train, *NEW, "--init", "zero"),
-    "--vocab-size: expected at most": (train, *NEW, "--vocab-size", "9000"),
+    "--vocab-size: these documents are enough for": (train, *NEW, "--vocab-size", "9000"),
     "snakes.txt: the files to train on stand after --data": (train, "snakes.txt"),
-    "--data: model is a model; name it before the options": (
+    "--data: model is a run or a checkpoint, no value of --data; name it before": (
         *(evaluate, "--data", "snakes.txt", "model"),
     ),
     "runs: no run there yet; ysnake train makes one  ": (run, "--stop", "x" * 5000, "y"),
-    "--stop: model is a model; name it before the options": (run, "--stop", "x", "model"),
-    "--allow-host: model is a model; name it before": (serve, "--allow-host", "x", "model"),
+    "--stop: model is a run or a checkpoint, no value of --stop; name it before": (
+        run,
+        "--stop",
+        "x",
+        "model",
+    ),
+    "--allow-host: model is a run or a checkpoint, no value of --allow-host; name it before": (
+        serve,
+        "--allow-host",
+        "x",
+        "model",
+    ),
     "--port: expected at most 65535, got 99999": (watch, "--port", "99999"),
     "a bpe tokenizer needs at least 257, got 20": (train, *NEW, "--vocab-size", "20"),
     "a bpe tokenizer needs at least 257, got 256": (train, *NEW, "--plan", "--vocab-size", "256"),
     "--memory: expected a size like 8GB, got '8'": (train, *NEW, "--memory", "8"),
     "--chunk-size: expected at least 1, got -1": (train, *AGAIN, "--chunk-size", "-1"),
-    "--vocab-size: a run is resumed with its own, the default; got 300": (
+    "--vocab-size: cannot change in a resumed run, which has the default; got 300": (
         *(train, *AGAIN, "--vocab-size", "300"),
     ),
     "so a word tokenizer needs at least": (
@@ -150,19 +160,19 @@ LIST = {
     "--d-model: the checkpoint model has 32, got 48": (
         *(train, "--data", "snakes.txt", "--from", "model", "--d-model", "48"),
     ),
-    "--vocab-size: fixed by the checkpoint": (
+    "--vocab-size: cannot be set with --from": (
         *(train, "--data", "snakes.txt", "--from", "model", "--vocab-size", "300"),
     ),
-    "--tokenizer: fixed by the checkpoint that --from names": (
+    "--tokenizer: cannot be set with --from": (
         *(train, "--data", "snakes.txt", "--from", "model", "--tokenizer", "bpe"),
     ),
-    "--zero-out: fixed by the checkpoint that --from names": (
+    "--zero-out: cannot be set with --from": (
         *(train, "--data", "snakes.txt", "--from", "model", "--preset", "ys-24m", "--zero-out"),
     ),
-    "--init: fixed by the checkpoint that --from names": (
+    "--init: cannot be set with --from": (
         *(train, "--data", "snakes.txt", "--from", "model", "--init", "uniform"),
     ),
-    "--output-size: fixed by the checkpoint": (
+    "--output-size: cannot be set with --from": (
         *(train, "--data", "snakes.txt", "--from", "model", "--output-size", "8"),
     ),
     "--head-dim: expected a divisor of --expand * --d-model = 64, got 7": (
@@ -199,7 +209,7 @@ LIST = {
         *(train, "--run", "nowhere", "--resume"),
     ),
     "--from: starts a new run, so it does not go with --resume": (train, *AGAIN, "--from", "model"),
-    "--seq-len: a run is resumed with its own, 24": (train, *AGAIN, "--seq-len", "9"),
+    "--seq-len: cannot change in a resumed run, which has 24": (train, *AGAIN, "--seq-len", "9"),
     "Unrecognized options: --sequence": (train, *NEW, "--sequence", "9"),
     "--max-minutes: the run has trained 1 step and": (train, *AGAIN, "--max-minutes", "1e-9"),
     # run

@@ -222,7 +222,7 @@ def test_a_template_that_cannot_be_used_is_told_at_the_start(tmp_path):
     code, _, errors = entry(serve.main, folder, "--port", "0")
     assert code == 2
     assert "chat_template.jinja: chat template: line 1: Macro is not supported" in errors
-    assert "--plain-chat does without it" in errors
+    assert "--plain-chat ignores the template" in errors
 
 
 def test_a_server_asks_the_model_by_the_template(chatty):

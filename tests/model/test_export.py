@@ -212,7 +212,7 @@ def test_files_of_the_user_are_not_replaced(tmp_path):
     for name in ("Modelfile", "modelfile"):
         code, _, errors = entry(export.main, folder, "--gguf", out / name)
         assert (code, errors.count("\n")) == (2, 1)
-        assert "is the name of the file that is written beside it" in errors
+        assert "the export also writes a file called Modelfile there" in errors
     (out / "Modelfile").write_text("FROM mine\n")
     (out / "y.gguf").unlink()
     code, _, errors = entry(export.main, folder, "--gguf", out / "y.gguf")

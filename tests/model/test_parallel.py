@@ -271,8 +271,8 @@ def process_of_rank(rank, launcher):
 
 
 WRONG = {
-    "--batch-size: 4 sequences cannot be shared out evenly to 3 processes": (3, []),
-    "--batch-size: 4 sequences cannot be shared out evenly to 3 groups of processes": (
+    "--batch-size: expected a multiple of the 3 processes, got 4": (3, []),
+    "--batch-size: expected a multiple of the 3 groups of processes, got 4": (
         *(6, ["--context-parallel", "2"]),
     ),
     "--context-parallel: expected a divisor of 4 processes, got 3": (
@@ -282,7 +282,7 @@ WRONG = {
     "--context-parallel: expected at least 1, got 0": (4, ["--context-parallel", "0"]),
     "--seq-len: 24 tokens cannot be split evenly over the 5": (5, ["--context-parallel", "5"]),
     "--seq-len: 2 tokens for each of 12 processes are fewer": (12, ["--context-parallel", "12"]),
-    "--memory: plans for one process": (2, ["--memory", "8GB"]),
+    "--memory: works with one process only": (2, ["--memory", "8GB"]),
     "--carry-state: cannot be combined with --context-parallel": (
         2,
         ["--context-parallel", "2", "--carry-state"],

@@ -335,7 +335,7 @@ def test_weights_that_change_under_the_server(guarded):
 def test_other_machines_need_a_key(served):
     code, _, errors = entry(serve.main, served, "--host", "0.0.0.0", "--port", "0")
     assert code == 2
-    assert "--api-key: expected a key, as --host 0.0.0.0 lets other machines in" in errors
+    assert "--api-key: --host 0.0.0.0 lets other machines connect, so a key is needed" in errors
 
 
 # ------------------------------------------------------------------ limits, places, memory

@@ -117,7 +117,9 @@ def test_a_flag_of_the_run_may_be_given_again(begun):
     assert (again.carry_state, again.recompute) == (True, True)
     assert resumed("--run", "run", "--carry_state").carry_state
     write_flags(Path("run"), carry_state=False)
-    with pytest.raises(InputError, match="--carry-state: a run is resumed with its own, False"):
+    with pytest.raises(
+        InputError, match="--carry-state: cannot change in a resumed run, which has False"
+    ):
         resumed("--run", "run", "--carry-state")
 
 
@@ -143,7 +145,7 @@ def test_a_refused_setting_is_shown_as_a_user_writes_it(begun):
         resumed("--run", "run", "--data", "b.txt", "c.txt")
     assert "PosixPath" not in str(error.value)
     assert "a.txt; got b.txt c.txt; --from run trains its weights" in str(error.value)
-    with pytest.raises(InputError, match="its own, the default; got 300"):
+    with pytest.raises(InputError, match="which has the default; got 300"):
         resumed("--run", "run", "--vocab-size", "300")
 
 
@@ -169,7 +171,7 @@ def test_the_help_of_an_option_is_one_paragraph(capsys, monkeypatch):
         settings.parse(["--help"])
     shown = capsys.readouterr().out
     assert "Train a Mamba-2 language model." in shown
-    assert "A step with Muon learns more and takes longer. The same --lr suits both." in shown
+    assert "The same --lr suits both." in shown
 
 
 def test_the_learning_rate_has_a_long_name_too():
@@ -188,7 +190,7 @@ def test_another_limit_lifts_one_that_is_reached():
     again = replace(stored, max_minutes=9)
     lines = replace_limits(again, stored, done)
     assert (again.max_steps, again.max_minutes) == (None, 9)
-    assert lines == ["--max-steps 20 has been reached; it is lifted"]
+    assert lines == ["--max-steps 20 was reached and no longer applies"]
     for unchanged in (stored, Settings(max_steps=20, max_minutes=None, patience=3)):
         assert replace_limits(unchanged, stored, done) == []
         assert unchanged.max_steps == 20

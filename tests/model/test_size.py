@@ -99,12 +99,15 @@ def test_without_a_size_nothing_changes():
 
 
 REFUSED = {
-    "--preset, --size: both choose": ["--size", "3M", "--preset", "ys-24m"],
+    "--preset, --size: give only one of them": ["--size", "3M", "--preset", "ys-24m"],
     "--size: expected one of 3M, 10M, 24M, 71M, auto, got 5M": ["--size", "5M"],
     "--size: the checkpoint that --from names": ["--size", "3M", "--from", "model"],
     "--size: auto needs a time, --max-minutes M": ["--size", "auto"],
-    "--max-steps, --max-minutes: with --size and --max-documents": [
-        *("--size", "3M", "--max-documents", "3")
+    "--max-documents: with --size it needs --max-steps or": [
+        "--size",
+        "3M",
+        "--max-documents",
+        "3",
     ],
     "--d-model": ["--size", "3M", "--d-model", "-3"],
     "--batch-size: expected at least 1": ["--size", "3M", "--batch-size", "0"],
@@ -123,7 +126,7 @@ def test_what_does_not_fit_is_refused(text, said):
 def test_auto_is_refused_with_several_processes(text, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="--size: auto measures one process"):
+    with pytest.raises(InputError, match="--size: auto works with one process"):
         parsed("--size", "auto", "--data", text, "--max-minutes", "1")
 
 
@@ -136,15 +139,15 @@ def test_both_in_python_and_in_a_file_are_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "n_bytes", "chosen", "asked"),
+    ("minutes", "n_bytes", "chosen", "asked", "reason"),
     [
-        (10, 10**7, "3M", 1),  # 10 minutes at 1,000 tokens/s
-        (300, 10**8, "10M", 2),
-        (3000, 10**9, "71M", 3),
-        (3000, 10**5, "3M", 1),  # the text is too small for more
+        (10, 10**7, "3M", 1, "tokens in 10 minutes"),  # at 1,000 tokens/s
+        (300, 10**8, "10M", 2, "tokens in 300 minutes"),
+        (3000, 10**9, "71M", 3, "the largest"),
+        (3000, 10**5, "3M", 0, "in at most 4 passes over this text"),
     ],
 )
-def test_auto_takes_the_largest_size_that_sees_enough(minutes, n_bytes, chosen, asked):
+def test_auto_takes_the_largest_size_that_sees_enough(minutes, n_bytes, chosen, asked, reason):
     measured, said = [], []
 
     def made_up(name):
@@ -154,6 +157,7 @@ def test_auto_takes_the_largest_size_that_sees_enough(minutes, n_bytes, chosen, 
     assert size.largest_for(minutes, n_bytes, made_up, said.append) == chosen
     assert measured == list(SIZES)[1 : asked + 1]
     assert f"--size auto: {chosen}" in said[0]
+    assert reason in said[0]
 
 
 def test_what_to_expect_is_said_in_two_lines(text):
@@ -186,7 +190,9 @@ def test_a_run_keeps_what_was_chosen_when_it_is_resumed(text):
     assert code == 0, errors
     assert "expect about" not in out
     assert json.loads(Path("run/settings.json").read_text())["lr"] == 0.012
-    with pytest.raises(InputError, match="--size: a run is resumed with its own, 3M; got 10M"):
+    with pytest.raises(
+        InputError, match="--size: cannot change in a resumed run, which has 3M; got 10M"
+    ):
         parsed("--resume", "--run", "run", "--size", "10M")
     assert parsed("--config", "run/settings.json", "--seed", "1").size == "3M"
     for other in (["--size", "10M"], ["--preset", "ys-24m"]):  # the file would win over it

@@ -57,9 +57,15 @@ def test_it_works_for_other_settings_of_the_model(first, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--vocab-size", "400"], "--vocab-size: fixed by the run .*, 300; got 400"),
-        (["--data", "other.txt"], r"--data: fixed by the run .*, /.*snakes\.txt; got other\.txt"),
-        (["--from", "run0"], "--from: has a tokenizer too, so --tokens-from cannot be given"),
+        (
+            ["--vocab-size", "400"],
+            "--vocab-size: expected 300, as in the run of --tokens-from, got 400",
+        ),
+        (
+            ["--data", "other.txt"],
+            r"--data: expected /.*snakes\.txt, as in the run of .*, got other\.txt",
+        ),
+        (["--from", "run0"], "--from, --tokens-from: give only one of them"),
     ],
 )
 def test_another_text_or_tokenizer_is_refused(first, options, message, monkeypatch):

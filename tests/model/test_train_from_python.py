@@ -151,7 +151,9 @@ def test_the_settings_of_a_run_make_the_same_run(here):
         assert Path("second", file).read_bytes() == (first.path / file).read_bytes()
     assert settings.parse([*options, "--resume"]).run == Path("second")
     Path("other.toml").write_text("seed = 9")
-    with pytest.raises(InputError, match="--seed: a run is resumed with its own, 0; got 9"):
+    with pytest.raises(
+        InputError, match="--seed: cannot change in a resumed run, which has 0; got 9"
+    ):
         settings.parse(["--config", "other.toml", "--run", "second", "--resume"])
 
 

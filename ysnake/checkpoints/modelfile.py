@@ -37,7 +37,8 @@ def check(file: Path) -> Path:
     beside = file.with_name(MODELFILE)
     if file.name.lower() == MODELFILE.lower():
         raise InputError(
-            f"{file} is the name of the file that is written beside it", field="--gguf"
+            f"{file}: choose another name; the export also writes a file called {MODELFILE} there",
+            field="--gguf",
         )
     if beside.is_symlink() or (beside.exists() and not _is_ours(beside)):
         raise InputError(

@@ -93,7 +93,7 @@ def explain(error: Exception) -> str:
             "or name another in OLLAMA_HOST"
         )
     if isinstance(error, httpx.TimeoutException):
-        return f"{host()}: not a word for {SILENCE:.0f} seconds"
+        return f"{host()}: no answer for {SILENCE:.0f} seconds"
     said = str(error.error if isinstance(error, ResponseError) else error)
     said = escape_controls(" ".join(said.split())[:200])
     if isinstance(error, ResponseError) and error.status_code > 0:

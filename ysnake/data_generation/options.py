@@ -21,12 +21,13 @@ class Options:
     kinds: tuple[Kind, ...] = KINDS
     """What the documents are about."""
     count: int | None = None
-    """Documents of each kind; by default one on each word, topic and day. More ask again from
-    another angle."""
+    """Documents of each kind; by default one on each word, topic and day. A larger number asks
+    about them again, with other questions."""
     model: Annotated[str, arg(metavar="NAME")] = "llama3.1"
     """The model that writes, by its name in Ollama."""
     pull: bool = False
-    """Let Ollama download the model if it is missing. On a terminal you are asked."""
+    """Let Ollama download the model if it is missing. Without this option you are asked, if the
+    command runs in a terminal."""
     parallel: int = 4
     """Requests at a time."""
     seed: int = 0

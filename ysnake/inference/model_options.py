@@ -97,7 +97,10 @@ def make_decoder(model: "Model", weights: Weights, compile: bool = True) -> "Dec
     decoder = Decoder(model, weights, compile)
     give_back_freed_memory()  # that of the weights before they were rounded
     if decoder.not_compiled:
-        print(f"warning: {decoder.not_compiled}; pure torch writes, slower", file=sys.stderr)
+        print(
+            f"warning: {decoder.not_compiled}; pure torch writes instead, which is slower",
+            file=sys.stderr,
+        )
     return decoder
 
 

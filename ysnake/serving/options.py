@@ -31,8 +31,8 @@ class Options:
     remember: int = 32
     """Prompts whose state is kept. A prompt that begins with one of them is read faster."""
     share_prompts: bool = False
-    """Use kept prompts of all clients for each client, and report the number of reused tokens. A
-    client can then find out what others have sent. By default each address has its own."""
+    """Let all clients share the kept prompts, and report how many tokens were reused. A client can
+    then find out what others have sent. By default each address has prompts of its own."""
     api_key: Annotated[str | None, arg(metavar="KEY")] = None
     """The key that clients must send as `Authorization: Bearer KEY`. It is better set in the
     environment variable YSNAKE_API_KEY, which other users of this machine cannot see."""

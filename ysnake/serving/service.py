@@ -194,8 +194,8 @@ def load(options: "Options") -> Service:
 
 
 def load_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """The chat template of a checkpoint. An error says how to do without one."""
+    """The chat template of a checkpoint. An error says how to start without it."""
     try:
         return chat_template.load(folder, tokenizer)
     except InputError as error:
-        raise InputError(f"{error}; --plain-chat does without it") from error
+        raise InputError(f"{error}; --plain-chat ignores the template") from error

@@ -43,7 +43,10 @@ def check_no_model(words: Iterable[Path | str], field: str) -> None:
     """
     for word in words:
         if is_model(Path(word)):
-            raise InputError(f"{word} is a model; name it before the options", field=field)
+            raise InputError(
+                f"{word} is a run or a checkpoint, no value of {field}; name it before the options",
+                field=field,
+            )
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

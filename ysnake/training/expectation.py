@@ -58,5 +58,5 @@ def _loss(settings: Settings, tokens: float) -> str:
     seen, nats = max(reached)
     return (
         f"; on {MEASURED_ON} this size had a held-out loss of {nats:.2f} nats "
-        f"({nats / math.log(2):.2f} bits) per byte after {seen / 1e6:.2g} million"
+        f"({nats / math.log(2):.2f} bits) per byte after {seen / 1e6:.2g} million tokens"
     )

@@ -139,7 +139,7 @@ def check(settings: Settings, config: ModelConfig, device: str) -> None:
     remedy = "a shorter --seq-len or a smaller model takes less"
     if fits:
         fits *= -(-settings.batch_size // windows)  # of all processes
-        remedy = f"--batch-size {fits} fits, and --memory chooses one"
+        remedy = f"--batch-size {fits} fits; or give --memory SIZE, which chooses the batch size"
     raise InputError(
         f"a batch with {amount(windows, 'window')} of {amount(length, 'token')} takes "
         f"{peak / 1e9:,.1f} GB, and this machine has {limit / 1e9:.1f} GB; {remedy}",

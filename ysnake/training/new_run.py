@@ -219,11 +219,11 @@ def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") ->
     found_size = tokenizer.get_vocab_size()
     if found_size < wanted and settings.vocab_size is not None:
         raise InputError(
-            f"expected at most {found_size}, all that these documents give, got {wanted}",
+            f"these documents are enough for {found_size} entries only, got {wanted}",
             field="--vocab-size",
         )
     if found_size < wanted:
-        console.print(f"vocabulary: {found_size:,} entries, all that these documents give")
+        console.print(f"vocabulary: {found_size:,} entries; these documents are enough for no more")
     return tokenizer
 
 

@@ -41,8 +41,8 @@ class Settings:
     resume: bool = False
     """Continue a run that was stopped, with its own settings."""
     size: Literal["3M", "10M", "24M", "71M", "auto"] | None = None
-    """Number of parameters. It chooses all other settings, for your text and your time; those that
-    you give win. auto takes the size that suits --max-minutes on this machine."""
+    """Number of parameters. It chooses the sizes, the optimizer and the batch, for your text and
+    your time. Options that you give win. auto takes the size that suits --max-minutes here."""
     preset: Annotated[str | None, arg(metavar="NAME")] = "quick"
     """Sizes and training settings to start from: quick, ys-24m, ys-60m or ys-71m. For your own text
     --size is simpler."""
@@ -100,11 +100,11 @@ class Settings:
     """Peak learning rate."""
     optimizer: Optimizer = "adamw"
     """adamw, or muon: Muon for the projections of each layer and AdamW for the other weights. A
-    step with Muon learns more and takes longer. The same --lr suits both."""
+    step with Muon learns more, and takes as long or a little longer. The same --lr suits both."""
     momentum: float = MOMENTUM
-    """Momentum of Muon, from 0 to below 1: the share of the earlier steps in an update."""
+    """Momentum of Muon, from 0 to below 1: the weight of earlier steps in its mean of gradients."""
     beta2: float | None = None
-    """Beta2 of AdamW, from 0 to below 1: the share of the earlier steps in its mean of squared
+    """Beta2 of AdamW, from 0 to below 1: the weight of earlier steps in its mean of squared
     gradients. By default 0.99 beside Muon, and 0.95 where AdamW updates all weights."""
     weight_decay: float = 0.1
     """Weight decay of matrices. There is none for A_log, D, dt_bias, norms and biases."""
@@ -145,8 +145,8 @@ class Settings:
     device: DeviceOption = "auto"
     precision: Precision = "auto"
     """bfloat16 computes matrix products in 16 bits: on a GPU by autocast, on a CPU by rounding the
-    factors. auto is bfloat16 on CUDA and on a CPU that is faster so (with AMX or AVX512-BF16), else
-    float32. State and decay are always float32."""
+    factors. auto is bfloat16 on CUDA, and on a CPU where a short measurement finds it at least
+    1.2 times as fast. Otherwise it is float32. State and decay are always float32."""
     no_graphs: bool = False
     """On one GPU: launch the kernels of a step one by one. By default a CUDA graph launches all of
     them at once. Small models then train several times as fast."""
@@ -217,7 +217,10 @@ def check(settings: Settings) -> None:
         parse_size(settings.memory)
     if settings.from_ and (settings.vocab_size or settings.output_size):
         name = "vocab_size" if settings.vocab_size else "output_size"
-        raise InputError("fixed by the checkpoint that --from names", field=option(name))
+        raise InputError(
+            "cannot be set with --from, since the checkpoint determines it",
+            field=option(name),
+        )
 
 
 def check_preset(name: str | None) -> None:

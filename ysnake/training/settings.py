@@ -89,8 +89,8 @@ def read_config(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("size", "preset"):
             if given.get(name) not in (None, values.get(name)):
                 raise InputError(
-                    f"{path} has all settings of a run, so leave one of the two out; got "
-                    f"{given[name]}",
+                    f"{path} has all settings of a run, so it cannot be combined with "
+                    f"{option(name)} {given[name]}",
                     field=f"--config, {option(name)}",
                 )
     if "config" in values:
@@ -162,7 +162,9 @@ def _measured_size(of_size: Callable[[str], Settings], say: Say) -> str:
     if first.max_minutes is None:
         raise InputError("auto needs a time, --max-minutes M", field="--size")
     if launch.launched():
-        raise InputError("auto measures one process; with several name a size", field="--size")
+        raise InputError(
+            "auto works with one process only; with several name a size", field="--size"
+        )
     n_bytes = size.text_bytes(first)
 
     def speed(name: str) -> float:
@@ -212,7 +214,10 @@ def _finish_new(settings: Settings) -> None:
         preset = PRESETS[settings.preset].settings
         for name in ("tokenizer", "init", "zero_out"):
             if getattr(settings, name) != preset.get(name, getattr(Settings, name)):
-                raise InputError("fixed by the checkpoint that --from names", field=option(name))
+                raise InputError(
+                    "cannot be set with --from, since the checkpoint determines it",
+                    field=option(name),
+                )
         for name, own in _sizes_of(settings.from_).items():
             if getattr(settings, name) != own:
                 raise InputError(
@@ -243,12 +248,15 @@ def _check_model(settings: Settings) -> None:
 def _check_text(settings: Settings, stored: Settings) -> None:
     """Raise InputError if another text or tokenizer is wanted than that of --tokens-from."""
     if settings.from_ is not None:
-        raise InputError("has a tokenizer too, so --tokens-from cannot be given", field="--from")
+        raise InputError(
+            "give only one of them, since each brings its own tokenizer",
+            field="--from, --tokens-from",
+        )
     for name in OF_THE_TEXT:
         given, own = getattr(settings, name), getattr(stored, name)
         if not _same(given, own):
             raise InputError(
-                f"fixed by the run that --tokens-from names, {_shown(own)}; got {_shown(given)}",
+                f"expected {_shown(own)}, as in the run of --tokens-from, got {_shown(given)}",
                 field=option(name),
             )
 
@@ -275,7 +283,7 @@ def _check_resumed(settings: Settings, stored: Settings) -> None:
     for f in fields(Settings):
         given, own = getattr(settings, f.name), getattr(stored, f.name)
         if f.name not in FREE_ON_RESUME and not _same(given, own):
-            reason = f"a run is resumed with its own, {_shown(own)}; got {_shown(given)}"
+            reason = f"cannot change in a resumed run, which has {_shown(own)}; got {_shown(given)}"
             if f.name == "data":
                 reason += f"; --from {stored.folder} trains its weights on other text in a new run"
             else:

@@ -34,13 +34,15 @@ def check(settings: Settings) -> None:
         )
     if settings.batch_size % (size // context):
         raise InputError(
-            f"{settings.batch_size} sequences cannot be shared out evenly to "
-            f"{size // context} {'groups of ' * (context > 1)}processes; it counts those of all",
+            f"expected a multiple of the {size // context} "
+            f"{'groups of ' * (context > 1)}processes, got {settings.batch_size}; it is the number "
+            "of sequences of all processes together",
             field="--batch-size",
         )
     if size > 1 and settings.memory is not None and not settings.resume:
         raise InputError(
-            "plans for one process; with several give --batch-size, --accumulate and --recompute",
+            "works with one process only; with several set --batch-size, --accumulate and "
+            "--recompute",
             field="--memory",
         )
     if context > 1 and settings.carry_state:

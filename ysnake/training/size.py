@@ -84,8 +84,8 @@ def check(known: dict[str, Any]) -> None:
         raise InputError(f"expected one of {', '.join(NAMES)}, got {name}"[:300], field="--size")
     if known.get("preset") is not None:
         raise InputError(
-            f"both choose the sizes and the training, so give one of them; got {known['preset']} "
-            f"and {name}",
+            f"give only one of them, since both choose the sizes and the training; got "
+            f"{known['preset']} and {name}",
             field="--preset, --size",
         )
     if known.get("from_") is not None:
@@ -131,8 +131,9 @@ def steps(settings: Settings) -> int:
     """The number of steps of a new run with --size, if the user limits neither steps nor time."""
     if settings.max_documents is not None:
         raise InputError(
-            "with --size and --max-documents the size of the text is unknown; give one of these",
-            field="--max-steps, --max-minutes",
+            "with --size it needs --max-steps or --max-minutes, since the size of the text is not "
+            "known then",
+            field="--max-documents",
         )
     assert settings.size is not None
     of_a_step = max(1, settings.accumulate * settings.batch_size * settings.seq_len)
@@ -155,11 +156,16 @@ def largest_for(
     """
     chosen, *larger = SIZES
     for name in larger:
-        tokens = min(60 * minutes * speed(name), tokens_worth(name, n_bytes))
-        if tokens < LEAST_TOKENS_PER_PARAMETER * SIZES[name].parameters:
+        least = LEAST_TOKENS_PER_PARAMETER * SIZES[name].parameters
+        reason = f"in at most {MOST_PASSES} passes over this text"
+        tokens: float = tokens_worth(name, n_bytes)
+        if tokens >= least:
+            reason = f"in {minutes:g} minutes"
+            tokens = min(tokens, 60 * minutes * speed(name))
+        if tokens < least:
             say(
                 f"--size auto: {chosen}, since {name} would learn from {tokens / 1e6:,.2f} million "
-                f"tokens in {minutes:g} minutes, fewer than one for each of its parameters"
+                f"tokens {reason}, fewer than one for each of its parameters"
             )
             return chosen
         chosen = name

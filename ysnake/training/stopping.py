@@ -15,8 +15,9 @@ ENDINGS = {
     "loss": "the training loss is down to {loss:.3f}",
     "patience": "the held-out loss has stopped getting better",
     "interrupted": "interrupted",
-    "diverged": "loss or gradient were not finite ten times in a row, so the run was stopped; "
-    "last/ holds step {kept}, from before; resume with a lower --lr or a longer --warmup-steps",
+    "diverged": "loss or gradient was not finite ten times in a row, so the run was stopped; "
+    "last/ holds the checkpoint of step {kept}, before that; resume with a "
+    "lower --lr or a longer --warmup-steps",
 }
 
 
@@ -65,7 +66,7 @@ def replace_limits(settings: Settings, stored: Settings, progress: Progress) -> 
     lifted = sorted(reached) if new else []
     for name in lifted:
         setattr(settings, name, None)
-    return [f"{option(name)} {limits[name]:g} has been reached; it is lifted" for name in lifted]
+    return [f"{option(name)} {limits[name]:g} was reached and no longer applies" for name in lifted]
 
 
 def summary(run: Run, program: str = cli.MODULES) -> str:
