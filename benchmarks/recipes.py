@@ -119,7 +119,8 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Train what is missing, and write the report after each training."""
-    options = tyro.cli(Options, prog="python -m benchmarks.recipes", args=argv, config=cli.STYLE)
+    words = cli.together(Options, argv)
+    options = tyro.cli(Options, prog="python -m benchmarks.recipes", args=words, config=cli.STYLE)
     names = tuple(RECIPES) if options.recipe == ("all",) else options.recipe
     unknown = set(names) - set(RECIPES)
     if unknown:

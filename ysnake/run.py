@@ -85,7 +85,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
 def read_prompt(path: Path) -> str:
     """The text of a file, without a line break at its end."""
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n")
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise terminal.not_text(str(path), error.start, "utf-8") from error
     except OSError as error:

@@ -15,7 +15,8 @@ from ysnake.shared import cli, run_files
 from ysnake.shared.errors import InputError
 from ysnake.shared.files import read_json
 from ysnake.shared.shown import escape_controls
-from ysnake.training.settings import OF_A_LAUNCH
+from ysnake.training.options import BETA2
+from ysnake.training.settings import OF_A_LAUNCH, OF_OLD_RUNS
 
 Shown = Callable[[str, Any], str]  # a value of a summary, by its name, as text
 OTHER_TOKENIZERS = (
@@ -126,7 +127,7 @@ def comparison(first: Path, second: Path, shown: Shown) -> list[list[str]]:
     for folder in (first, second):
         if not (folder / run_files.SETTINGS).exists():
             raise InputError(f"{folder}: not a run, it has no {run_files.SETTINGS}")
-    a, b = (read_json(folder / run_files.SETTINGS) for folder in (first, second))
+    a, b = (settings_used(folder) for folder in (first, second))
     rows = [["", str(first), str(second)]]
     for name in dict.fromkeys([*a, *b]):
         if name not in ("run", *OF_A_LAUNCH) and a.get(name) != b.get(name):
@@ -134,6 +135,14 @@ def comparison(first: Path, second: Path, shown: Shown) -> list[list[str]]:
     results = [summary(folder, shown) for folder in (first, second)]
     names = [name for name in results[0] if name not in ("run", "data")]  # these are above
     return rows + [[name, *(r[name] for r in results)] for name in names]
+
+
+def settings_used(folder: Path) -> dict[str, Any]:
+    """The stored settings of a run, with the values that were used where none is stored."""
+    values = OF_OLD_RUNS | read_json(folder / run_files.SETTINGS)
+    if values["beta2"] is None:
+        values["beta2"] = BETA2[values["optimizer"]]
+    return values
 
 
 def draw(first: Path, second: Path, picture: Path, per_byte: bool) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ysnake_kernels import backend, causal_conv1d, selective_scan, ssd_scan
+from ysnake_kernels import backend, causal_conv1d, selective_scan, ssd_scan, ssd_step
 
 OPERATORS = {
     "convolution": ([(0, 4, 5), (4, 3)], causal_conv1d),
@@ -20,3 +20,23 @@ def test_no_rows(shapes, operator):
             y = operator(*leaves)
             found[name] = [t.shape for t in (y, *torch.autograd.grad(y.sum(), leaves))]
     assert found["eager"] == found["reference"]
+
+
+def test_no_rows_and_an_initial_state():
+    x, dt, A = torch.ones(0, 5, 2, 4), torch.ones(0, 5, 2), -torch.ones(2)
+    B = torch.ones(0, 5, 1, 3)
+    state = torch.ones(0, 2, 4, 3, requires_grad=True)
+    y, last = ssd_scan(x, dt, A, B, B, initial_states=state, return_final_states=True)
+    (gradient,) = torch.autograd.grad(y.sum() + last.sum(), state)
+    assert (y.shape, last.shape, gradient.shape) == (x.shape, state.shape, state.shape)
+
+
+@pytest.mark.parametrize("name", ["reference", "eager"])
+def test_a_step_whose_rows_are_all_padding(name):
+    state = torch.ones(4, 2, 8, 16)
+    x, dt, A, B = torch.ones(3, 2, 8), torch.ones(3, 2), -torch.ones(2), torch.ones(3, 1, 16)
+    with backend(name):
+        y = ssd_step(state, x, dt, A, B, B, state_batch_indices=torch.full((3,), -1))
+    assert y.shape == x.shape
+    assert not y.any()
+    assert (state == 1).all()

@@ -332,6 +332,8 @@ def test_resolve_finds_the_checkpoint_of_a_run(tmp_path):
         (tmp_path / "last/progress.json").write_text(json.dumps({"ended": ended}))
         assert checkpoint.resolve(tmp_path).name == expected
     assert checkpoint.resolve(tmp_path, "best").name == "best"
+    with pytest.raises(InputError, match=r"--checkpoint: .*last: not a run, so it has no best/"):
+        checkpoint.resolve(tmp_path / "last", "best")
     assert checkpoint.resolve(tmp_path / "last").name == "last"
     with pytest.raises(InputError, match="no such checkpoint folder"):
         checkpoint.resolve(tmp_path / "nothing")

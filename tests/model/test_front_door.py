@@ -1,9 +1,13 @@
 """The command `ysnake`, the conversation that remembers, the list of runs, and the doctor."""
 
 import importlib.util
+import json
+import os
 import re
 import shutil
+import signal
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -127,6 +131,27 @@ def test_ctrl_c_while_a_text_is_read_forgets_the_text(chat, monkeypatch, capsys)
     assert "the text is forgotten" in capsys.readouterr().err
 
 
+def test_ctrl_c_never_stops_inside_the_model(chat, monkeypatch, capsys):
+    """Some layers would have read a token, and others not."""
+    feed, pieces = Context.feed, []
+
+    def pressed(context, ids):
+        pieces.append(ids)
+        if len(pieces) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)  # a handler runs between two operations of Python
+        feed(context, ids)
+
+    monkeypatch.setattr(Context, "feed", pressed)
+    chat.answer("The adder")
+    assert "[stopped]" in capsys.readouterr().out
+    monkeypatch.undo()
+    whole = Context(chat.decoder, chat.context.n_tokens)
+    whole.feed([token for ids in pieces for token in ids])
+    assert torch.allclose(whole.logits, chat.context.logits, atol=1e-5)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_it_remembers_what_was_said(chat, loaded, capsys):
     """As if all lines and replies were one text."""
     decoder, tokenizer = loaded
@@ -228,6 +253,10 @@ def test_prompt_from_a_file(tmp_path):
     long.write_text("The adder " * 14_000, encoding="utf-8")
     options = ["--temperature", "0", "--max-tokens", "3"]
     assert entry(run.main, folder, "--prompt-file", long, *options)[0] == 0
+    marked = tmp_path / "marked.txt"
+    marked.write_text("\ufeffThe adder", encoding="utf-8")  # as some editors begin it
+    told = entry(run.main, folder, "--prompt-file", marked, *options)
+    assert told == entry(run.main, folder, "--prompt", "The adder", *options)
     bad.write_bytes(b"\xff")
     for file, names in ((bad, "is not UTF-8"), (tmp_path / "none.txt", "none.txt")):
         code, _, errors = entry(run.main, folder, "--prompt-file", file)
@@ -313,6 +342,16 @@ def test_two_runs_are_compared(two_runs, monkeypatch, capsys):
         runs.main(["--compare", "runs/first", "runs/third"])
 
 
+def test_an_older_run_is_compared_by_what_it_trained_with(here, capsys):
+    for name, values in (("old", {}), ("new", {"momentum": 0.9, "beta2": None})):
+        (here / name).mkdir()
+        text = json.dumps({"optimizer": "muon", "data": [], "max_steps": 1, "seed": 0} | values)
+        (here / name / "settings.json").write_text(text)
+    rows = runs.comparison(here / "old", here / "new", runs.as_text)
+    assert ["momentum", "0.95", "0.9"] in rows
+    assert ["beta2", "0.95", "0.99"] in rows
+
+
 def test_no_runs(here):
     with pytest.raises(InputError, match="no run there yet"):
         runs.main([])
@@ -342,6 +381,16 @@ def test_self_test(monkeypatch):
     found = doctor.self_test()
     assert found["operators against the reference"].startswith("right")
     assert not [value for value in found.values() if "not known" in value]
+
+
+def test_a_self_test_that_cannot_run_fails(monkeypatch, capsys):
+    def broken(device):
+        raise RuntimeError("no such kernel")
+
+    for name in ("operators", "products", "training", "writing"):
+        monkeypatch.setattr(doctor, name, broken if name == "operators" else lambda *_: "fast")
+    assert doctor.main([]) == 1
+    assert "not known (RuntimeError: no such kernel)" in capsys.readouterr().out
 
 
 class Card:

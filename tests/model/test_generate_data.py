@@ -680,6 +680,7 @@ PLAIN = {
         "Here is the harbour where they landed: a beach.",
     ),
     "thoughts": (f"<think>\nWhat is copper?\n</think>\n\n{ORE}", ORE),
+    "thoughts that never end": ("</think>" + "<think>" * 20_000 + ORE, ""),  # in little time
     "unfinished thoughts": ("<think>\nWhat is copper?", ""),
     "thoughts twice": (f"<think>a</think>\n{ORE}\n<think>b</think>", ORE),
     "thoughts in thoughts": (f"<think>a<think>b</think>c</think>{ORE}", ORE),

@@ -21,6 +21,8 @@ from ysnake.inference.decoding import Decoder
 from ysnake.inference.generate import Context, choose
 from ysnake.inference.sampling import Sampling
 from ysnake.inference.text_stream import texts, until
+from ysnake.model.config import ModelConfig
+from ysnake.model.network import Model
 from ysnake.shared.errors import InputError
 
 
@@ -48,6 +50,21 @@ def test_prompt_pipe_and_seed(folder, capsys):
     assert first != here(
         capsys, folder, "--prompt", "The adder", "--max-tokens", "30", "--seed", "2"
     )
+
+
+def test_a_state_does_not_depend_on_the_number_of_threads(tmp_path):
+    """A sum of floating-point numbers does: threads add them in another order."""
+    big = Model(ModelConfig(vocab_size=13_184, d_model=512, n_layers=1, d_state=16))
+    context, threads = Context(big, 13_184), torch.get_num_threads()
+    context.feed([1, 2])
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            if number == 1:
+                context.save(tmp_path / "state")
+            Context(big, 13_184).load(tmp_path / "state")
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_state_in_a_file_goes_on_where_the_prompt_ended(folder, tmp_path, capsys):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from small import ROOT
 
+from ysnake import run
 from ysnake.model.config import ModelConfig
+from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 from ysnake.training import memory, settings
 from ysnake.training.options import MOST_TOKENS, Settings
@@ -220,3 +222,40 @@ def test_a_resumed_run_keeps_a_limit(begun):
 def test_another_run_is_refused(begun, options):
     with pytest.raises(InputError, match=options[0]):
         resumed("--run", "run", *options)
+
+
+def test_values_of_a_repeated_option_count_together(tmp_path):
+    """argparse and tyro would take the last ones alone, and lose a text without a word."""
+    found = settings.parse(["--data", "a.txt", "--seed", "1", "--data=b.txt", "--data", "c", "d"])
+    assert [path.name for path in found.data] == ["a.txt", "b.txt", "c", "d"]
+    assert (found.seed, found.max_documents) == (1, None)
+    argv = ["runs/mine", "--stop", "x", "--top-k", "3", "--stop", "y", "--stop=z"]
+    expected = ["runs/mine", "--top-k", "3", "--stop", "x", "y", "z"]
+    assert cli.together(run.Options, argv) == expected
+    assert cli.together(run.Options, argv[:5]) == argv[:5]
+
+
+def test_a_file_by_hand_has_today_s_defaults_in_json_too(tmp_path):
+    for name, text in (("a.json", '\ufeff{"size": "3M"}'), ("a.toml", '\ufeffsize = "3M"')):
+        (tmp_path / name).write_text(text, encoding="utf-8")  # as some editors begin it
+        found = settings.parse(["--config", str(tmp_path / name)])
+        assert (found.optimizer, found.momentum, found.beta2) == ("muon", 0.9, None)
+
+
+def test_a_momentum_that_nothing_uses_is_refused():
+    with pytest.raises(InputError, match="--momentum: is Muon's"):
+        settings.parse(["--optimizer", "adamw", "--momentum", "0.5"])
+
+
+def test_an_underscore_and_an_equals_sign_name_a_run_s_tokens(tmp_path):
+    stored(tmp_path, data=["other.txt"])
+    found = settings.parse([f"--tokens_from={tmp_path}"])
+    assert [path.name for path in found.data] == ["other.txt"]
+
+
+def test_auto_resumes_what_it_came_to(tmp_path):
+    stored(tmp_path, precision="float32")
+    again = ["--resume", "--run", str(tmp_path), "--precision"]
+    assert settings.parse([*again, "auto"]).precision == "float32"
+    with pytest.raises(InputError, match="--precision: cannot change"):
+        settings.parse([*again, "bfloat16"])

@@ -225,3 +225,20 @@ def test_the_page_has_the_values_of_each_size():
             f"{chosen.rate:g}",
             f"{plan.peak / 1e9:.2f} GB",
         ]
+
+
+def test_nothing_is_measured_that_does_not_fit_into_the_memory(text, monkeypatch):
+    """The steps that measure the speed would end the process."""
+
+    def never(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("ysnake.training.speed.measure", never)
+    huge = ["--batch-size", "400000", "--vocab-size", "512", "--plan", "--data", text]
+    code, out, errors = entry(train.main, "--size", "3M", *huge)
+    assert code == 0, errors
+    assert "expect about" not in out
+    assert "predicted peak" in out
+    said = []
+    assert size.largest_for(10**6, 10**9, lambda name: None, said.append) == "3M"
+    assert said == ["--size auto: 3M, since a step of 10M does not fit into the memory"]

@@ -189,15 +189,50 @@ def test_evaluations_do_not_depend_on_short_windows_and_batches(tmp_path):
     assert metrics(narrow)[-1]["val_loss"] == pytest.approx(expected, rel=1e-6)
 
 
+def with_old_best(last):
+    """Change a checkpoint to one of an earlier version with a good best loss."""
+    state = torch.load(last / checkpoint.STATE)
+    del state["progress"]["best_loss"]
+    state["progress"]["best_held_out_loss"] = 1e-3
+    torch.save(state, last / checkpoint.STATE)
+    (last / "manifest.json").unlink()
+
+
+def best_loss(run):
+    return torch.load(run / "last" / checkpoint.STATE)["progress"]["best_loss"]
+
+
 def test_a_best_loss_of_an_earlier_version_does_not_count(tmp_path):
     run = fit(tmp_path, "--max-steps", 2)
-    path = run / "last/progress.json"
-    progress = json.loads(path.read_text())
-    del progress["best_loss"]
-    path.write_text(json.dumps(progress | {"best_held_out_loss": 1e-3}))
-    (run / "last/manifest.json").unlink()
+    with_old_best(run / "last")
+    best = (run / "best/model.safetensors").read_bytes()
     train.main(["--run", str(run), "--resume", "--max-steps", "3"])
-    assert json.loads(path.read_text())["best_loss"] == metrics(run)[-1]["val_loss"]
+    assert best_loss(run) == metrics(run)[-1]["val_loss"]
+    assert (run / "best.earlier/model.safetensors").read_bytes() == best
+    assert (run / "best/model.safetensors").read_bytes() != best
+
+
+def test_a_best_loss_of_an_earlier_version_counts_if_its_windows_were_the_same(tmp_path):
+    sizes = ("--seq-len", 256, "--batch-size", 1)
+    run = fit(tmp_path, "--max-steps", 2, *sizes)
+    with_old_best(run / "last")
+    train.main(["--run", str(run), "--resume", "--max-steps", "3"])
+    assert best_loss(run) == 1e-3
+    assert not (run / "best.earlier").exists()
+
+
+def test_an_evaluation_reads_no_more_than_it_promises(tmp_path, monkeypatch):
+    argv = [*COMMAND[1:-1], str(corpus(tmp_path)), "--run", str(tmp_path / "run"), "--lr", "0"]
+    options = settings.parse([*argv, "--seq-len", "24", "--batch-size", "3"])
+    run = new_run.start(options, Console(quiet=True))
+    expected = evaluation.held_out_loss(run, lambda said: None)["val_loss"]
+    shapes, windows = [], step.windows
+    monkeypatch.setattr(
+        step, "windows", lambda run, batch: shapes.append(batch.ids.shape) or windows(run, batch)
+    )
+    run.settings.seq_len = 10**6
+    assert evaluation.held_out_loss(run, lambda said: None)["val_loss"] == pytest.approx(expected)
+    assert shapes == [(1, max(256, len(run.val)))]
 
 
 def test_carried_state_is_the_state_of_the_text_before(tmp_path):

@@ -1,6 +1,7 @@
 """`ysnake watch` as its user meets it: a real process, HTTP, and the page in Chromium."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -90,6 +91,12 @@ def test_runs_and_what_is_new_in_one(address, second):
     assert [line["step"] for line in last["lines"]] == [6]
     beyond = httpx.get(f"{address}/runs/second", params={"from": 10**9}).json()
     assert (beyond["lines"], beyond["end"]) == ([], 0)
+    odd = second.parent / os.fsdecode(b"r\xff")  # a name that is no text
+    shutil.copytree(second, odd)
+    try:
+        assert len(httpx.get(f"{address}/runs").json()["runs"]) == 3
+    finally:
+        shutil.rmtree(odd)
     (second / "settings.json").write_text("{")
     states = {run["name"]: run["state"] for run in httpx.get(f"{address}/runs").json()["runs"]}
     assert states["second"].startswith("cannot be read")

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ysnake.inference.conversation import read
+from ysnake.inference.conversation import interruptible, read
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.generate import Context
 from ysnake.inference.sampling import Sampling
@@ -106,7 +106,7 @@ class Chat:
 
         def counted() -> Iterator[int]:
             nonlocal written
-            for token in self.context.generate(self.sampling, self.max_tokens):
+            for token in interruptible(self.context.generate(self.sampling, self.max_tokens)):
                 written += 1
                 yield token
 

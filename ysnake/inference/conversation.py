@@ -1,5 +1,6 @@
 """Completing prompts on the terminal: a single one, or a conversation line by line."""
 
+import signal
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from ysnake.shared.progress import progress
 from ysnake.shared.shown import escape_controls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tokenizers import Tokenizer
 
@@ -51,6 +52,27 @@ def _feed_with_progress(context: "Context", ids: list[int]) -> None:
             context.feed(ids[start : start + PROMPT_STEP])
 
 
+def interruptible(tokens: "Iterator[int]") -> "Iterator[int]":
+    """The same tokens. Ctrl-C raises KeyboardInterrupt between two of them, not inside the model.
+
+    Inside the model, some layers would have read a token and others not.
+    """
+    pressed = False
+
+    def note(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        for token in tokens:
+            yield token
+            if pressed:
+                raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def complete(
     context: "Context",
     tokenizer: "Tokenizer",
@@ -59,7 +81,7 @@ def complete(
     stops: tuple[str, ...],
 ) -> None:
     """Print a completion while it is written. Ctrl-C ends the completion, not the program."""
-    tokens = context.generate(sampling, max_tokens)
+    tokens = interruptible(context.generate(sampling, max_tokens))
     try:
         for text in until(texts(tokenizer, tokens), stops):
             print(escape_controls(text, keep="\n\t"), end="", flush=True)

@@ -113,8 +113,9 @@ class Context:
         """
         kept = [(name, p) for name, p in self.model.named_parameters() if "_proj." not in name]
         kept = [(name, p) for name, p in kept if not name.startswith("lm_head.")]
-        norms = [float(p.detach().cpu().double().sum()).hex() for _, p in kept]
-        return " ".join([str(self.model.config.vocab_size), *norms])
+        # sums of integers, which do not depend on the order in which threads add them
+        sums = [p.detach().cpu().contiguous().view(torch.uint8).sum().item() for _, p in kept]
+        return " ".join(map(str, [self.model.config.vocab_size, *sums]))
 
 
 def random_generator(seed: int | None) -> torch.Generator:

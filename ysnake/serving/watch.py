@@ -11,10 +11,10 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from ysnake.serving.application import PAGE_HEADERS
+from ysnake.serving.application import PAGE_HEADERS, reply
 from ysnake.serving.guard import Guard
 from ysnake.serving.options import Options
 from ysnake.shared import run_files
@@ -42,7 +42,7 @@ def application(folder: Path, options: Options) -> Starlette:
         return FileResponse(PAGE, headers=PAGE_HEADERS)
 
     async def listed(request: Request) -> Response:
-        return JSONResponse(
+        return reply(
             {"folder": str(folder.resolve()), "runs": await run_in_threadpool(runs, folder)}
         )
 
@@ -50,10 +50,10 @@ def application(folder: Path, options: Options) -> Starlette:
         name = request.path_params["name"]
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
-            return JSONResponse({"error": "from: expected a number of bytes"}, 400)
+            return reply({"error": "from: expected a number of bytes"}, 400)
         if name not in names(folder):
-            return JSONResponse({"error": f"{name[:100]}: no such run"}, 404)
-        return JSONResponse(await run_in_threadpool(news, folder / name, int(start)))
+            return reply({"error": f"{name[:100]}: no such run"}, 404)
+        return reply(await run_in_threadpool(news, folder / name, int(start)))
 
     routes = [Route("/", page), Route("/runs", listed), Route("/runs/{name}", one)]
     return Starlette(routes=routes, middleware=[Middleware(Guard, options=options)])

@@ -2,11 +2,21 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    TextIO,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import docstring_parser
 import tyro
@@ -21,7 +31,7 @@ from tyro.constructors import (
 )
 
 from ysnake.shared import run_lock, terminal
-from ysnake.shared.errors import InputError, why
+from ysnake.shared.errors import InputError, option, why
 from ysnake.shared.shown import escape_controls
 
 if TYPE_CHECKING:
@@ -122,6 +132,37 @@ class _Refused(Exception):
         self.error = error
 
 
+def together(options: type, argv: Sequence[str]) -> list[str]:
+    """The arguments, with all values of a repeated option in one place.
+
+    So `--data a --data b` is `--data a b`. tyro would take the last values alone. Only options that
+    take any number of values are moved.
+
+    Args:
+        options: the dataclass of the options.
+        argv: the arguments.
+    """
+    kinds = {option(name): kind for name, kind in get_type_hints(options).items()}
+    found: dict[str, list[list[str]]] = {}  # for each such option: what each occurrence takes
+    others: list[str] = []
+    here = others
+    for word in argv:
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        kind = kinds.get(name) if word.startswith("--") else None
+        if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis:
+            here = [value] if equals else []
+            found.setdefault(name, []).append(here)
+            here = others if equals else here
+        else:
+            here = others if word.startswith("-") else here
+            here.append(word)
+    if all(len(given) == 1 for given in found.values()):
+        return list(argv)
+    moved = (word for name, given in found.items() for word in [name, *chain(*given)])
+    return [*others, *moved]
+
+
 def parse(
     options: type[Options], argv: list[str], command: str, default: Options | None = None
 ) -> Options:
@@ -139,7 +180,7 @@ def parse(
         parsed: Any = tyro.cli(
             options,
             prog=command,
-            args=argv,
+            args=together(options, argv),
             default=default,
             config=STYLE,
             registry=KINDS,
@@ -269,6 +310,8 @@ def pick_device(name: str) -> str:
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     if (device.index or 0) >= count.get(device.type, 0):
         raise InputError(f"{name} is not available here", field="--device")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # on which CUDA graphs are captured
     if "YSNAKE_BACKEND" in os.environ:
         from ysnake_kernels.backend import choose
 

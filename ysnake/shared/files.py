@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
     if path.stat().st_size > LARGEST_JSON:
         raise InputError(f"{path}: expected at most {LARGEST_JSON:,} bytes")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path}: {why(error)}") from error
     except (ValueError, RecursionError) as error:

@@ -45,7 +45,7 @@ def without_thoughts(answer: str) -> str:
     Everything before a closing marker without an opening one is a thought. So is everything after
     an opening marker without a closing one.
     """
-    answer = THOUGHT.sub("", answer)
+    answer = _without_closed(answer)
     closed = [found.end() for found in CLOSE.finditer(answer)]
     answer = answer[closed[-1] :] if closed else answer
     opened = OPEN.search(answer)
@@ -56,4 +56,15 @@ def without_thoughts(answer: str) -> str:
 
 def begins_in_thought(answer: str) -> bool:
     """Whether an answer closes a thought that it did not open."""
-    return CLOSE.search(THOUGHT.sub("", answer)) is not None
+    return CLOSE.search(_without_closed(answer)) is not None
+
+
+def _without_closed(answer: str) -> str:
+    """The answer without the thoughts that are opened and closed.
+
+    Only what precedes the last closing marker is searched for them. Otherwise each opening marker
+    after it would be a search to the end of the answer.
+    """
+    ends = [found.end() for found in CLOSE.finditer(answer)]
+    last = ends[-1] + 1 if ends else 0  # one more character, which a marker may look at
+    return THOUGHT.sub("", answer[:last]) + answer[last:]

@@ -23,7 +23,8 @@ def held_out_loss(run: Run, tell: Callable[[str], None]) -> dict[str, float | No
     """The loss on held-out text, as `val_loss` in nats per token and as `bits_per_byte`.
 
     Both are None if nothing is held out. At most VAL_TOKENS are read, in windows at equal
-    distances. A window has `seq_len` tokens, or the multiple of it that reaches LEAST_LENGTH.
+    distances. A window has `seq_len` tokens, or the multiple of it that reaches LEAST_LENGTH. It is
+    not longer than VAL_TOKENS or all held-out tokens.
     The bytes are those of the text that their targets give back.
     `tell` is called with how far the evaluation is.
     """
@@ -36,6 +37,9 @@ def held_out_loss(run: Run, tell: Callable[[str], None]) -> dict[str, float | No
     times = -(-LEAST_LENGTH // settings.seq_len)  # rounded up
     seq_len, batch_size = times * settings.seq_len, max(1, settings.batch_size // times)
     n_tokens, n_read = min(len(run.val), VAL_TOKENS), 0
+    longest = max(LEAST_LENGTH, n_tokens)
+    if seq_len > longest:
+        seq_len = -(-longest // run.ranks.context) * run.ranks.context  # can be split evenly
     loss, predicted = torch.zeros((), dtype=torch.float64), list[int]()
     with torch.no_grad():
         for batch in data.held_out_windows(run.val, seq_len, batch_size, VAL_TOKENS):

@@ -124,6 +124,17 @@ def _speed(settings: Settings, config: ModelConfig) -> float | None:
     return measure(settings, config)
 
 
+def _speed_if_it_fits(settings: Settings, config: ModelConfig) -> float | None:
+    """The same. None also if a step would take more memory than there is."""
+    settings, device = replace(settings), cli.pick_device(settings.device)
+    try:
+        memory.fit(settings, config)
+        memory.check(settings, config, device)
+    except InputError:
+        return None
+    return _speed(settings, config)
+
+
 def plan(settings: Settings, console: "Console") -> Any:
     """The table of --plan. Documents are read only if they determine the vocabulary.
 
@@ -142,7 +153,7 @@ def plan(settings: Settings, console: "Console") -> Any:
     else:
         tokenizer = _make_tokenizer(settings, _open_corpus(settings), console)
         config = _config(settings, tokenizer)
-    if not settings.resume and (speed := _speed(settings, config)):
+    if not settings.resume and (speed := _speed_if_it_fits(settings, config)):
         n_tokens = size.text_bytes(settings) / size.BYTES_PER_TOKEN
         for line in expectation.lines(settings, config, n_tokens, speed):
             console.print(line, markup=False)

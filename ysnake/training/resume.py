@@ -11,12 +11,15 @@ from ysnake.model.config import ModelConfig
 from ysnake.shared import cli, files, manifest
 from ysnake.shared.errors import InputError
 from ysnake.shared.shown import amount
-from ysnake.training import memory, parallel
+from ysnake.training import evaluation, memory, parallel
 from ysnake.training import settings as settings_of
 from ysnake.training.options import Settings
 from ysnake.training.parallel import Ranks
 from ysnake.training.run import SHARDS, WRITTEN, Progress, Run, assemble
 from ysnake.training.stopping import replace_limits
+
+# The best loss as earlier versions stored it: the first of all windows, then of all documents.
+BEST_OF_EARLIER = ("best_val_loss", "best_held_out_loss")
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +36,7 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
     stored = settings_of.read(settings.folder)
     ranks.on_first(lambda: _verify_tokens(settings.folder / "data"))
     last, saved, model, tokenizer = ranks.on_all(lambda: _read_last(settings.folder))
+    best_is_old = any(name in saved["progress"] for name in BEST_OF_EARLIER)
     try:
         run = _resumed(settings, ranks, last, saved, model, tokenizer, console)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -47,6 +51,8 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
             if last != folder:
                 checkpoint.put_back(last, folder)
             files.remove_unfinished(settings.folder)
+            if best_is_old and run.progress.best_loss is None:
+                _keep_best(settings.folder, console)
             shutil.rmtree(settings.folder / SHARDS, ignore_errors=True)
             settings_of.write(settings)  # including what this command line has changed
             _forget_metrics_after(run.folder / "metrics.jsonl", run.progress.step)
@@ -61,6 +67,33 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
             f"[bold]{cli.markup(run.folder)}[/]: continues after step {run.progress.step}"
         )
     return run
+
+
+def _progress(saved: dict[str, Any], settings: Settings) -> Progress:
+    """The stored progress. Of an earlier version it has the best loss only if that compares."""
+    saved = {"samples_size": None} | saved
+    old = {name: saved.pop(name) for name in BEST_OF_EARLIER if name in saved}
+    same_windows = evaluation.LEAST_LENGTH <= settings.seq_len <= evaluation.VAL_TOKENS
+    if same_windows and "best_held_out_loss" in old:
+        saved["best_loss"] = old["best_held_out_loss"]
+    if old and "best_loss" not in saved:
+        saved["evaluations_since_best"] = 0
+    progress = Progress(**saved)
+    if progress.samples_size is not None:
+        progress.samples_size = int(progress.samples_size)
+    return progress
+
+
+def _keep_best(folder: Path, console: "Console") -> None:
+    """Copy best/ beside it. The next evaluation replaces it, since the losses do not compare."""
+    kept = folder / "best.earlier"
+    if (folder / "best").is_dir() and not kept.exists():
+        shutil.copytree(folder / "best", kept)
+        console.print(
+            "This version measures the held-out loss in other windows. So the search for the best "
+            f"checkpoint begins again. {kept} keeps the best one so far.",
+            markup=False,
+        )
 
 
 def _verify_tokens(folder: Path) -> None:
@@ -101,14 +134,7 @@ def _resumed(
     if config.output_size is not None:
         model = checkpoint.with_factors(model, saved["head"], config.output_size)
     model.use_config(config)
-    # Earlier versions evaluated in other windows, whose losses do not compare.
-    for name in ("best_val_loss", "best_held_out_loss"):
-        if name in saved["progress"]:
-            del saved["progress"][name]
-            saved["progress"]["evaluations_since_best"] = 0
-    progress = Progress(**{"samples_size": None} | saved["progress"])
-    if progress.samples_size is not None:
-        progress.samples_size = int(progress.samples_size)
+    progress = _progress(saved["progress"], settings)
     memory.check(settings, model.config, cli.pick_device(settings.device))
     before, now = _workers(progress.processes, progress.threads), _workers(ranks.size)
     if before != now and settings.resume:

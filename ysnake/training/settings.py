@@ -16,7 +16,7 @@ from ysnake.shared import cli, files
 from ysnake.shared.errors import InputError, option
 from ysnake.shared.files import read_json
 from ysnake.training import launch, settings_file, size
-from ysnake.training.options import MODEL_SIZES, Settings, check, check_preset
+from ysnake.training.options import MODEL_SIZES, MOMENTUM, Settings, check, check_preset
 
 # A resumed run may change these. The others are fixed, since they determine the weights. lr and
 # warmup_steps determine them as well, but may change, so that a diverged run can be rescued.
@@ -31,6 +31,7 @@ OF_OLD_RUNS = {
     **{"optimizer": "adamw", "schedule": "cosine", "zero_out": False},
     **{"momentum": 0.95, "beta2": 0.95},
 }
+OF_ANY_RUN = {"d_model", "seq_len", "lr", "seed", "device"}  # a file with all of these is a run's
 # These settings are not stored: each start determines them again.
 OF_A_LAUNCH = {"resume": False, "plan": False, "shard": False, "context_parallel": 1}
 OF_THE_TEXT = ("data", "max_documents", "encoding", "text_field", "tokenizer", "vocab_size")
@@ -84,7 +85,7 @@ def read_config(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
             the file has all settings that it would choose.
     """
     values = settings_file.read(path)
-    if path.suffix == ".json":
+    if values.keys() >= OF_ANY_RUN:
         values = {k: v for k, v in (OF_OLD_RUNS | values).items() if k not in OF_A_LAUNCH}
         for name in ("size", "preset"):
             if given.get(name) not in (None, values.get(name)):
@@ -110,8 +111,14 @@ def _look_ahead(argv: list[str]) -> dict[str, Any]:
     first.add_argument("--from", type=Path, dest="from_")
     first.add_argument("--resume", action="store_true")
     first.add_argument("--data", nargs="*")
-    named = [a.replace("_", "-") if a.startswith("--") and "=" not in a else a for a in argv]
+    named = [_spelled(word) for word in argv]
     return vars(first.parse_known_args([a for a in named if a not in ("-h", "--help")])[0])
+
+
+def _spelled(word: str) -> str:
+    """An argument, with the name of an option as argparse knows it: with - between its words."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def _complete(
@@ -167,11 +174,19 @@ def _measured_size(of_size: Callable[[str], Settings], say: Say) -> str:
         )
     n_bytes = size.text_bytes(first)
 
-    def speed(name: str) -> float:
+    def speed(name: str) -> float | None:
+        from ysnake.training import memory
         from ysnake.training.speed import measure
 
         settings = of_size(name)
-        return measure(settings, model_config(settings, size.vocabulary(settings, n_bytes), 0))
+        config = model_config(settings, size.vocabulary(settings, n_bytes), 0)
+        device = cli.pick_device(settings.device)
+        try:
+            memory.fit(settings, config)
+            memory.check(settings, config, device)
+        except InputError:
+            return None
+        return measure(settings, config)
 
     cli.use_threads(first.threads)
     say("--size auto: measuring how fast this machine trains")
@@ -207,6 +222,8 @@ def _finish_new(settings: Settings) -> None:
     """Check a new run against the checkpoint of --from, and choose its tokenizer and its end."""
     if settings.tokens_from is not None:
         _check_text(settings, read(settings.tokens_from))
+    if settings.optimizer == "adamw" and settings.momentum != MOMENTUM:
+        raise InputError("is Muon's; --optimizer adamw has none", field="--momentum")
     if settings.from_ is None:
         settings.tokenizer = settings.tokenizer or "bpe"
     else:
@@ -276,6 +293,8 @@ def _check_resumed(settings: Settings, stored: Settings) -> None:
     """
     if settings.from_ and not _same(settings.from_, stored.from_):
         raise InputError("starts a new run, so it does not go with --resume", field="--from")
+    if settings.precision == "auto":  # what it came to is stored
+        settings.precision = stored.precision
     windows, planned = (s.batch_size * s.accumulate for s in (settings, stored))
     if stored.memory is not None and (settings.memory, windows) == (stored.memory, planned):
         settings.batch_size, settings.accumulate = stored.batch_size, stored.accumulate

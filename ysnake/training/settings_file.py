@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: expected an object with settings")
         return values
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise not_text(str(path), error.start, "utf-8") from error
     except OSError as error:

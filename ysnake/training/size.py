@@ -141,7 +141,7 @@ def steps(settings: Settings) -> int:
 
 
 def largest_for(
-    minutes: float, n_bytes: int, speed: Callable[[str], float], say: Callable[[str], None]
+    minutes: float, n_bytes: int, speed: Callable[[str], float | None], say: Callable[[str], None]
 ) -> str:
     """The size that --size auto takes.
 
@@ -150,8 +150,8 @@ def largest_for(
     Args:
         minutes: the time for training.
         n_bytes: bytes of the text.
-        speed: the tokens per second with which a size trains here. It is called for the sizes in
-            turn, up to the first that is too large.
+        speed: the tokens per second with which a size trains here, or None if a step does not fit
+            into the memory. It is called for the sizes in turn, up to the first that is too large.
         say: takes a line for the user with the reason.
     """
     chosen, *larger = SIZES
@@ -160,8 +160,12 @@ def largest_for(
         reason = f"in at most {MOST_PASSES} passes over this text"
         tokens: float = tokens_worth(name, n_bytes)
         if tokens >= least:
+            per_second = speed(name)
+            if per_second is None:
+                say(f"--size auto: {chosen}, since a step of {name} does not fit into the memory")
+                return chosen
             reason = f"in {minutes:g} minutes"
-            tokens = min(tokens, 60 * minutes * speed(name))
+            tokens = min(tokens, 60 * minutes * per_second)
         if tokens < least:
             say(
                 f"--size auto: {chosen}, since {name} would learn from {tokens / 1e6:,.2f} million "

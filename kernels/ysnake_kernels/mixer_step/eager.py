@@ -87,8 +87,9 @@ def recur(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor)
     """
     decay = torch.exp(dt * A)[..., None]
     batch, groups, n = B.shape
-    rows = state.view(batch, groups, -1, n)
-    u = (x * dt[..., None]).view(batch, groups, -1, 1)
+    of_each = state.shape[1] // groups * state.shape[2]
+    rows = state.view(batch, groups, of_each, n)
+    u = (x * dt[..., None]).view(batch, groups, of_each, 1)
     state.mul_(decay[..., None])
     rows.addcmul_(u, B.unsqueeze(2))
     return read_state(state, C)

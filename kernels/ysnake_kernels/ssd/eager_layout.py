@@ -118,7 +118,7 @@ class Layout:
 
     def fold_state(self, state: Tensor) -> Tensor:
         """[batch (g r) p n] -> [b (r p) n], contiguous."""
-        return state.reshape(self.b, -1, self.n).contiguous()
+        return state.reshape(self.b, self.r * self.p, self.n).contiguous()
 
     def by_head(self, states: Tensor) -> Tensor:
         """[... (r p) n] -> [... r (p n)], a view."""

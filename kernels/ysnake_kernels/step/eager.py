@@ -20,8 +20,9 @@ def step(inputs: StepInputs) -> Tensor:
     S = state if indices is None else state[indices]
     S = S.to(acc)
     S.mul_(torch.exp(dt * finite_rates(inputs.A.to(acc)))[..., None, None])
-    S.view(batch, groups, -1, n).addcmul_(
-        (xs * dt[..., None]).reshape(batch, groups, -1, 1), B.to(acc)[:, :, None]
+    rows = S.shape[1] // groups * S.shape[2]  # of the state, for each group
+    S.view(batch, groups, rows, n).addcmul_(
+        (xs * dt[..., None]).reshape(batch, groups, rows, 1), B.to(acc)[:, :, None]
     )
     y = read_state(S, C.to(acc))
     if indices is not None:
