@@ -11,9 +11,11 @@ from test_train import metrics
 from ysnake import train
 from ysnake.inference import decoding
 from ysnake.inference.decoding import Decoder
+from ysnake.model.config import ModelConfig
 from ysnake.shared import processor
 from ysnake.shared.processor import bfloat16_products
-from ysnake.training import precision, step
+from ysnake.training import precision, speed, step
+from ysnake.training.options import Settings
 
 
 def setting():
@@ -79,6 +81,24 @@ def test_auto_takes_16_bits_where_they_are_faster(
     assert train.main(["--resume", "--run", str(run), "--max-steps", "4"]) == 0
     assert json.loads((run / "settings.json").read_text())["precision"] == stored
     assert "no products in 16 bits" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(2.0, "bf16"), (1.1, setting())])
+def test_the_speed_is_measured_as_the_run_will_train(monkeypatch, gain, expected):
+    """Otherwise --plan and --size auto expect too little where 16-bit products are fast."""
+    monkeypatch.setattr(precision, "bfloat16_products", lambda: ["amx_bf16"])
+    monkeypatch.setattr(precision, "gain_of_16_bits", lambda: gain)
+    monkeypatch.setattr(speed, "MEASURED_SECONDS", 0.0)
+    real, during = step.batch_loss, []
+
+    def noting(*arguments):
+        during.append(setting())
+        return real(*arguments)
+
+    monkeypatch.setattr(step, "batch_loss", noting)
+    config = ModelConfig(vocab_size=64, d_model=16, n_layers=1, d_state=8, head_dim=8)
+    assert speed.measure(Settings(seq_len=8, batch_size=2, max_steps=9), config) > 0
+    assert set(during) == {expected}
 
 
 def test_the_measurement_restores_the_setting():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from ysnake.model.config import ModelConfig
 from ysnake.training.options import Settings
 from ysnake.training.parallel import Ranks
-from ysnake.training.precision import products_as
+from ysnake.training.precision import choose_precision, products_as
 from ysnake.training.run import Progress, with_tokens
 from ysnake.training.signals import Stop
 from ysnake.training.step import prepare, train_step
@@ -38,7 +38,8 @@ def measure(settings: Settings, config: ModelConfig) -> float:
     run = with_tokens((tokens, tokens), settings, model, tokenizer, Progress(), Ranks())
     prepare(run)
     stop, done = Stop(), 0
-    with products_as(settings.precision, run.device, Console(quiet=True)):
+    precision, _ = choose_precision(settings.precision, run.device.type)
+    with products_as(precision, run.device, Console(quiet=True)):
         for _ in range(FIRST_STEPS.get(run.device.type, 1)):
             train_step(run, stop)
         began = time.perf_counter()
