@@ -11,7 +11,10 @@ from small import ROOT, TINY, corpus, python
 
 from ysnake import train
 from ysnake.checkpoints import checkpoint
+from ysnake.inference import score
+from ysnake.inference.decoding import Decoder
 from ysnake.model.config import PRESETS
+from ysnake.text import data
 from ysnake.training import evaluation, loop, new_run, settings, step
 from ysnake.training import run as training_run
 from ysnake.training.metrics import OF_THIS_EXECUTION
@@ -187,6 +190,26 @@ def test_evaluations_do_not_depend_on_short_windows_and_batches(tmp_path):
     expected = metrics(wide)[-1]["val_loss"]
     assert expected is not None
     assert metrics(narrow)[-1]["val_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_dropped_characters_count_in_bits_per_byte_as_in_evaluate(tmp_path):
+    text = tmp_path / "text.txt"  # each document has a character that no other one has
+    texts = (f"An adder sleeps under a stone. {chr(0x4E00 + i) * 9} It wakes." for i in range(60))
+    text.write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+    argv = [*COMMAND[1:-1], str(text), "--tokenizer", "word", "--vocab-size", "80", "--run"]
+    run = new_run.start(settings.parse([*argv, str(tmp_path / "run")]), Console(quiet=True))
+    argv = [*TINY, "--tokens-from", str(run.folder), "--run", str(tmp_path / "again")]
+    again = new_run.start(settings.parse(argv), Console(quiet=True))
+    parts = [part for part in data.split(data.open_corpus(run.settings).pieces()) if part.held_out]
+    pieces = [(part.text, True) for part in parts]
+    with torch.no_grad():
+        total = score.score(Decoder(run.model), run.tokenizer, pieces, lambda n: None)
+    assert total.dropped > 0.2 * total.bytes
+    again.model.load_state_dict(run.model.state_dict())
+    for each in (run, again):
+        found = evaluation.held_out_loss(each, lambda said: None)
+        assert found["val_loss"] == pytest.approx(total.loss_per_token, rel=1e-3)
+        assert found["bits_per_byte"] == pytest.approx(total.bits_per_byte, rel=1e-3)
 
 
 def with_old_best(last):

@@ -36,6 +36,8 @@ class Counts:
     val_tokens: int = 0
     bytes: int = 0
     dropped: int = 0  # bytes of characters that the tokenizer does not know
+    val_bytes: int = 0
+    val_dropped: int = 0
 
     def lines(self) -> list[str]:
         """The counts as lines for the user."""
@@ -79,12 +81,16 @@ def write_tokens(
         inside = losing = False
         for text, ends, held_out, cut in split(pieces):
             ids = encode(tokenizer, text)
-            counts.dropped += dropped_bytes(tokenizer, text, ids)
-            counts.bytes += len(text.encode("utf-8", "replace"))
+            n_bytes = len(text.encode("utf-8", "replace"))
+            dropped = dropped_bytes(tokenizer, text, ids)
+            counts.dropped += dropped
+            counts.bytes += n_bytes
             closed = ends or cut
             ids = ([] if inside else [bos_id]) + ids + ([eos_id] if closed else [])
             (val if held_out else train).write(np.array(ids, dtype=dtype).tobytes())
             if held_out:
+                counts.val_bytes += n_bytes
+                counts.val_dropped += dropped
                 counts.val_tokens += len(ids)
                 counts.val_documents += not cut
             else:

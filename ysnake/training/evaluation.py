@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ysnake.inference.score import DROPPED
 from ysnake.shared import cli
 from ysnake.shared.shown import escape_controls
 from ysnake.training import step
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ysnake.model.network import Model
 
 VAL_TOKENS = 1 << 15  # held-out tokens that an evaluation while training uses
+DROPPED_SHARE = "val.dropped"  # a file in data/: the share of held-out bytes without a token
 LEAST_LENGTH = 256  # of the windows of an evaluation, so that runs with short ones compare
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
 
@@ -25,7 +27,8 @@ def held_out_loss(run: Run, tell: Callable[[str], None]) -> dict[str, float | No
     Both are None if nothing is held out. At most VAL_TOKENS are read, in windows at equal
     distances. A window has `seq_len` tokens, or the multiple of it that reaches LEAST_LENGTH. It is
     not longer than VAL_TOKENS or all held-out tokens.
-    The bytes are those of the text that their targets give back.
+    The bytes are those of the text that their targets give back, and the share that the tokenizer
+    drops of all held-out text. Each dropped byte counts as in `score`.
     `tell` is called with how far the evaluation is.
     """
     import torch
@@ -51,7 +54,11 @@ def held_out_loss(run: Run, tell: Callable[[str], None]) -> dict[str, float | No
         return {"val_loss": None, "bits_per_byte": None}
     nats = run.ranks.total(loss)
     text = decode(run.tokenizer, predicted)
-    bits = nats / math.log(2) / max(1, len(text.encode("utf-8", "replace")))
+    given_back = len(text.encode("utf-8", "replace"))
+    path = run.folder / "data" / DROPPED_SHARE
+    share = float(path.read_text()) if path.is_file() else 0.0
+    dropped = given_back * share / (1 - share) if share < 1 else 0.0
+    bits = (nats / math.log(2) + DROPPED * dropped) / max(1, given_back + dropped)
     return {"val_loss": nats / len(predicted), "bits_per_byte": bits}
 
 

@@ -13,7 +13,7 @@ from ysnake.shared import cli, manifest
 from ysnake.shared.errors import InputError
 from ysnake.shared.progress import announce, counted, progress
 from ysnake.shared.shown import amount, escape_controls
-from ysnake.training import expectation, launch, memory, precision, run_folder, size
+from ysnake.training import evaluation, expectation, launch, memory, precision, run_folder, size
 from ysnake.training import settings as settings_of
 from ysnake.training.options import SHIPPED, Settings
 from ysnake.training.parallel import Ranks
@@ -54,6 +54,9 @@ def start(settings: Settings, console: "Console") -> Run:
         else:
             counts = _tokenise(corpus, tokenizer, model.config, tokens, console)
             said = [*counts.lines(), *corpus.left_out.lines()]
+            if counts.val_dropped:
+                share = counts.val_dropped / counts.val_bytes
+                (tokens / evaluation.DROPPED_SHARE).write_text(f"{share}\n")
         framing = (tokenizer.get_vocab_size(), *model.config.check_frame())
         if corpus is not None and not counts.bytes:
             raise InputError(NO_TEXT, field="--data")
@@ -188,10 +191,14 @@ def _copy_tokens(source: Path, folder: Path) -> list[str]:
 
     The files are linked where the file system can do it, since nothing changes them.
     """
-    for name in ("train.tokens", "val.tokens"):
+    names = ["train.tokens", "val.tokens"]
+    for name in names:
         if not (source / name).is_file():
             raise InputError(f"{source / name}: no such file", field="--tokens-from")
         manifest.verify(source / name)
+    if (source / evaluation.DROPPED_SHARE).is_file():
+        names.append(evaluation.DROPPED_SHARE)
+    for name in names:
         try:
             os.link(source / name, folder / name)
         except OSError:  # another file system, or one without links
