@@ -139,9 +139,13 @@ def comparison(first: Path, second: Path, shown: Shown) -> list[list[str]]:
 
 def settings_used(folder: Path) -> dict[str, Any]:
     """The stored settings of a run, with the values that were used where none is stored."""
-    values = OF_OLD_RUNS | read_json(folder / run_files.SETTINGS)
+    path = folder / run_files.SETTINGS
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise InputError(f"{path}: damaged (expected an object)")
+    values = OF_OLD_RUNS | stored
     if values["beta2"] is None:
-        values["beta2"] = BETA2[values["optimizer"]]
+        values["beta2"] = BETA2.get(values["optimizer"])
     return values
 
 

@@ -208,7 +208,7 @@ def resolve(path: Path | str, which: str | None = None) -> Path:
     path = Path(path)
     of_a_run = any((path / name).is_dir() for name in ("last", "last.old", "best"))
     if (path / "config.json").is_file() or not of_a_run:
-        if which is not None:
+        if which is not None and path.is_dir():
             raise InputError(f"{path}: not a run, so it has no {which}/", field="--checkpoint")
         return find(path)
     if which is None:
