@@ -143,7 +143,7 @@ def settings_used(folder: Path) -> dict[str, Any]:
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise InputError(f"{path}: damaged (expected an object)")
-    values = OF_OLD_RUNS | stored
+    values: dict[str, Any] = OF_OLD_RUNS | stored
     if values["beta2"] is None:
         values["beta2"] = BETA2.get(values["optimizer"])
     return values
