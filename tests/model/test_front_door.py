@@ -143,13 +143,34 @@ def test_ctrl_c_never_stops_inside_the_model(chat, monkeypatch, capsys):
         feed(context, ids)
 
     monkeypatch.setattr(Context, "feed", pressed)
-    chat.answer("The adder")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        chat.answer("The adder")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "[stopped]" in capsys.readouterr().out
     monkeypatch.undo()
     whole = Context(chat.decoder, chat.context.n_tokens)
     whole.feed([token for ids in pieces for token in ids])
     assert torch.allclose(whole.logits, chat.context.logits, atol=1e-5)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored(chat, monkeypatch, capsys):
+    """A shell has its commands in the background ignore it."""
+    feed = Context.feed
+
+    def pressed(context, ids):
+        os.kill(os.getpid(), signal.SIGINT)
+        feed(context, ids)
+
+    monkeypatch.setattr(Context, "feed", pressed)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        chat.answer("The adder")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "[stopped]" not in capsys.readouterr().out
 
 
 def test_it_remembers_what_was_said(chat, loaded, capsys):

@@ -83,7 +83,7 @@ def test_auto_takes_16_bits_where_they_are_faster(
     assert "no products in 16 bits" in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(("gain", "expected"), [(2.0, "bf16"), (1.1, setting())])
+@pytest.mark.parametrize(("gain", "expected"), [(2.0, "bf16"), (1.1, None)])
 def test_the_speed_is_measured_as_the_run_will_train(monkeypatch, gain, expected):
     """Otherwise --plan and --size auto expect too little where 16-bit products are fast."""
     monkeypatch.setattr(precision, "bfloat16_products", lambda: ["amx_bf16"])
@@ -98,7 +98,7 @@ def test_the_speed_is_measured_as_the_run_will_train(monkeypatch, gain, expected
     monkeypatch.setattr(step, "batch_loss", noting)
     config = ModelConfig(vocab_size=64, d_model=16, n_layers=1, d_state=8, head_dim=8)
     assert speed.measure(Settings(seq_len=8, batch_size=2, max_steps=9), config) > 0
-    assert set(during) == {expected}
+    assert set(during) == {expected or setting()}
 
 
 def test_the_measurement_restores_the_setting():

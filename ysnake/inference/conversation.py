@@ -63,7 +63,11 @@ def interruptible(tokens: "Iterator[int]") -> "Iterator[int]":
         nonlocal pressed
         pressed = True
 
-    before = signal.signal(signal.SIGINT, note)
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:  # as for a command that a shell runs in the background
+        yield from tokens
+        return
+    signal.signal(signal.SIGINT, note)
     try:
         for token in tokens:
             yield token
