@@ -119,23 +119,15 @@ def _tokenizer_and_model(
 
 
 def _speed(settings: Settings, config: ModelConfig) -> float | None:
-    """With --size: the tokens per second of training here. None with several processes."""
+    """With --size: the tokens per second of training here.
+
+    None with several processes, or if a step does not fit into the memory.
+    """
     if settings.size is None or launch.launched():
         return None
-    from ysnake.training.speed import measure
+    from ysnake.training.speed import measure_if_it_fits
 
-    return measure(settings, config)
-
-
-def _speed_if_it_fits(settings: Settings, config: ModelConfig) -> float | None:
-    """The same. None also if a step would take more memory than there is."""
-    settings, device = replace(settings), cli.pick_device(settings.device)
-    try:
-        memory.fit(settings, config)
-        memory.check(settings, config, device)
-    except InputError:
-        return None
-    return _speed(settings, config)
+    return measure_if_it_fits(settings, config)
 
 
 def plan(settings: Settings, console: "Console") -> Any:
@@ -156,7 +148,7 @@ def plan(settings: Settings, console: "Console") -> Any:
     else:
         tokenizer = _make_tokenizer(settings, _open_corpus(settings), console)
         config = _config(settings, tokenizer)
-    if not settings.resume and (speed := _speed_if_it_fits(settings, config)):
+    if not settings.resume and (speed := _speed(settings, config)):
         n_tokens = size.text_bytes(settings) / size.BYTES_PER_TOKEN
         for line in expectation.lines(settings, config, n_tokens, speed):
             console.print(line, markup=False)

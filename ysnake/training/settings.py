@@ -175,18 +175,11 @@ def _measured_size(of_size: Callable[[str], Settings], say: Say) -> str:
     n_bytes = size.text_bytes(first)
 
     def speed(name: str) -> float | None:
-        from ysnake.training import memory
-        from ysnake.training.speed import measure
+        from ysnake.training.speed import measure_if_it_fits
 
         settings = of_size(name)
-        config = model_config(settings, size.vocabulary(settings, n_bytes), 0)
-        device = cli.pick_device(settings.device)
-        try:
-            memory.fit(settings, config)
-            memory.check(settings, config, device)
-        except InputError:
-            return None
-        return measure(settings, config)
+        vocabulary = size.vocabulary(settings, n_bytes)
+        return measure_if_it_fits(settings, model_config(settings, vocabulary, 0))
 
     cli.use_threads(first.threads)
     say("--size auto: measuring how fast this machine trains")

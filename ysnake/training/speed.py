@@ -1,9 +1,13 @@
 """The speed of training on this machine, measured with a few steps of the model itself."""
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ysnake.model.config import ModelConfig
+from ysnake.shared import cli
+from ysnake.shared.errors import InputError
+from ysnake.training import memory
 from ysnake.training.options import Settings
 from ysnake.training.parallel import Ranks
 from ysnake.training.precision import choose_precision, products_as
@@ -16,6 +20,17 @@ if TYPE_CHECKING:
 
 FIRST_STEPS = {"cuda": 3}  # that compile, capture or allocate; on other devices one step does
 MEASURED_SECONDS = 1.0
+
+
+def measure_if_it_fits(settings: Settings, config: ModelConfig) -> float | None:
+    """The same as `measure`. None if a step would take more memory than there is."""
+    settings, device = replace(settings), cli.pick_device(settings.device)
+    try:
+        memory.fit(settings, config)
+        memory.check(settings, config, device)
+    except InputError:
+        return None
+    return measure(settings, config)
 
 
 def measure(settings: Settings, config: ModelConfig) -> float:
