@@ -88,15 +88,16 @@ def train(
     given = {name: value for name, value in named.items() if value is not None} | settings
     names = [field.name for field in fields(settings_of.Settings)]
     sleep_soon()
-    with named_as_in_python(names):
-        say: settings_of.Say = (lambda _: None) if quiet else print
-        chosen = settings_of.from_values(given | {"resume": resume}, say)
-    if chosen.plan:
-        raise InputError("expected the command line: ysnake train --plan", field="plan")
-    console = cli.console()
-    console.quiet = quiet
-    with named_as_in_python(names):
-        sharing.check(chosen)
-        cli.use_threads(chosen.threads)
-        progress = session.train(chosen, console)
+    say: settings_of.Say = (lambda _: None) if quiet else print
+    with cli.threads_restored():
+        with named_as_in_python(names):
+            chosen = settings_of.from_values(given | {"resume": resume}, say)
+        if chosen.plan:
+            raise InputError("expected the command line: ysnake train --plan", field="plan")
+        console = cli.console()
+        console.quiet = quiet
+        with named_as_in_python(names):
+            sharing.check(chosen)
+            cli.use_threads(chosen.threads)
+            progress = session.train(chosen, console)
     return TrainedRun(chosen.folder, progress.ended or "")

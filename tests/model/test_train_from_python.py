@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from small import corpus, environment, python
 
 import ysnake
@@ -43,6 +44,19 @@ def test_a_run_from_python_is_a_run_from_the_command_line(here, capsys):
     assert first == second
     text = run.load("last").generate("The adder", 5, temperature=0)
     assert text == ysnake.load("runs/other").generate("The adder", 5, temperature=0)
+
+
+def test_the_threads_and_random_numbers_of_the_program_stay_as_they_were(here):
+    threads, random = torch.get_num_threads(), torch.get_rng_state()
+    other = 1 if threads > 1 else 2
+    options = {"max_steps": 1, "threads": other, "quiet": True, **TINY}
+    run = ysnake.train("snakes.txt", run="runs/mine", **options)
+    assert json.loads((run.path / "last/progress.json").read_text())["threads"] == other
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), random)
+    with pytest.raises(InputError):
+        ysnake.train("snakes.txt", run="runs/mine", **options)  # the run exists
+    assert torch.get_num_threads() == threads
 
 
 def test_a_stopped_run_is_returned_and_can_be_resumed(here, monkeypatch):

@@ -351,3 +351,15 @@ def use_threads(count: int | None) -> None:
         if not 1 <= count <= MOST_THREADS:
             raise InputError(f"expected 1 to {MOST_THREADS}, got {count}", field="--threads")
         torch.set_num_threads(count)
+
+
+@contextmanager
+def threads_restored() -> Iterator[None]:
+    """After the block, torch has as many CPU threads as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

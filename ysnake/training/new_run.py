@@ -114,8 +114,9 @@ def _tokenizer_and_model(
     memory.fit(settings, config)
     memory.check(settings, config, device)
     speed = _speed(settings, config)
-    torch.manual_seed(settings.seed)
-    return tokenizer, Model(config, settings.init, settings.zero_out), speed
+    with torch.random.fork_rng(devices=[]):  # a program's own random numbers stay as they are
+        torch.default_generator.manual_seed(settings.seed)
+        return tokenizer, Model(config, settings.init, settings.zero_out), speed
 
 
 def _speed(settings: Settings, config: ModelConfig) -> float | None:
