@@ -154,3 +154,12 @@ def test_bad_arguments_are_named(message):
     with pytest.raises((ValueError, TypeError)) as error:
         mixer_step(*first, MixerWeights(**given))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["reference", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_without_rows(name, dtype):
+    w = weights(groups=2, dtype=dtype)
+    memory = [t[:0] for t in states(w.sizes, dtype)]
+    with backend(name):
+        assert mixer_step(tokens(1, w.sizes, dtype)[:0, 0], *memory, w).shape == (0, 32)

@@ -1,4 +1,4 @@
-"""Rows and tokens that stand for nobody: zero outputs, no state touched, no other row changed."""
+"""Padding, with the index -1: its output is zero, and it changes no state and no other row."""
 
 from importlib.util import find_spec
 

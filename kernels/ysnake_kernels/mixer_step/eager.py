@@ -71,7 +71,7 @@ def step(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Prepare
     x = x.view(batch, heads, head_dim)
     B, C = B.view(batch, weights.groups, n), C.view(batch, weights.groups, n)
     y = recur(ssm_state, x, dt, weights.A, B, C)
-    y = y.addcmul_(x, weights.D).view(batch, -1).mul_(F.silu(z))
+    y = y.addcmul_(x, weights.D).view(batch, heads * head_dim).mul_(F.silu(z))
     return few_rows(y, weights.norm_weight, weights.eps, weights.groups)
 
 

@@ -152,7 +152,7 @@ def few_rows(x: Tensor, weight: Tensor, eps: Tensor, groups: int = 1) -> Tensor:
         eps: added to the mean square; a tensor of no dimensions in x's dtype.
         groups: of features, each with a mean of its own.
     """
-    t = x.view(x.shape[0], groups, -1)
+    t = x.view(x.shape[0], groups, x.shape[1] // groups)
     length = torch.linalg.vector_norm(t, dim=2, keepdim=True)
     scale = torch.addcmul(eps, length, length, value=1 / t.shape[2]).rsqrt_()
     return torch.mul(t, scale).view(x.shape).mul_(weight)
