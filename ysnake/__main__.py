@@ -1,4 +1,4 @@
-"""`ysnake`, or `python -m ysnake`: one command in front of all others."""
+"""`ysnake`, or `python -m ysnake`: runs the command that its first argument names."""
 
 import importlib
 
@@ -7,7 +7,7 @@ from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 
 COMMANDS = {
-    "train": "train a model on documents, or go on with a run",
+    "train": "train a model on documents, or continue a run",
     "run": "complete a text",
     "chat": "talk with a model, which remembers the conversation",
     "serve": "serve a model: a page, and the APIs of Ollama and OpenAI",

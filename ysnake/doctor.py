@@ -112,7 +112,7 @@ def packages() -> dict[str, str]:
 
     found = {name: version(name) for name in PACKAGES}
     if (second := version(ALONE)) != MISSING:
-        found[ALONE] = f"{second}, hides the operators that ysnake has: pip uninstall {ALONE}"
+        found[ALONE] = f"{second}; it hides ysnake's own operators: pip uninstall {ALONE}"
     for extra, modules in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         state = f"not installed ({', '.join(missing)} missing)" if missing else "installed"
@@ -161,7 +161,7 @@ def implementations() -> dict[str, str]:
     forced = os.environ.get("YSNAKE_BACKEND")
     why = f"YSNAKE_BACKEND={forced}" if forced else "the default on a CPU"
     facts = {"CPU": f"{answer(lambda: choose(torch.empty(0)))} ({why})"}
-    facts["writing on the CPU"] = written_by()
+    facts["generating on the CPU"] = written_by()
     if torch.cuda.is_available():
         if not forced:
             why = "Triton is installed" if has_triton else "Triton is not installed: slow"
@@ -173,7 +173,7 @@ def implementations() -> dict[str, str]:
 
 
 def written_by() -> str:
-    """What writes text on a CPU, and why."""
+    """Whether compiled code or pure torch generates text on a CPU, and why."""
     from ysnake_kernels.native.build import BuildError, library
 
     try:

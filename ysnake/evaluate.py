@@ -37,7 +37,7 @@ class Options:
     text_field: Annotated[str, arg(metavar="NAME")] = "text"
     """Field of a .jsonl line that holds the document."""
     weights: Weights = "float32"
-    """Measure the weights that `ysnake run` uses with this option; by default those of the
+    """Format of the weights that are measured, as in `ysnake run`; by default that of the
     checkpoint."""
     device: DeviceOption = "auto"
     threads: ThreadsOption = None

@@ -1,4 +1,4 @@
-"""`python -m ysnake.run`: complete a text of any length, and print while writing."""
+"""`python -m ysnake.run`: complete a text of any length, and print tokens as they come."""
 
 import sys
 from dataclasses import dataclass, field
@@ -21,10 +21,10 @@ class Options:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     prompt: str | None = None
-    """The text to complete. Without it you are asked line by line, or standard input is read; its
-    last line break is ignored."""
+    """The text to complete. Without it, the program asks for texts line by line in a terminal.
+    Elsewhere it reads standard input, without the last line break."""
     prompt_file: Annotated[Path | None, arg(metavar="FILE")] = None
-    """Read the prompt from this file, in UTF-8. Systems limit the length of an argument."""
+    """Read the prompt from this file, in UTF-8. Use it for a prompt too long for a command line."""
     max_tokens: int = 200
     """Largest number of tokens to generate."""
     sampling: Sampling = field(default_factory=Sampling)

@@ -44,7 +44,7 @@ def keep_freed_memory_once_training() -> None:
     def trained(*of_step: Any) -> None:
         set_once()
 
-    register_optimizer_step_post_hook(trained)  # torch removes no hook while it calls hooks
+    register_optimizer_step_post_hook(trained)  # it stays: torch cannot remove a hook while it runs
 
 
 def give_back_freed_memory() -> None:

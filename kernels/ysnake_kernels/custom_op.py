@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 
 
 def outside_autocast(backward: Callable) -> Callable:
-    """A `backward` of an autograd function that computes in its own dtypes inside `torch.autocast`.
+    """Switch autocast off in the `backward` of an autograd function.
 
-    Forward has chosen the dtypes. A product that autocast rounds would not fit to them.
+    Forward has chosen the dtypes. Autocast would change the dtypes of the products in backward.
     """
 
     @wraps(backward)
@@ -39,8 +39,8 @@ class Differentiable:
         function: the function that the custom operator calls.
         save: (ctx, inputs, output), as setup_context of torch.autograd.Function.
         differentiate: (ctx, backward, *gradients of the outputs) -> gradients of the inputs.
-        backward_operator, backward: the same pair for the gradient. `differentiate` gets the one
-            that fits as its argument `backward`.
+        backward_operator, backward: the same pair for the gradient. `differentiate` gets the
+            operator under torch.compile, and else the function.
     """
 
     def __init__(

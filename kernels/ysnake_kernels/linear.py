@@ -203,7 +203,7 @@ def products_are_rounded(x: Tensor) -> bool:
 
 
 def _rounded(rows: int) -> int:
-    """A number of rows that is at least `rows`, one of four between two powers of two.
+    """`rows` rounded up. Only four numbers between two powers of two can result.
 
     oneDNN generates code for each number of rows it sees, up to a megabyte for each size of weight,
     and keeps it in memory.

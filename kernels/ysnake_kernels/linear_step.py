@@ -1,4 +1,4 @@
-"""Linear layers for writing token by token on a CPU: few rows, and weights from memory.
+"""Linear layers for decoding on a CPU: few rows, and weights from memory.
 
 torch computes a product with one row on one core. Cut along its features, the product becomes a
 batch with one product for each thread, and all threads read memory. With int8 weights a quarter of
@@ -40,7 +40,9 @@ class OneRow(Linear):
 
 
 class Int8(nn.Module):
-    """A linear layer with an int8 weight. Each input row is scaled by its largest entry.
+    """A linear layer with an int8 weight, which also rounds its input.
+
+    Without a bias, each row of the input has a scale of its own. With a bias, all rows share one.
 
     No gradient flows through it.
     """

@@ -1,4 +1,4 @@
-"""Padding: servers fill up a batch with rows whose index is -1, and sequences with tokens of -1."""
+"""Padding: rows of a batch whose index is -1, and tokens at the end whose document number is -1."""
 
 from collections.abc import Callable
 

@@ -61,7 +61,7 @@ class Launcher:
 def launcher(
     kernel: Any, constants: tuple[Any, ...], num_warps: int = 4, num_stages: int = 3
 ) -> Launcher:
-    """The launcher of a kernel with these compile-time arguments; the same one for the same ones.
+    """The launcher of a kernel with these compile-time arguments. Equal arguments share a launcher.
 
     Args:
         kernel: a function that triton.jit returned.

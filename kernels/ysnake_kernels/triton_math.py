@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-# A launch option: a product and the sum with it round once. Triton 3.10 and later need it said.
+# A launch option: a multiply-add rounds once. Triton 3.10 and later need it set.
 ROUND_ONCE = {"enable_fp_fusion": True}
 
 

@@ -42,7 +42,7 @@ def arithmetic(family: str, tf32: bool, *dtypes: torch.dtype | None) -> tuple[An
     Args:
         family: of the device.
         tf32: whether the user lets float32 products round to tf32.
-        dtypes: three of tensors that are multiplied, then those of the other inputs.
+        dtypes: of the three tensors that are multiplied, then of the other inputs (None if absent).
     """
     if torch.float64 in dtypes:
         return tl.float64, tl.float64, "ieee"

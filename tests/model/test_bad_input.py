@@ -127,7 +127,7 @@ LIST = {
     "--data: model is a run or a checkpoint, no value of --data; name it before": (
         *(evaluate, "--data", "snakes.txt", "model"),
     ),
-    "runs: no run there yet; ysnake train makes one  ": (run, "--stop", "x" * 5000, "y"),
+    "runs: no run there yet; `ysnake train` makes one  ": (run, "--stop", "x" * 5000, "y"),
     "--stop: model is a run or a checkpoint, no value of --stop; name it before": (
         run,
         "--stop",
@@ -213,7 +213,7 @@ LIST = {
     "Unrecognized options: --sequence": (train, *NEW, "--sequence", "9"),
     "--max-minutes: the run has trained 1 step and": (train, *AGAIN, "--max-minutes", "1e-9"),
     # run
-    "runs: no run there yet; ysnake train makes one": (run, "--prompt", "x"),
+    "runs: no run there yet; `ysnake train` makes one": (run, "--prompt", "x"),
     "nowhere: no such checkpoint folder ": (run, "nowhere", "--prompt", "x"),
     "done/third: no such checkpoint folder": (run, "done/third", "--prompt", "x"),
     "snakes.txt: no such checkpoint folder": (run, "snakes.txt", "--prompt", "x"),
@@ -257,7 +257,7 @@ LIST = {
     "--gguf: expected a file to write, got .": (export, "model", "--gguf", ""),
     "empty: expected a file to write, found a folder": (export, "model", "--gguf", "empty"),
     "--gguf: nowhere: no such folder; make it first": (export, "model", "--gguf", "nowhere/x.gguf"),
-    "llama.cpp has no such tokenizer as this model's": (export, "words", "--gguf", "x.gguf"),
+    "llama.cpp does not support the tokenizer of this model": (export, "words", "--gguf", "x.gguf"),
     "invalid choice 'q2'": (export, "model", "--gguf", "x.gguf", "--type", "q2"),
     # serve
     "--port: expected at most 65535, got 70000": (serve, "model", "--port", "70000"),

@@ -97,7 +97,7 @@ def test_a_cut_document_is_framed_on_both_sides(tmp_path):
         assert (ids == 0).sum() == 2 * documents
     text = "".join(text for text, _ in pieces)
     assert sorted(tokenizers.decode(tokenizer, [*train, *val])) == sorted(text)
-    assert "2 documents to learn" in counts.lines()[0]
+    assert "2 documents to train on" in counts.lines()[0]
     assert "parts of 1 held out" in counts.lines()[0]
 
 

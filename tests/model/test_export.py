@@ -240,7 +240,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_written(tmp_path, monkey
     words = tokenizer.train("word", ["The boa sleeps."], 300)
     bpe = tokenizer.train("bpe", ["The boa sleeps."], 300)
     for m, learnt, message in (
-        (model(), words, "llama.cpp has no such tokenizer as this model's"),
+        (model(), words, "llama.cpp does not support the tokenizer of this model"),
         (model(), tokenizer.train("bpe", ["a b c"], 300), "takes no tokenizer without merges"),
         (model(bias=True), bpe, "bias: llama.cpp has no biases"),
         (model(dt_limit=(0.01, 1.0)), bpe, "dt_limit: llama.cpp has no limits"),

@@ -243,7 +243,7 @@ def test_a_file_by_hand_has_today_s_defaults_in_json_too(tmp_path):
 
 
 def test_a_momentum_that_nothing_uses_is_refused():
-    with pytest.raises(InputError, match="--momentum: is Muon's"):
+    with pytest.raises(InputError, match="--momentum: applies to --optimizer muon only"):
         settings.parse(["--optimizer", "adamw", "--momentum", "0.5"])
 
 

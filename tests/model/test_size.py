@@ -164,7 +164,7 @@ def test_what_to_expect_is_said_in_two_lines(text):
     config = ModelConfig(4096, 256, 4, 64)
     chosen = parsed("--size", "3M", "--data", text, "--max-minutes", "10")
     first, second = expectation.lines(chosen, config, 3e6, 2200.0)
-    assert "4 layers of 256, a vocabulary of 4,096; muon at a peak rate of 0.012" in first
+    assert "4 layers of width 256, a vocabulary of 4,096; muon at a peak rate of 0.012" in first
     assert "ends after 10 minutes or 5 evaluations without" in first
     assert "about 10 minutes at 2,200 tokens/s" in second
     assert "1.32 million tokens, 0.4 passes" in second
@@ -182,7 +182,7 @@ def test_a_run_keeps_what_was_chosen_when_it_is_resumed(text):
     code, out, errors = entry(train.main, *begun)
     assert code == 0, errors
     assert "--size auto: 3M, since 10M would learn" in out
-    assert out.index("--size 3M: 1 layer of 32") < out.index("expect about")
+    assert out.index("--size 3M: 1 layer of width 32") < out.index("expect about")
     stored = json.loads(Path("run/settings.json").read_text())
     assert (stored["size"], stored["preset"], stored["lr"]) == ("3M", None, 0.012)
     assert parsed(*begun, "--resume").size == "3M"

@@ -305,7 +305,7 @@ def test_all_of_the_users_documents_are_used(tmp_path, capsys):
     argv = [*TINY, "--data", data, "--vocab-size", "300", "--max-steps", "1", "--run"]
     assert train.main([*argv, str(tmp_path / "a")]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"190 documents to learn \(.* tokens\), 10 held out \(.* 5\.\d%\)", said)
+    assert re.search(r"190 documents to train on \(.* tokens\), 10 held out \(.* 5\.\d%\)", said)
     assert "left out" not in said
     assert train.main([*argv, str(tmp_path / "b"), "--max-documents", "50"]) == 0
     assert "left out: documents beyond --max-documents 50: 150 of 200" in capsys.readouterr().out

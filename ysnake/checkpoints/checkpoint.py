@@ -135,7 +135,8 @@ def sync(folder: Path, contents: bool = True) -> None:
 def _reason(error: BaseException) -> str:
     """Why a file could not be written.
 
-    Torch's error hides the reason in the error before it, that of safetensors in its text.
+    torch's error has the reason in its cause or context. The error of safetensors has it in its
+    text, as an error number.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
@@ -153,7 +154,7 @@ def find(folder: Path | str) -> Path:
     if not folder.exists() and old.exists():
         return old
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such checkpoint folder; ysnake runs lists the runs")
+        raise InputError(f"{folder}: no such checkpoint folder; `ysnake runs` lists the runs")
     return folder
 
 
@@ -352,8 +353,8 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
     path = folder / tokenizers.FILE
     if not path.is_file():
         raise InputError(
-            f"{path}: no such file; a folder without one needs the tokenizer.json that its model "
-            "was trained with (state-spaces/mamba2-*: that of EleutherAI/gpt-neox-20b)"
+            f"{path}: no such file; put the tokenizer.json there that the model was trained with "
+            "(for state-spaces/mamba2-*: that of EleutherAI/gpt-neox-20b)"
         )
     tokenizer = tokenizers.load(folder)
     manifest.verify(path)

@@ -96,7 +96,7 @@ def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: "Tokeni
         or normalizer != "NFC"
     ):
         raise InputError(
-            "llama.cpp has no such tokenizer as this model's; "
+            "llama.cpp does not support the tokenizer of this model; "
             "train a new run with --tokenizer bpe, the default",
             field="--gguf",
         )

@@ -207,7 +207,7 @@ async def ask(
             if part.done:
                 reason = part.done_reason or "stop"
     except (TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"it is not as Ollama answers: {error}") from error
+        raise ValueError(f"it is not in Ollama's format: {error}") from error
     if reason is None:
         raise ValueError("it has no end")
     return "".join(parts), reason == "length"

@@ -1,1 +1,1 @@
-"""Writing text with a trained model: contexts, sampling, fast decoding, many requests at once."""
+"""Generating text with a trained model: contexts, sampling, decoding, many requests at once."""

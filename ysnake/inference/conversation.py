@@ -35,7 +35,7 @@ def read(context: "Context", tokenizer: "Tokenizer", prompt: str) -> None:
     ids += encode(tokenizer, prompt)
     if context.logits is None and not ids:
         raise InputError(
-            "expected text, as this model has no token to begin with", field="--prompt"
+            "expected text, as this model has no token that begins a document", field="--prompt"
         )
     if len(ids) < SHOWN_FROM:
         context.feed(ids)

@@ -1,12 +1,12 @@
-"""Writing token by token.
+"""Decoding: one token at a time.
 
 For one token every weight matrix is multiplied by a single row, so reading the weights takes most
 of the time. On a CPU with a C++ compiler, code compiled on this machine takes the token through the
 whole model. It reads weights of 32, 16, 8 or 4 bits. Without a compiler pure torch does the same,
-in float32 or int8. On a GPU a graph is replayed.
+in float32 or int8. On a GPU a CUDA graph is replayed.
 
-The model itself reads several tokens at once. If its weights are rounded anyway, a CPU with 16-bit
-products uses these.
+Several tokens at once go through the model itself. If its weights are rounded anyway, and 16-bit
+products are faster on this CPU, it uses these.
 """
 
 from collections.abc import Callable

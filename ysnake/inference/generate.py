@@ -109,7 +109,7 @@ class Context:
     def _fingerprint(self) -> str:
         """A cheap text that differs between models with different weights.
 
-        It is of the weights that are stored alike in every format of `Decoder`.
+        It covers only weights that every format of `Decoder` stores unchanged.
         """
         kept = [(name, p) for name, p in self.model.named_parameters() if "_proj." not in name]
         kept = [(name, p) for name, p in kept if not name.startswith("lm_head.")]

@@ -35,7 +35,7 @@ CheckpointOption = Annotated[
 WeightsOption = Annotated[
     Weights,
     arg(
-        help="How weights are stored while text is written. Fewer bits write one text faster. "
+        help="How weights are stored for generation. Fewer bits generate a single text faster. "
         "bfloat16 and int4 on a CPU need a C++ compiler. auto is bfloat16 on a CPU with a "
         "compiler, otherwise as stored in the checkpoint."
     ),
@@ -52,8 +52,8 @@ class ModelOptions:
     checkpoint: CheckpointOption = None
     weights: WeightsOption = "auto"
     no_compile: bool = False
-    """Write with pure torch on a CPU. By default, C++ code writes where there is a compiler: at the
-    first start it is compiled, in a few seconds."""
+    """On a CPU, generate with pure torch. By default, C++ code generates if there is a compiler. It
+    is compiled at the first start, in a few seconds."""
     device: DeviceOption = "auto"
     threads: ThreadsOption = None
 
@@ -79,7 +79,7 @@ class ModelOptions:
 
 
 def make_decoder(model: "Model", weights: Weights, compile: bool = True) -> "Decoder":
-    """`Decoder(model, weights, compile)`. Standard error gets what the user should know.
+    """Make a `Decoder`. Standard error says when code is compiled, and why it cannot be.
 
     Raises:
         InputError: the weights cannot be stored so.
@@ -98,7 +98,7 @@ def make_decoder(model: "Model", weights: Weights, compile: bool = True) -> "Dec
     give_back_freed_memory()  # that of the weights before they were rounded
     if decoder.not_compiled:
         print(
-            f"warning: {decoder.not_compiled}; pure torch writes instead, which is slower",
+            f"warning: {decoder.not_compiled}; generating with pure torch, which is slower",
             file=sys.stderr,
         )
     return decoder

@@ -14,7 +14,7 @@ from ysnake_kernels.layers_step import layers_step
 from ysnake.model.cuda_graph import Graph
 from ysnake.model.network import Model, State
 
-MOST = 32  # graphs that are kept: as many as a server writes rows
+MOST = 32  # graphs that are kept: one for each number of rows in a server's batch
 
 
 class ReplayedStep:

@@ -14,7 +14,7 @@ Function = Callable[[Sequence[Any]], list[Tensor]]  # of tensors and Nones
 
 
 class Graph:
-    """A function that has run before, so that its kernels are compiled."""
+    """The CUDA graph of a function that has run before, so that its kernels are compiled."""
 
     def __init__(self, function: Function, given: Sequence[Tensor | None], pool: Any):
         """Capture function(given).
@@ -32,7 +32,10 @@ class Graph:
             self.results = function(self.given)
 
     def __call__(self, given: Sequence[Tensor | None]) -> list[Tensor]:
-        """Copies of the results, over which the next graph of the pool writes."""
+        """Replay the graph on these tensors.
+
+        Returns copies of the results, since the next graph of the pool overwrites the results.
+        """
         for own, t in zip(self.given, given, strict=True):
             if own is not None and t is not None:
                 own.copy_(t)

@@ -12,7 +12,7 @@ LONGEST = 10_000  # characters of a record
 class _Bound(logging.Filter):
     """Passes the first `MOST` records of each period. The last one says that it is the last.
 
-    Warnings and errors are counted separately. So many bad requests of a client hide no error.
+    Warnings and errors are counted separately, so a client's bad requests cannot hide an error.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class _Bound(logging.Filter):
         kind = "error" if record.levelno >= logging.ERROR else "warning"
         self.counts[kind] += 1
         if self.counts[kind] == MOST:
-            record.msg = f"{record.getMessage()} (no more {kind} is logged within this hour)"
+            record.msg = f"{record.getMessage()} (no more {kind}s are logged within this hour)"
             record.args = ()
         return self.counts[kind] <= MOST
 

@@ -139,7 +139,7 @@ class Service:
         if (n := len(ids) - (ids[:1] == [bos])) > most:
             raise Refused(f"{expected}, got {n}", code=code)
         if not ids:
-            raise Refused("expected text, as this model has no token to begin with")
+            raise Refused("expected text, as this model has no token that begins a document")
         return tuple(ids)
 
     @contextmanager

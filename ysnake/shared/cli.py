@@ -210,7 +210,7 @@ def run(command: Callable[[list[str]], int]) -> None:
         print(f"error: {message}", file=sys.stderr)
         code = FAILED
     except (MemoryError, RuntimeError) as error:
-        # Only for its allocator on CUDA has torch a type of error. Elsewhere the text has to tell.
+        # torch raises a plain RuntimeError when CPU memory is full, so its text must tell.
         said = ("DefaultCPUAllocator", "out of memory")
         if not (isinstance(error, MemoryError) or any(text in str(error) for text in said)):
             raise
@@ -264,7 +264,7 @@ def being_made() -> str:
 
 def no_run() -> str:
     """The error message if there is no run in runs/."""
-    return f"{RUNS}: no run there yet; {being_made() or f'{PROGRAM}train makes one'}"
+    return f"{RUNS}: no run there yet; {being_made() or f'`{PROGRAM}train` makes one'}"
 
 
 def newest_run() -> Path:

@@ -11,7 +11,7 @@ from ysnake.shared.shown import escape_controls
 class InputError(ValueError):
     """The user gave something that cannot work. The message is one line.
 
-    A name in a foreign file may hold line breaks and escape sequences. The message shows them.
+    A name in a foreign file may hold line breaks and escape sequences. The message escapes them.
 
     Attributes:
         field: what is at fault, by the name that the user knows: an option such as "--top-p", or a

@@ -37,8 +37,7 @@ def verify(path: Path, folder: Path | None = None) -> None:
     name = path.relative_to(folder).as_posix()
     if name in saved and saved[name] != _sha256(path):
         raise InputError(
-            f"{path}: damaged or exchanged, it is not the file that was saved here "
-            f"(as {FILE} beside it says)"
+            f"{path}: damaged or exchanged, its content does not match the hash in {manifest}"
         )
 
 

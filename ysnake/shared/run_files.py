@@ -90,7 +90,7 @@ def state(folder: Path) -> str:
 
 def _has_a_new_limit(settings: dict[str, Any], progress: dict[str, Any]) -> bool:
     """Whether a run that had reached a limit was resumed with another, and killed before a save."""
-    limits = {  # why it ended -> the setting, what counts towards it, and how much of that is one
+    limits = {  # why it ended -> setting, field of progress.json, its units in one of the setting
         "steps": ("max_steps", "step", 1),
         "time": ("max_minutes", "elapsed", 60),
         "patience": ("patience", "evaluations_since_best", 1),

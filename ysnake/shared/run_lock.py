@@ -25,7 +25,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.E
 LONGEST_NAME = 200  # characters of a lock file that are shown
 LOCKED_BYTE = 1 << 30  # on Windows, where locked bytes cannot be read: far behind the content
 POLL = 0.02  # seconds between two tries
-LOOK = 0.5  # seconds that `held` takes at most, since it locks the file for a moment
+LOOK = 0.5  # seconds to wait for a lock that `held` has taken for a moment
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How messages show foreign text, whose control characters no terminal may obey, and numbers."""
+"""How messages show numbers, and foreign text with its control characters escaped."""
 
 import re
 

@@ -47,7 +47,7 @@ class Counts:
         share = self.val_tokens / max(1, self.val_tokens + self.train_tokens)
         learnt = f"{amount(self.train_words, 'word')}, {amount(self.train_tokens, 'token')}"
         lines = [
-            f"{amount(self.train_documents, 'document')} to learn ({learnt}), "
+            f"{amount(self.train_documents, 'document')} to train on ({learnt}), "
             f"{' and '.join(parts)} held out ({amount(self.val_tokens, 'token')}, {share:.1%})"
         ]
         if not self.val_tokens:
@@ -195,9 +195,9 @@ def consecutive_windows(tokens: Tokens, seq_len: int, batch_size: int, index: in
 
 
 def held_out_windows(tokens: Tokens, seq_len: int, batch_size: int, limit: int) -> Iterator[Batch]:
-    """All tokens, cut into windows. Of more than `limit` tokens, windows at equal distances.
+    """All tokens, cut into windows. If they are more than `limit`, only about `limit` of them.
 
-    So a part of the tokens stands for all documents, not for the first ones.
+    Those windows lie at equal distances, so that they come from all documents.
     """
     length = len(tokens)
     starts = np.arange(0, max(length - 1, 0), seq_len)

@@ -145,14 +145,14 @@ def read_file(
     object with a field that holds one.
 
     Raises:
-        InputError: the file cannot be read or is not as it should be; it and the place are named.
+        InputError: the file cannot be read, or its content is wrong. The message names the place.
     """
     form, left_out = form or Form(), left_out or LeftOut()
     jsonl = path.suffix.lower() == ".jsonl"
     utf8 = codecs.lookup(form.encoding).name == "utf-8"
     encoding = "utf-8-sig" if utf8 else form.encoding
     try:
-        # JSON has \r for a space, so that it ends no line there
+        # \r is white space in JSON, so only \n ends a line of .jsonl
         with path.open(encoding=encoding, newline="\n" if jsonl else None) as file:
             pieces = _text_pieces(file, path)
             if jsonl:
@@ -345,7 +345,10 @@ class Corpus:
         return shares
 
     def _count(self, limit: int) -> tuple[list[int], bool]:
-        """The number of documents of each file, and whether all were counted: that takes time."""
+        """The number of documents of each file, and whether all were counted.
+
+        Counting takes time, so it may stop in a file with more than `limit` documents.
+        """
         counts, size, every = [], 0, True
         for path in self.files:
             counts.append(0)

@@ -170,5 +170,5 @@ def load(folder: Path) -> Tokenizer:
         tokenizer.no_truncation()  # all tokens of a text, and no padding
         tokenizer.no_padding()
     except Exception as error:  # the library raises bare Exception for every bad file
-        raise InputError(f"{path}: not a tokenizer ({error})") from error
+        raise InputError(f"{path}: not a tokenizer that ysnake can use ({error})") from error
     return tokenizer

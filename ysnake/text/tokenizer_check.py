@@ -44,7 +44,7 @@ def check(content: Any) -> None:
         if part["type"] == "Split":
             _check_pattern(part.get("pattern"))
         elif part["type"] not in PRE_TOKENIZERS:
-            raise InputError(f"pre_tokenizer {_shown(part['type'])}")
+            raise InputError(f"pre_tokenizer {_shown(part['type'])} is not supported")
     if sum(part["type"] == "ByteLevel" for part in parts) > 1:  # each doubles what is not ASCII
         raise InputError("pre_tokenizer: ByteLevel twice")
     growth = 1.0
@@ -81,7 +81,7 @@ def _check_model(model: Any) -> None:
         raise InputError(f"expected a model of type BPE, got {_shown(kind)}")
     for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(name):
-            raise InputError(f"model: {name} {_shown(model[name])}")
+            raise InputError(f"model: {name} {_shown(model[name])} is not supported")
     unknown, vocab = model.get("unk_token"), model.get("vocab")
     if not isinstance(vocab, dict):
         raise InputError("model: expected a vocab of tokens and ids")
@@ -95,17 +95,17 @@ def _growth(name: str, part: dict[str, Any], known: set[str]) -> float:
         pattern, new = part.get("pattern"), part.get("content")
         old = pattern.get("String") if isinstance(pattern, dict) else None
         if not (isinstance(old, str) and old and isinstance(new, str)):
-            raise InputError(f"{name}: Replace of {_shown(pattern)}")
+            raise InputError(f"{name}: Replace of {_shown(pattern)} is not supported")
         return max(1.0, len(new) / len(old))
     if part["type"] == "Prepend" and name == "normalizer":
         text = part.get("prepend")
         if not isinstance(text, str) or not 1 <= len(text) <= SHORT:  # the library fails at none
-            raise InputError(f"{name}: Prepend of {_shown(part.get('prepend'))}")
+            raise InputError(f"{name}: Prepend of {_shown(part.get('prepend'))} is not supported")
     elif part["type"] == "Strip" and name == "decoder":
         if not all(part.get(end) in range(SHORT) for end in ("start", "stop")):
             raise InputError(f"{name}: Strip of more than {SHORT} characters")
     elif part["type"] not in known:
-        raise InputError(f"{name} {_shown(part['type'])}")
+        raise InputError(f"{name} {_shown(part['type'])} is not supported")
     return 1.0
 
 
@@ -118,16 +118,19 @@ def _check_pattern(pattern: Any) -> None:
     regex = pattern.get("Regex") if isinstance(pattern, dict) else None
     string = pattern.get("String") if isinstance(pattern, dict) else None
     if regex not in PATTERNS and not (isinstance(string, str) and string):
-        raise InputError(f"pre_tokenizer: the pattern {_shown(regex or pattern)}")
+        raise InputError(f"pre_tokenizer: the pattern {_shown(regex or pattern)} is not supported")
 
 
 def _check_post_processor(part: dict[str, Any]) -> None:
-    """A template may add special tokens, which are never asked for, and must not repeat a text."""
+    """Check a post-processor. A template must not repeat the text.
+
+    It may add special tokens, since ysnake always encodes without them.
+    """
     if part["type"] == "ByteLevel":
         return
     single = part.get("single")
     if part["type"] != "TemplateProcessing" or not isinstance(single, list):
-        raise InputError(f"post_processor {_shown(part['type'])}")
+        raise InputError(f"post_processor {_shown(part['type'])} is not supported")
     texts = [piece for piece in single if isinstance(piece, dict) and "Sequence" in piece]
     if len(texts) != 1 or len(single) > MOST_PARTS:
         raise InputError("post_processor: expected a template with the text once")

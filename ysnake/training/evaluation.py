@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 VAL_TOKENS = 1 << 15  # held-out tokens that an evaluation while training uses
 DROPPED_SHARE = "val.dropped"  # a file in data/: the share of held-out bytes without a token
-LEAST_LENGTH = 256  # of the windows of an evaluation, so that runs with short ones compare
+LEAST_LENGTH = 256  # tokens of an evaluation's window, so that losses of all runs are comparable
 SAMPLE_PROMPT, SAMPLE_TOKENS = 32, 96
 
 
@@ -25,11 +25,13 @@ def held_out_loss(run: Run, tell: Callable[[str], None]) -> dict[str, float | No
     """The loss on held-out text, as `val_loss` in nats per token and as `bits_per_byte`.
 
     Both are None if nothing is held out. At most VAL_TOKENS are read, in windows at equal
-    distances. A window has `seq_len` tokens, or the multiple of it that reaches LEAST_LENGTH. It is
-    not longer than VAL_TOKENS or all held-out tokens.
-    The bytes are those of the text that their targets give back, and the share that the tokenizer
-    drops of all held-out text. Each dropped byte counts as in `score`.
-    `tell` is called with how far the evaluation is.
+    distances. The length of a window is the smallest multiple of `seq_len` that is at least
+    LEAST_LENGTH. It is at most VAL_TOKENS or the number of held-out tokens, but not below
+    LEAST_LENGTH.
+
+    The bytes are those of the decoded targets, and an estimate of the bytes that the tokenizer
+    drops, from the dropped share of all held-out text. Each dropped byte counts as in `score`.
+    `tell` is called with a text that says how far the evaluation is.
     """
     import torch
 

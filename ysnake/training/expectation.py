@@ -29,7 +29,7 @@ def lines(settings: Settings, config: ModelConfig, n_tokens: float, speed: float
         end.append(f"{amount(settings.patience, 'evaluation')} without a better held-out loss")
     minutes, passes = tokens / speed / 60, tokens / max(1, n_tokens)
     return [
-        f"--size {settings.size}: {amount(config.n_layers, 'layer')} of {config.d_model}, "
+        f"--size {settings.size}: {amount(config.n_layers, 'layer')} of width {config.d_model}, "
         f"a vocabulary of {config.vocab_size:,}; "
         f"{settings.optimizer} at a peak rate of {settings.lr:g}; "
         f"{settings.batch_size * settings.accumulate} x {settings.seq_len} tokens a step; "

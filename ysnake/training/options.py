@@ -113,8 +113,8 @@ class Settings:
     schedule: Schedule = "cosine"
     """How the learning rate falls after its peak: along a cosine to a tenth, or in a line to 0."""
     max_steps: int | None = None
-    """Stop after this many steps; by default those of the preset, as many as the text is worth with
-    --size, or none with --max-minutes. With --resume the word None lifts the limit."""
+    """Stop after this many steps; by default those of the preset, with --size a number that suits
+    the amount of text, or none with --max-minutes. With --resume the word None lifts the limit."""
     max_minutes: float | None = None
     """Stop after this many minutes of the whole run, also before it was resumed. Without
     --max-steps the learning rate follows the time."""
@@ -179,7 +179,7 @@ def check(settings: Settings) -> None:
             raise InputError(f"expected {name_of(kind)}, got {value!r}"[:300], field=option(name))
     check_preset(settings.preset)
     if (settings.preset is None) == (settings.size is None):
-        raise InputError("expected one of the two", field="--preset, --size")
+        raise InputError("expected exactly one of the two", field="--preset, --size")
     least: dict[str, float] = {
         **dict.fromkeys(("seq_len", "batch_size", "accumulate", "max_steps", "patience"), 1),
         **dict.fromkeys(("eval_every", "checkpoint_every", "threads", "max_documents"), 1),

@@ -203,7 +203,7 @@ class Ranks:
         return replace(batch, **parts)
 
     def own_rows(self, n_rows: int) -> "np.ndarray":
-        """The indices of this rank's rows. As many on every rank, so some may exceed n_rows."""
+        """This rank's row indices. All ranks have equally many, so some may be n_rows or more."""
         import numpy as np
 
         share = -(-n_rows // self.data_size)
@@ -293,7 +293,11 @@ class Ranks:
     # The optimizer's state: in last/ or, if sharded, in a folder that all ranks write.
 
     def save_optimizer(self, model: "Model", optimizer: Any, folder: Path) -> dict[str, Any]:
-        """The optimizer's state for a checkpoint, on the first rank; if sharded, in `folder`."""
+        """The optimizer's state for a checkpoint.
+
+        If it is sharded, all ranks write the moments into `folder`, and only the number of steps is
+        returned.
+        """
         if not self.sharded:
             return optimizer.state_dict()
         from torch.distributed import checkpoint

@@ -18,7 +18,8 @@ from ysnake.training.parallel import Ranks
 from ysnake.training.run import SHARDS, WRITTEN, Progress, Run, assemble
 from ysnake.training.stopping import replace_limits
 
-# The best loss as earlier versions stored it: the first of all windows, then of all documents.
+# Names of the best loss in earlier versions. The first was measured on the first held-out windows,
+# the second on windows from all documents.
 BEST_OF_EARLIER = ("best_val_loss", "best_held_out_loss")
 
 if TYPE_CHECKING:
@@ -70,7 +71,10 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
 
 
 def _progress(saved: dict[str, Any], settings: Settings) -> Progress:
-    """The stored progress. Of an earlier version it has the best loss only if that compares."""
+    """The stored progress.
+
+    It keeps the best loss of an earlier version only if later losses can be compared with it.
+    """
     saved = {"samples_size": None} | saved
     old = {name: saved.pop(name) for name in BEST_OF_EARLIER if name in saved}
     same_windows = evaluation.LEAST_LENGTH <= settings.seq_len <= evaluation.VAL_TOKENS

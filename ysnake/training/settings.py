@@ -216,7 +216,7 @@ def _finish_new(settings: Settings) -> None:
     if settings.tokens_from is not None:
         _check_text(settings, read(settings.tokens_from))
     if settings.optimizer == "adamw" and settings.momentum != MOMENTUM:
-        raise InputError("is Muon's; --optimizer adamw has none", field="--momentum")
+        raise InputError("applies to --optimizer muon only, got adamw", field="--momentum")
     if settings.from_ is None:
         settings.tokenizer = settings.tokenizer or "bpe"
     else:

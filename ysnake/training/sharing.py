@@ -28,8 +28,8 @@ def check(settings: Settings) -> None:
         )
     if settings.seq_len // context < ModelConfig.conv_width - 1:
         raise InputError(
-            f"{settings.seq_len // context} tokens for each of {context} processes are "
-            "fewer than the convolution reaches back",
+            f"{settings.seq_len // context} tokens for each of {context} processes are fewer than "
+            f"the {ModelConfig.conv_width - 1} earlier tokens that the convolution reads",
             field="--seq-len",
         )
     if settings.batch_size % (size // context):

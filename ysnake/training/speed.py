@@ -18,7 +18,7 @@ from ysnake.training.step import prepare, train_step
 if TYPE_CHECKING:
     from ysnake.text.data import Tokens
 
-FIRST_STEPS = {"cuda": 3}  # that compile, capture or allocate; on other devices one step does
+FIRST_STEPS = {"cuda": 3}  # not timed: these compile, capture or allocate; one elsewhere
 MEASURED_SECONDS = 1.0
 
 

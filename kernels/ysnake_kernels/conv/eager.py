@@ -162,7 +162,7 @@ class _Blocks:
         return t.unfold(1, self.width, 1).unbind(3)[::-1]
 
     def within_document(self, t: Tensor, k: int, start: int, end: int) -> Tensor:
-        """t, with zeros for tokens of a block whose k-th token before is of another document."""
+        """t, with zeros where the token k places before is of another document."""
         if self.same is None:
             return t
         return torch.mul(t, self.same[:, start:end, k, None], out=_part(self.masked, t))

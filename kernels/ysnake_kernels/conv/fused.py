@@ -62,7 +62,7 @@ def _move_on(conv_state: Tensor, count: int, rows: Tensor | None) -> None:
 
 
 def check_width(weight: Tensor) -> None:
-    """Raise ValueError where the convolution is wider than the kernels are."""
+    """Raise ValueError if the convolution is wider than the kernels allow."""
     if weight.shape[1] > MAX_WIDTH:
         raise ValueError(
             f"weight: expected a width of at most {MAX_WIDTH} with backend 'fused', "

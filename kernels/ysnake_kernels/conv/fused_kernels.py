@@ -2,7 +2,7 @@
 
 A program owns a block of channels of LANES x RUN consecutive tokens. Each lane walks along its run
 of tokens. It keeps the last tokens, or the gradients that are not complete yet, in registers. So it
-reads each value about once and computes SiLU again once. Neighbouring lanes hold neighbouring
+reads each value and computes each SiLU about once. Neighbouring lanes hold neighbouring
 channels, so channel-last memory, as a projection writes it, is read in whole lines. Backward
 computes what it needs from the inputs again.
 
@@ -62,7 +62,10 @@ def _lanes(pointer, block, batch_stride, channel_stride, token_stride, UNIT: tl.
 
 @triton.jit
 def _token(x, history, history_token, t, length, inside, W: tl.constexpr, ACC: tl.constexpr):
-    """Tokens t [I] at x [I C], those before the first from the history, zeros elsewhere."""
+    """The values of tokens t [I], to which x points, [I C].
+
+    Tokens before the first come from the history. Others outside the sequence are zeros.
+    """
     t = t[:, None]
     v = tl.load(x, inside & (t >= 0) & (t < length), other=0.0).to(ACC)
     if history is not None:
@@ -87,7 +90,7 @@ def _sum(xs, docs, s, taps, bias, c, channels, W: tl.constexpr, ACC: tl.constexp
 
 @triton.jit
 def _document(seq, t, length):
-    """The documents of tokens t [I]; before the first token stands the first token's."""
+    """The documents of tokens t [I]. A token outside the sequence has that of the nearest token."""
     t = tl.minimum(tl.maximum(t, 0), length - 1)
     return tl.load(seq + t)
 
@@ -191,9 +194,10 @@ def _gradient_of_token(gs, docs, s, taps, W: tl.constexpr):
 
 @triton.jit
 def _is_in_final_state(j, seq, docs, s, length, W: tl.constexpr):
-    """Whether the final state has a token j [I 1], and each lane's token s belongs to it, [I 1].
+    """Whether each lane's token is in the final state, [I 1].
 
-    It belongs to it if its document is that of the last token.
+    j [I 1] is its place there, and docs[s] is its document. Only tokens of the last document are in
+    the final state.
     """
     last = (j >= 0) & (j < W - 1)
     if seq is not None:
@@ -235,7 +239,7 @@ def backward_kernel(
     UNIT: tl.constexpr,  # of the strides of x, dy and dx over batch and tokens
     ACC: tl.constexpr,
 ):
-    first = 0 if history is None else 1 - W  # the history's tokens are tokens like the others
+    first = 0 if history is None else 1 - W  # the history's tokens get a gradient too
     block = _block(first, length, channels, LANES, RUN, CHANNELS)
     batch, _, _, lane, c, inside = block
     x = _lanes(x, block, x_batch, x_channel, x_token, UNIT)
@@ -266,7 +270,7 @@ def backward_kernel(
         done += (g,)
         if s < RUN:
             sums = _add_to_sums(sums, g, xs, docs, s, W)
-        if s >= W - 1:  # the token W - 1 places before has all it gets
+        if s >= W - 1:  # the gradient of the token W - 1 places before is complete
             d = _gradient_of_token(done, docs, s - W + 1, taps, W)
             t = lane[:, None] + (s - W + 1)
             if dfinal is not None:

@@ -93,7 +93,9 @@ def install(
         wanted = [package for package in wanted if find_spec(package) is None]
     for package in wanted:
         if package in sys.modules:
-            raise RuntimeError(f"install: {package} has been imported already; call it before")
+            raise RuntimeError(
+                f"install: {package} has been imported already; call install before that import"
+            )
     bound = [name for name in sys.modules if name.startswith("transformers.models.")]
     bound = [
         name for name in bound if "causal_conv1d_fn" in getattr(sys.modules[name], "__dict__", ())
@@ -101,7 +103,7 @@ def install(
     if wanted and bound:
         raise RuntimeError(
             f"install: {bound[0]} has been imported already and keeps the operators that it "
-            "found then; call it before"
+            "found then; call install before that import"
         )
     models = Models(fused_training)
     for name in _OFFERED:
@@ -157,8 +159,8 @@ class _Loader(Loader):
 class _Refuser:
     """A finder on sys.meta_path that says why a name of mamba_ssm or causal_conv1d is missing.
 
-    For `from package import name` Python hides an error whose own name is that of the missing part.
-    So the error carries the package's name, and its message is shown.
+    In `from package import name` Python hides a ModuleNotFoundError whose `name` attribute is the
+    missing module. So the error carries the package's name, and Python shows its message.
     """
 
     @staticmethod

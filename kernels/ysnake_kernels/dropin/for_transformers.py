@@ -68,7 +68,7 @@ def _model_being_imported() -> str | None:
 def _convolution_for(model: str, asked: set[str]) -> Callable:
     """`convolve` for a model. It refuses `seq_idx` if the model's scan does not know of documents.
 
-    There the documents would see each other. Without a drop-in transformers refuses it likewise.
+    In such a scan the documents would see each other. transformers itself refuses it too.
     """
 
     def causal_conv1d_fn(
@@ -107,7 +107,9 @@ def convolve(
         y = out
     elif seq_idx is not None:
         width = weight.shape[1]
-        raise ValueError(f"seq_idx: packed documents need another width than {width}")
+        raise ValueError(
+            f"seq_idx: packed documents are not supported with a convolution of width {width} here"
+        )
     else:
         theirs = activation
         y = _torch_convolution(x, weight, bias, weight.shape[1] - 1)[..., : x.shape[2]]

@@ -57,7 +57,10 @@ def causal_conv1d_fn(
 
 
 def _without_padding(seq_idx: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """`documents_before_padding` of document numbers. Checks refuse anything else later."""
+    """seq_idx and the mask of its padding, from `documents_before_padding`.
+
+    Without integers the argument is returned as it is, with no mask. Later checks refuse it.
+    """
     if isinstance(seq_idx, Tensor) and seq_idx.dtype in INTEGERS:
         return documents_before_padding(seq_idx)
     return seq_idx, None
@@ -83,6 +86,12 @@ def causal_conv1d_update(
             token t is at t % size.
         conv_state_indices: (batch,), the row of conv_state that belongs to each x; -1 is padding,
             whose y is zero.
+
+    Returns:
+        y with the shape and dtype of x.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or values.
     """
     check_rank("conv_state", conv_state, "batch, channels, size")
     check_rank("weight", weight, "channels, width")

@@ -80,11 +80,11 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **made)
 
     def forward(self, hidden_states: Tensor, inference_params: Any = None) -> Tensor:
-        """Shape of hidden_states (batch, length, d_model).
+        """The output of the block, in the shape of hidden_states (batch, length, d_model).
 
         Args:
             inference_params: has `key_value_memory_dict`, where this layer keeps its states under
-                `layer_idx`, and `seqlen_offset`, above 0 for every token after the first piece.
+                `layer_idx`, and `seqlen_offset`, 0 for the prompt and above 0 for later tokens.
         """
         states = None
         if inference_params is not None:

@@ -116,13 +116,13 @@ class Mamba2(nn.Module):
         cu_seqlens: Tensor | None = None,
         inference_params: Any = None,
     ) -> Tensor:
-        """Shape of u.
+        """The output of the block, in the shape of u.
 
         Args:
             u: (batch, length, d_model), or with `seqlen` (batch * seqlen, d_model).
             seq_idx, cu_seqlens: packed sequences, as in `mamba_chunk_scan_combined`.
             inference_params: has `key_value_memory_dict`, where this layer keeps its states under
-                `layer_idx`, and `seqlen_offset`, above 0 for every token after the first piece.
+                `layer_idx`, and `seqlen_offset`, 0 for the prompt and above 0 for later tokens.
         """
         shape = u.shape
         if seqlen is not None:

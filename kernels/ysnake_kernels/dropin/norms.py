@@ -1,6 +1,7 @@
 """The norms of mamba_ssm, RMSNorm by our operator and LayerNorm by torch.
 
-Those of `ops.triton.layernorm_gated` have a gate. Those of `ops.triton.layer_norm` add first.
+Those of `ops.triton.layernorm_gated` have a gate. Those of `ops.triton.layer_norm` first add a
+residual.
 """
 
 from typing import Any
@@ -57,7 +58,8 @@ def layer_norm_fn(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The norm of x + residual, in x's dtype. With `prenorm`, also the sum.
 
-    The sum has the residual's dtype, or without one x's, or float32 if `residual_in_fp32`.
+    The sum has the residual's dtype. Without a residual it has x's dtype, or float32 with
+    `residual_in_fp32` (float64 if x is).
 
     Raises:
         NotImplementedError: a second branch, dropout or scaled rows are asked for.

@@ -42,7 +42,10 @@ def tile(heads: int) -> Tile:
 
 
 def fits(inputs: LayersInputs) -> bool:
-    """Whether the kernels take these layers. Rows before their division can overflow float16."""
+    """Whether the kernels take these layers.
+
+    They do not take float16: a row can overflow before it is divided by its rms.
+    """
     sizes = [weights.mixer.sizes for weights in inputs.layers]
     small = all(s.groups == 1 and s.state <= MAX_STATE for s in sizes)
     wide = all(weights.in_weight.dtype != torch.float16 for weights in inputs.layers)
@@ -103,7 +106,7 @@ def mix(
 def join(
     h: Tensor, mixed: Mixed | None, norm_weight: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Add a layer's output to h in place, move its convolution on, and return the norm of h."""
+    """Add a layer's output to h in place, shift its conv_state, and return the norm of h."""
     batch, features = h.shape
     normed = torch.empty(h.shape, dtype=dtype, device=h.device)
     cols = next_power_of_2(features)

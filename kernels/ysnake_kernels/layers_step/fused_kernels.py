@@ -1,8 +1,8 @@
 """The two Triton kernels of one token through a layer, besides its projections.
 
-Each lasts a few microseconds, so what it waits for counts more than what it computes. The gated
-norm divides a row by one number. So the first kernel leaves this out and writes sums of squares,
-and the second one divides what the output projection made of the row.
+Each takes a few microseconds, so waiting counts more than arithmetic. The gated norm divides a row
+by its rms. The first kernel does not wait for the rms: it writes the row undivided, and partial
+sums of squares. The second kernel divides the row after the output projection.
 """
 
 import triton
@@ -172,7 +172,10 @@ def join_kernel(
     COLS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """h += mixed / rms + bias, and its norm. Other programs move the layer's history on."""
+    """Add mixed / rms + bias to h, and write the norm of h.
+
+    Other programs shift the convolution history of the layer before by one token.
+    """
     row = tl.program_id(0).to(tl.int64)
     if tl.program_id(1) == 0:
         _add_and_norm(

@@ -39,7 +39,7 @@ def mamba_split_conv1d_scan_combined(
     norm_before_gate: bool = True,
     conv_initial_states: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """A Mamba-2 mixer after its input projection, at the memory of that projection.
+    """A Mamba-2 mixer after its input projection.
 
     Splits zxbcdt along its features into the gate z, the convolution's input and dt. Then come
     `causal_conv1d`, `ssd_scan` with softplus on dt, `rms_norm_gated` if it has a weight (else z

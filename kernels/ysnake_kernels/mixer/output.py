@@ -45,7 +45,7 @@ class Output:
         return torch.empty(self.z.shape, dtype=self.dtype, device=self.z.device)
 
     def forward(self, out: Tensor) -> None:
-        """Prepare to write out."""
+        """Prepare for `finish` and `project`, which write `out`."""
         self.out = out
         self.normed = out if self.weight is None else self.new()
 
@@ -67,7 +67,10 @@ class Output:
             rows += self.inputs.out_bias.to(self.dtype)
 
     def backward(self, dout: Tensor | None, dz: Tensor) -> None:
-        """Prepare to write dz, from the gradient of out; None stands for zeros."""
+        """Prepare for `gradient`, which writes dz: compute the gradient of `normed`.
+
+        dout is the gradient of `out`. None stands for zeros.
+        """
         self.dz, self.dout = dz, None
         if dout is None:
             self.dnormed = torch.zeros_like(self.z)

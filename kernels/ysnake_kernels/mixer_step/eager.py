@@ -1,6 +1,6 @@
 """The mixer for one token in pure torch, in few operations.
 
-A model that writes on a CPU spends its time in reading weights and in calls. So `prepare` lays the
+Decoding on a CPU spends its time on reading weights and on calling operators. So `prepare` lays the
 weights out once, and `step` then takes about twenty operations.
 """
 

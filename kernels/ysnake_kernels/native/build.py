@@ -22,7 +22,7 @@ PARTS = [SOURCE, SOURCE.with_name("products.hpp")]
 # Without -ffinite-math-only, so that a NaN stays one.
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno"]
 FLAGS += ["-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math"]
-PER_THREAD = 1 << 16  # weights or states, at least: fewer do not pay for waiting for a thread
+PER_THREAD = 1 << 16  # fewest weights or state elements for which a thread is worth its cost
 COMPILERS = ["g++", "c++", "clang++"]
 
 
@@ -31,7 +31,7 @@ class BuildError(Exception):
 
 
 class NoCompiler(BuildError):
-    """The machine has no compiler, or is none that this code is for."""
+    """The machine has no C++ compiler, or its system is not Linux."""
 
 
 @cache
@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL:
         BuildError: the compiler fails, or the result cannot be kept or loaded.
     """
     if platform.system() != "Linux":
-        raise NoCompiler("compiled code is for Linux")
+        raise NoCompiler("compiled code is for Linux only")
     path = location()
     if (kept := _kept(path)) is not None:
         return kept
@@ -61,7 +61,7 @@ def library() -> ctypes.CDLL:
 
 
 def threads_for(numbers: int) -> int:
-    """How many threads read so many weights or states."""
+    """How many threads to use for this number of weights or state elements."""
     return min(torch.get_num_threads(), max(1, numbers // PER_THREAD))
 
 
@@ -114,7 +114,7 @@ def _kept(path: Path) -> ctypes.CDLL | None:
 
 
 def _processor() -> str:
-    """What distinguishes processors for which -march=native gives other code."""
+    """The lines of /proc/cpuinfo that decide what -march=native compiles."""
     names = ("model name", "flags", "Features", "CPU part")
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     return "\n".join(sorted({line for line in lines if line.startswith(names)}))
@@ -145,7 +145,7 @@ def _compiler() -> list[str] | None:
 def _compile(path: Path) -> None:
     compiler = _compiler()
     if compiler is None:
-        raise NoCompiler(f"no C++ compiler is installed: {', '.join(COMPILERS)}")
+        raise NoCompiler(f"no C++ compiler is installed (looked for {', '.join(COMPILERS)})")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         new = Path(folder, path.name)
         command = [*compiler, *FLAGS, str(SOURCE), "-o", str(new)]

@@ -19,8 +19,8 @@ from ysnake_kernels.norm.inputs import NormInputs
 from ysnake_kernels.numerics import accumulator
 
 BLOCK_ELEMENTS = 128 * 1024  # of a temporary: half a megabyte in float32
-# More elements than an output needs. glibc before 2.38 fits no aligned block into a gap of exactly
-# its size. With these, the next layer's output fits where a norm was and takes no new memory.
+# Spare elements after an output. glibc before 2.38 does not put an aligned block into a free gap of
+# exactly its size. With them, the output of the next layer fits into the gap that a norm left.
 SLACK = 256
 
 
@@ -144,7 +144,7 @@ def unit_backward(dunit: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
 def few_rows(x: Tensor, weight: Tensor, eps: Tensor, groups: int = 1) -> Tensor:
     """`rms_norm_gated` without bias and gate for a few rows, in five operations.
 
-    When a model writes token by token, calls take longer than their arithmetic.
+    When a model decodes token by token, calls take longer than their arithmetic.
 
     Args:
         x: (rows, features), contiguous.

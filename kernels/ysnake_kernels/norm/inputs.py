@@ -21,7 +21,7 @@ class NormInputs(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The first four."""
+        """x, weight, bias and z."""
         return self[:4]
 
 

@@ -1,8 +1,8 @@
-"""Mamba-1's selective scan in pure torch, a tile at a time.
+"""Mamba-1's selective scan in pure torch, block by block.
 
-A tile is a block of tokens of some rows and channels that fits in the cache. Its decays and inputs
-are computed for all its tokens at once; then one operation a token updates the state. Forward keeps
-the state before each block, and backward computes the rest of the block again.
+A block has some tokens of some rows and channels, so few that it fits in the cache. Its decays and
+inputs are computed for all its tokens at once. Then one operation for each token updates the state.
+Forward keeps the state before each block, and backward computes the rest of the block again.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,10 @@ def scan(
     D: Tensor | None,
     z: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `selective_scan`: dt are the steps in use, and B and C (batch, groups, N, length)."""
+    """y and the last state of `selective_scan`.
+
+    dt are the step sizes after bias and softplus. B and C are (batch, groups, N, length).
+    """
     acc = dt.dtype
     us, dt = u.transpose(1, 2).to(acc), dt.transpose(1, 2).contiguous()  # [b l d]
     tensors = (us, dt, finite_rates(A.to(acc)), B.to(acc), C.to(acc))

@@ -17,7 +17,10 @@ def scan(
     D: Tensor | None,
     z: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `selective_scan`: dt are the steps in use, and B and C (batch, groups, N, length)."""
+    """y and the last state of `selective_scan`.
+
+    dt are the step sizes after bias and softplus. B and C are (batch, groups, N, length).
+    """
     batch, channels, length = u.shape
     acc = dt.dtype
     us, A = u.to(acc), finite_rates(A.to(acc))

@@ -62,8 +62,8 @@ class Flows(NamedTuple):
 
     within: Tensor  # [k b r q] sum_(j<t) M_tj - sum_(i>t) M_it
     log_dt: Tensor  # [k b r q] sum_(i>=t) M_it
-    entry: Tensor  # [k b q r] the gradient of entry; times entry it is p
-    exit: Tensor  # [k b q r] the gradient of exit; times exit it is q
+    entry: Tensor  # [k b q r] the gradient of entry; times entry it is p_i of docs/kernels.md
+    exit: Tensor  # [k b q r] the gradient of exit; times exit it is q_j of docs/kernels.md
     whole: Tensor  # [k b r] <dS', S>
 
     @staticmethod

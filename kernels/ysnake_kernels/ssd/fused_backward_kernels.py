@@ -265,7 +265,7 @@ def steps_kernel(
     """Write ddt, and a chunk's shares of dA and ddt_bias. A program owns a chunk and HEADS heads.
 
     The gradient of a token's log decay is the sum of all flows from earlier tokens to this token or
-    later ones. Summed as here, no flow is added and subtracted again.
+    later ones. In this order no flow is added and later subtracted, which would lose digits.
     """
     place, numbers = (
         ft.Place(None, cu_seqlens, sequences, length),

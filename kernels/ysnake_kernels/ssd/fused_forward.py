@@ -103,7 +103,10 @@ def forward_kernel(
     x, B, C, z, D, rows, initial_states, seq_idx, cu_seqlens, y, final_states, ends, whole,
     x_token, B_token, C_token, z_token, length, padded, sequences, K, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one segment of a sequence, one head, one slice of its channels."""
+    """Write y and the final states.
+
+    A program owns one segment of a sequence, one head and one slice of its channels.
+    """
     xs, Bs = ft.View(x, x_token * K.UNIT), ft.View(B, B_token * K.UNIT)
     Cs, zs = ft.View(C, C_token * K.UNIT), ft.View(z, z_token * K.UNIT)
     ys, decays = ft.View(y, K.HEADS * K.P), ft.Rows(rows, padded, ft.FORWARD_ROWS)

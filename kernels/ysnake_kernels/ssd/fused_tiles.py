@@ -238,7 +238,7 @@ def slot_of(place, seq, start, CHUNK: tl.constexpr):
 def chunk_in(place, slot, CHUNK: tl.constexpr):
     """The chunk in a slot of the array of all chunks. It may lie after the end of its sequence."""
     seq = slot // tl.cdiv(place.length, CHUNK)
-    if place.cu_seqlens is not None:  # the last sequence whose first slot is not behind this one
+    if place.cu_seqlens is not None:  # the last sequence whose first slot is at most this slot
         seq = slot * 0 - 1
         for first in range(0, place.sequences, 256):
             s = first + tl.arange(0, 256)

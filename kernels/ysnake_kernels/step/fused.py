@@ -150,7 +150,7 @@ def _launch(inputs: StepInputs) -> Tensor:
 
 
 def _step(*arguments: Any) -> Tensor:
-    """The fields of StepInputs, of which dt_limit is two numbers."""
+    """y of `ssd_step`. The arguments are the fields of StepInputs, with dt_limit as two numbers."""
     *fields, low, high = arguments
     return _launch(StepInputs._make((*fields, (low, high))))
 
