@@ -99,7 +99,7 @@ def test_a_compiler_that_fails_is_named(no_compiler, monkeypatch, capsys):
     assert decoder.native is None
     assert decoder.weights == "float32"
     said = capsys.readouterr().err
-    assert "warning: false failed: no message; generating with pure torch, which is slower\n" in said
+    assert "warning: false failed: no message; generating with pure torch, which is " in said
 
 
 def test_a_compiler_that_works_gives_smaller_weights():
