@@ -84,12 +84,14 @@ def markdown(results: dict[str, dict]) -> str:
     lines = [
         "# ysnake and its peers",
         "",
-        "Made by `python -m benchmarks.compare`. Medians. `ysnake / it` is how many times as fast "
-        "ysnake is: the ratio of the times per token in each turn, its median and its extremes. "
-        "In its turn each does its work twice, and the second time counts. "
-        "Float32 where nothing else is said. Matrix products are by `torch.mm` and `torch.bmm`; "
-        "on CPUs with AVX2 or AVX-512 that are not Intel's, ysnake has oneDNN multiply in linear "
-        "layers.",
+        "Made by `python -m benchmarks.compare`. In all cases but `quality` the contestants take "
+        "turns. In a turn each does its work twice, and the second time counts. Times and speeds "
+        "are medians over the turns. "
+        "`ysnake / it` says how many times as fast ysnake is: the times per token of a turn are "
+        "divided, and the cell has the median of these ratios, the lowest and the highest. "
+        "Everything is in float32 where nothing else is said. Matrix products are computed by "
+        "`torch.mm` and `torch.bmm`. On CPUs with AVX2 or AVX-512 that are not Intel's, ysnake "
+        "uses oneDNN in linear layers.",
     ]
     for case, result in results.items():
         m = result["machine"]

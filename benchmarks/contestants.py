@@ -175,7 +175,7 @@ def step_limit(sizes: dict, batch: int, length: int, onednn: bool = False) -> Re
 
 
 def _linear_products(rows: int, inner: int, columns: int) -> Repetition:
-    """Those of `_products` as linear layers of ysnake compute them, with new outputs."""
+    """The products of `_products`, computed as linear layers of ysnake do. Two have new outputs."""
     import torch
     from ysnake_kernels.allocator import keep_freed_memory
     from ysnake_kernels.linear import product

@@ -170,7 +170,7 @@ class Messages(logging.Handler):
 
 
 def worker(names: list[str], modes: list[str], way: str, file: str) -> None:
-    """Write the results of the models, and under None all messages. Has its own process."""
+    """Write the results by model and mode. The messages of a model have None as their mode."""
     torch.set_num_threads(1)
     if WAYS[way] is not None:
         import ysnake_kernels.dropin

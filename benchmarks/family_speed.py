@@ -191,7 +191,7 @@ class Worker:
 
 
 def compared(workers: list[Worker], mode: str, repeat: int) -> str:
-    """The time of a mode, and its time outside linear layers, without / with the drop-in."""
+    """Two ratios, without / with the drop-in: of the time of a mode, and outside linear layers."""
     found = []
     for question in (mode, f"outside {mode}"):
         times = [[worker.ask(question) for worker in workers] for _ in range(repeat + 1)][1:]

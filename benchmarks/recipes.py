@@ -31,7 +31,7 @@ from ysnake.training import settings as settings_of
 from ysnake.training.signals import Stop
 
 ROOT = Path(__file__).parents[1]
-POLLED = 0.2  # seconds between looks at whether a signal came
+POLLED = 0.2  # seconds between two checks for a stop signal
 BATCH = {"seq_len": 256, "batch_size": 8}
 SIZES: dict[str, dict[str, object]] = {
     "3M": {"d_model": 256, "n_layers": 4, "d_state": 64, "vocab_size": 4096},
@@ -95,8 +95,8 @@ class Options:
     seed: tuple[int, ...] = (0, 1, 2)
     """Seeds: first weights and order of the batches."""
     bracket: bool = False
-    """Train with the first seed at each rate, and also at half the lowest and at twice the highest
-    rate for as long as that is the best. Train with the other seeds at the best rate only."""
+    """Train with the first seed at each rate. While the best rate is the lowest or the highest,
+    train at half and at twice that rate too. Train with the other seeds at the best rate only."""
     steps: int | None = 300
     """Steps of 8 x 256 tokens. A recipe with smaller steps takes more of them: all recipes see the
     same tokens, and warm up over the same tokens."""
@@ -109,8 +109,8 @@ class Options:
     checkpoint_every: int = 100
     """Steps between checkpoints, from which a stopped training continues."""
     at_once: int = 1
-    """Trainings beside each other. Each takes its part of the cores. On two cores, two trainings
-    with one thread each need less time than one after the other with two threads."""
+    """Trainings at the same time. Each gets its share of the cores. On two cores, two trainings at
+    the same time with one thread each need less time than in turn with two threads each."""
     runs: Path = Path("runs/recipes")
     """Where the trainings are kept."""
     out: Path = ROOT / "benchmarks/results/recipes"
@@ -229,7 +229,7 @@ def bracket(
 
 
 def train_unless_ended(options: Options, training: Training, stop: Stop) -> None:
-    """Train to the end what has not been trained to its end, unless a stop was requested."""
+    """Start or continue a training, unless it has reached its end or a stop was requested."""
     run = folder(options, *training)
     if not (ended(run) or stop.requested):
         recipe = RECIPES[training.recipe]
@@ -237,7 +237,10 @@ def train_unless_ended(options: Options, training: Training, stop: Stop) -> None
 
 
 def folder(options: Options, name: str, lr: float, seed: int) -> Path:
-    """The folder of a training. Its path holds all options but the text."""
+    """The folder of a training.
+
+    Its path names the size, the length, the warm-up, --at-once, the recipe, the rate and the seed.
+    """
     long = f"{options.minutes:g}-minutes" if options.minutes else f"{options.steps}-steps"
     long += f"-warmup-{options.warmup_steps}"
     long += f"-{options.at_once}-at-once" if options.at_once > 1 else ""
@@ -291,7 +294,7 @@ def lengths(options: Options, recipe: dict[str, object]) -> dict[str, object]:
 
 
 def finished(options: Options) -> list[Path]:
-    """The folders of the trainings with these sizes and this length that have come to their end."""
+    """The folders of all finished trainings with this size, length, warm-up and --at-once."""
     here = folder(options, "", 0, 0).parent
     found = sorted(path for path in here.glob("*/lr-*-seed-*") if path.is_dir() and ended(path))
     for run in found:
@@ -307,7 +310,7 @@ def check_text(options: Options, run: Path) -> None:
 
 
 def trained(options: Options) -> Iterator[Trained]:
-    """What was trained with these sizes and this length, also in earlier executions."""
+    """The results of `finished`, those of earlier executions too."""
     for path in finished(options):
         settings = json.loads((path / "settings.json").read_text())
         lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())

@@ -24,11 +24,11 @@ HEAD = (
 LEGEND = f"""\
 Each recipe is shown at its best learning rate, among the rates that most seeds have trained.
 `(edge)` marks a best rate that is the lowest or the highest that was tried. A seed decides first
-weights and the order of the batches, and some orders are harder than others. So the last columns
-compare trainings of the same seed: `beside the baseline` is the loss minus that of `{BASELINE}`, in
-the mean and from lowest to highest; `tokens` and `time` are what the recipe takes to reach the
-final loss of `{BASELINE}`, as a part of what that takes, in the mean. The picture shows the recipes
-with the most seeds."""
+weights and the order of the batches, and some orders are harder than others. So three columns
+compare trainings of the same seed. `beside the baseline` is the loss minus that of `{BASELINE}`:
+mean, lowest and highest. `tokens` is the number of tokens with which the recipe reaches the final
+loss of `{BASELINE}`, divided by all tokens of `{BASELINE}`. `time` is the same ratio of times. Both
+are means. The picture shows the recipes with the most seeds."""
 
 
 @dataclass
@@ -117,7 +117,7 @@ def _difference(pairs: list[tuple[Trained, Trained]]) -> str:
 
 
 def _part(pairs: list[tuple[Trained, Trained]], axis: int) -> str:
-    """What the runs take to reach the baseline's final loss, divided by what that takes."""
+    """Tokens or time to the baseline's final loss, divided by those of the baseline: the mean."""
     taken = [(run.reached(other.loss, axis), other.curve[-1][axis]) for run, other in pairs]
     parts = [part / whole for part, whole in taken if part is not None]
     if not pairs:

@@ -94,7 +94,10 @@ def decays(s: Shape, rows: int) -> Kernel:
 
 
 def forward(s: Shape) -> list[Kernel]:
-    """The single pass over every argument and result. With segments, their ends come first."""
+    """The kernel for the decays, then the single pass over every argument and result.
+
+    With segments, a kernel between them computes the state and the decay of each segment.
+    """
     size = tensors(s)
     writes = {name: size.pop(name) for name in ("y", "final states")}
     NP, Q = s.state * s.head_dim, s.tile

@@ -1,7 +1,8 @@
-"""`python -m benchmarks.faults --minutes N`: disturb trainings, files and servers; count losses.
+"""`python -m benchmarks.faults --minutes N`: disturb trainings, files and servers at random.
 
-It prints counts while it runs. The first loss ends it with exit code 1, and the message says how to
-repeat it. It runs on Linux only, since other systems have no pidfd and no /proc.
+It prints counts while it runs. Once something is lost or broken, it prints what, and how to repeat
+it, and ends with exit code 1. It runs on Linux only, since other systems have no pidfd and no
+/proc.
 """
 
 import shutil
@@ -35,14 +36,14 @@ TURNS = {"kills": 30.0, "requests": 15.0, "files": 15.0, "clients": 120.0, "rest
 
 @dataclass
 class Options:
-    """Disturb things until something is lost or the time is over."""
+    """Disturb trainings, files and servers until something is lost or the time is over."""
 
     minutes: float = 60.0
-    """How long."""
+    """Minutes that the test takes."""
     part: tuple[Literal["kills", "requests", "files", "clients", "restarts"], ...] = (
         *("kills", "requests", "files"),
     )
-    """What to disturb, in turns."""
+    """Parts of the test, which take turns (see docs/robustness.md)."""
     seed: int = 0
     """Determines the faults, but not where exactly a process is when it is killed."""
 

@@ -171,7 +171,7 @@ def make(folder: Path) -> None:
 
 
 def attack(folder: Path, target: Target, seed: int, draws: int) -> None:
-    """Read `EACH` changed files of each draw. Raises anything but a refusal in one line."""
+    """Read `EACH` changed files of each draw. Raises any error but a refusal in one line."""
     import hypothesis
     from hypothesis import strategies
 

@@ -158,7 +158,7 @@ class Run:
         )
 
     def kill(self) -> bool:
-        """Kill with -9 at any moment: one rank, or all, as when the machine loses power."""
+        """Kill with -9 at a random moment: one rank, or all ranks at the same time."""
         return self.kills(SentSignal(signal.SIGKILL, self.some_ranks(), self.moment()))
 
     def kill_in_save(self) -> bool:

@@ -84,9 +84,10 @@ def drawn_body(chance: random.Random, path: str) -> dict[str, Any]:
 
 
 def drawn(chance: random.Random) -> tuple[bytes, int | None]:
-    """A request as it is sent, and the status that the answer must have, or None for any.
+    """A request as it is sent, and what the answer must be.
 
-    -1 stands for no answer, since the server waits for the end of the request.
+    That is a status, None for any answer, or -1 if there may be no answer, since the server may
+    wait for the end of the request.
     """
     path, method, headers = chance.choice(list(SCHEMA)), "POST", []
     way = chance.random()

@@ -165,7 +165,7 @@ def work(name: str, job: str, options: Options) -> int:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--call", choices=CALLS, help="run these stages in order")
+    parser.add_argument("--call", choices=CALLS, help="a: checks, b: timings, all: both (default)")
     parser.add_argument("--stage", nargs="+", choices=STAGES, help="run these stages instead")
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder of the results")
     parser.add_argument("--seconds", type=float, default=3600, help="stop after this many seconds")

@@ -71,7 +71,7 @@ def measure(
 
 
 def plain_seconds(step: Callable[[], None], device: str, count: int = 20) -> float:
-    """The wall-clock time of a step, as a program without graphs sees it."""
+    """The wall-clock time of a step as a program sees it, with the time of Python."""
     step()
     step()
     count = 1 if device == "cpu" else count

@@ -1,4 +1,4 @@
-"""The benchmark for a GPU: its stages run at tiny shapes on the CPU, and none costs another."""
+"""The benchmark for a GPU: its stages run on the CPU with tiny shapes. Failures lose no results."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_a_stage_that_takes_too_long_is_stopped_and_says_so(tmp_path):
     assert any("no time left" in line for line in failed)
 
 
-def test_a_job_that_fails_costs_no_other(tmp_path, monkeypatch):
+def test_after_a_failed_job_the_others_run(tmp_path, monkeypatch):
     jobs = ("no such tool", "nor this")
     monkeypatch.setitem(STAGES, "sanitize", replace(STAGES["sanitize"], jobs=jobs, dry_jobs=jobs))
     assert not run_stage("sanitize", Options(tmp_path, dry=True), 60)
@@ -82,7 +82,7 @@ def test_a_job_that_fails_costs_no_other(tmp_path, monkeypatch):
     assert "took" in found[-1]
 
 
-def test_a_torn_line_costs_no_other(tmp_path):
+def test_an_incomplete_line_of_results_is_skipped(tmp_path):
     lines = [json.dumps({"stage": "time", "seconds": 1.5}), '{"stage": "time", "sec']
     (tmp_path / "gpu.jsonl").write_text("\n".join(lines))
     assert report.rows(tmp_path) == [{"stage": "time", "seconds": 1.5}]
@@ -97,7 +97,7 @@ def test_cases_are_calls_that_the_operators_take(name):
     assert all(o.isfinite().all() for o in outs)
 
 
-def test_the_case_of_one_end_has_exactly_one():
+def test_cases_have_initial_or_final_states_as_named():
     one = cases.case("scan, initial states only", torch.float32, "cpu", dry=True)
     other = cases.case("scan, final states only", torch.float32, "cpu", dry=True)
     assert "initial_states" in one.tensors

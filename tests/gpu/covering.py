@@ -5,8 +5,10 @@ from typing import Any
 
 
 def covering(options: dict[str, tuple], strength: int = 2) -> list[dict[str, Any]]:
-    """Cases in which every value of an option meets every value of another; with a strength of 3,
-    every pair of those of two others."""
+    """Cases in which each combination of values of any `strength` options occurs at least once.
+
+    With a strength of 2 that is every pair of values, with 3 every triple.
+    """
     missing = dict.fromkeys(
         frozenset(zip(names, values, strict=True))
         for names in combinations(options, strength)

@@ -47,7 +47,7 @@ def floats(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def per_head(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Parameters in float32, or in float64 with what is."""
+    """Parameters of the heads: in float64 if `dtype` is float64, else in float32."""
     new = partial(floats, HEADS, dtype=torch.promote_types(dtype, torch.float32))
     return {"A": new(), "D": new(), "dt_bias": new()}
 

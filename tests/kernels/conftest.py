@@ -10,7 +10,8 @@ import pytest
 import torch
 from ysnake_kernels.native import build
 
-with torch.device("cpu"):  # torch looks up once which functions obey this: before we replace some
+# torch caches the functions that obey torch.device; the cache is filled before we replace some
+with torch.device("cpu"):
     torch.empty(0)
 
 

@@ -27,7 +27,7 @@ REST = [
     "layers_step mix",
     "layers_step join",
 ]
-# bytes a thread that may spill: two programs on a multiprocessor were worth more than none
+# bytes that a thread may spill: two programs then fit on a multiprocessor, which was faster
 ACCEPTED = {"ssd rows": 400, "ssd columns": 500}
 
 

@@ -1,6 +1,6 @@
 """Operators on drawn shapes, options, strides: `eager` equals `reference`, gradients included.
 
-In float64, where a gradient that happens to cancel is exact still.
+Gradients are compared in float64, which is precise enough for those that nearly cancel.
 """
 
 import pytest

@@ -158,8 +158,8 @@ else:
 """)
 
 
-def test_models_of_transformers_get_what_the_others_do_not():
-    """Also those that transformers does not have: what counts is who asks."""
+def test_only_modules_of_transformers_get_the_functions_made_for_them():
+    """The name of the module that imports a function decides which one it gets."""
     python("""
 import sys, types
 import ysnake_kernels.dropin
@@ -229,7 +229,7 @@ def heads(batch=3, h=4, p=6, n=5, g=2):
 
 
 def by_hand(state, x, dt, A, B, C, D, z, bias):
-    """Every channel by itself, in loops; all of shape (batch, channels, ...)."""
+    """The recurrence, written out in torch. All tensors have shape (batch, channels, ...)."""
     dt = torch.nn.functional.softplus(dt + bias)
     S = torch.exp(dt[..., None] * A) * state + (dt * x)[..., None] * B
     return ((S * C).sum(-1) + D * x) * torch.nn.functional.silu(z), S

@@ -49,7 +49,7 @@ def documents(*rows):
 
 
 def small(case):
-    """One option alone in one chunk; all together in two, the second of them ragged."""
+    """The case with 20 tokens, one chunk. With more than three options 37 tokens, two chunks."""
     heads = {} if "groups" in case else {"heads": 2}
     return {"batch": 1, "length": 37 if len(case) > 3 else 20} | heads | case
 
@@ -84,7 +84,7 @@ def test_equals_reference(case):
     ids=str,
 )
 def test_equals_reference_in(dtype, decay):
-    """With several heads: the sum that is one head's dA may cancel to less than its rounding."""
+    """With several heads, since the dA of one head may cancel to less than its rounding error."""
     shape = {"batch": 1, "heads": 4, "groups": 2, "length": 20}
     check(inputs(**EVERYTHING, **shape, decay=decay, dtype=dtype))
 
@@ -96,7 +96,7 @@ def test_the_table_s_own_tiles():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_documents_do_not_see_each_other(monkeypatch, count):
-    """Edges inside a tile, on the edge of a tile, of a chunk, of a segment; and none."""
+    """Documents that end inside a tile, or at the end of a tile, chunk or segment; and only one."""
     cut(monkeypatch, count)
     tensors = inputs(length=80, **EVERYTHING, heads=1)
     check(tensors | {"seq_idx": documents([5, 11, 1, 15, 32, 6, 10], [80])})

@@ -1,4 +1,4 @@
-"""A caller may change an operator's outputs in place: gradients are those of a copy changed so."""
+"""A caller may change outputs in place: the gradients are the same as with a changed copy."""
 
 from importlib.util import find_spec
 

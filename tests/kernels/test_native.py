@@ -44,7 +44,7 @@ def test_a_product_is_that_of_the_rounded_weight(format, shape, batch, bias):
     x = torch.randn(batch, columns) * 10.0 ** torch.arange(batch)[:, None]
     exact = linear(x.double(), matrix.dense().double(), None).float()
     got = matrix.product(x) - (0 if matrix.bias is None else matrix.bias)
-    # integer weights round their inputs to 1 / 4,094 of the largest
+    # with integer weights, an input is off by at most 1 / 4,094 of the largest input
     sizes = matrix.dense().abs().sum(1) * x.abs().amax(1)[:, None]
     bound = {"int8": 1 / 4000, "int4": 1 / 4000}.get(format, 1e-6) * sizes + 2e-6
     assert (got - exact).abs().le(bound + 1e-6 * exact.abs()).all()

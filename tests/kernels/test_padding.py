@@ -25,7 +25,7 @@ def seed():
 
 
 def check(call, state, tensors, rows=ROWS):
-    """call(state, tensors, rows) skips padding, and does for the others what it does without it."""
+    """call(state, tensors, rows) skips padding. Other rows are as they are without padding."""
     tensors, state, rows = on_device(tensors), state.to(rows.device), rows
     expected_state, padded_state = state.clone(), state.clone()
     expected = call(expected_state, {k: t[USED] for k, t in tensors.items()}, rows[USED])

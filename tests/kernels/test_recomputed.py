@@ -1,6 +1,6 @@
 """Operators inside torch's checkpoint, which recomputes in backward. TRL uses it by default.
 
-It allows a gradient to read what was saved only once, and forward to save the same a second time.
+Backward may then read a saved tensor only once. The second forward must save the same tensors.
 """
 
 import pytest

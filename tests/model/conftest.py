@@ -45,5 +45,5 @@ def one_thread():
 
 @pytest.fixture
 def short_samples(monkeypatch):
-    """For runs of this process alone: they write samples of the same length."""
+    """Samples of 8 tokens. Runs in other processes still write long ones."""
     monkeypatch.setattr(evaluation, "SAMPLE_TOKENS", 8)

@@ -30,9 +30,10 @@ RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 def trained(rank, size, argv, stop_after=None, poisoned=None, killed_after=None):
-    """Train; one rank alone is asked to stop in one pass, or has NaN for its loss in another.
+    """Train. The arguments say in which forward pass the last rank is disturbed, and how.
 
-    It is killed in a third, unless the launcher has started it again after that.
+    In pass `stop_after` it gets SIGTERM, in pass `poisoned` its loss is NaN, and in pass
+    `killed_after` it is killed, unless torchrun has restarted it.
     """
     real = step.batch_loss
     calls = 0
@@ -61,7 +62,10 @@ def copied(rank, size, run, copy):
 
 
 def gradients(rank, size, out, context, documents, length, sharded=False, counted=False, **sizes):
-    """Loss and gradients of the ranks together against those of one, and what goes between them."""
+    """Compare the ranks' loss and gradients with those of one process.
+
+    With `counted`, also write the shapes of the tensors that go from rank to rank.
+    """
     torch.manual_seed(0)
     whole = tiny_model(**sizes).double()
     ranks = Ranks(rank, size, context, sharded, None)

@@ -456,7 +456,7 @@ def test_a_run_does_not_write_through_links(stopped, name):
 
 
 def test_a_checkpoint_does_not_write_through_links(stopped):
-    """Neither where it writes first nor where it sets aside."""
+    """last.new is written first, and last.old gets the older checkpoint. Neither may be a link."""
     outside = stopped.with_name("outside")
     outside.mkdir()
     (outside / "mine").write_text("mine\n")

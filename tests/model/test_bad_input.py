@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 
 def states(folder):
-    """Files for --load-state: of another model, and of this one but with parts that do not fit."""
+    """Files for --load-state: good, of another model, with a wrong or missing part, and cut off."""
     other = Context(model(seed=5), 300)
     other.feed([1])
     other.save(folder / "other.state")

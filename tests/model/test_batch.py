@@ -13,7 +13,7 @@ from ysnake.text.tokenizer import decode
 
 
 def test_each_row_is_drawn_in_its_own_way():
-    """Flat rows, of which all tokens must be ordered, beside peaked ones, of which few must."""
+    """Rows with flat and with peaked logits: to draw from flat ones, more tokens must be sorted."""
     generator = torch.Generator().manual_seed(0)
     logits = (
         torch.randn(6, 1000, generator=generator) * torch.tensor([0.1, 9, 0.1, 0.1, 3, 0])[:, None]
@@ -67,7 +67,7 @@ def test_rows_that_come_and_go_do_not_touch_each_other(served, monkeypatch):
         assert text
 
 
-def test_what_begins_like_an_earlier_prompt_is_read_from_there(served):
+def test_a_prompt_that_begins_with_an_earlier_one_reads_only_the_rest(served):
     tokenizer, m = checkpoint.load_tokenizer(served), checkpoint.load(served)
     prompts = [(0, 5, 6), (0, 5, 6, 7, 8), (0, 5, 6, 7, 8), (0, 9), (0, 5, 6, 7)]
 

@@ -121,7 +121,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder, caplog, where, me
     assert {path.name for path in folder.glob("last*")} == {"last", "last.damaged"}
 
 
-def test_from_the_one_before_the_run_ends_as_it_would_have(folder, whole, caplog):
+def test_resuming_from_the_older_checkpoint_ends_with_the_same_weights(folder, whole, caplog):
     truncate(folder / "last/model.safetensors")
     code, out, _ = entry(run.main, folder, "--prompt", "The boa", "--max-tokens", "2")
     assert (code, out != "") == (0, True)
@@ -217,7 +217,7 @@ def test_a_run_of_another_shape_is_not_resumed(folder):
 
 
 def test_a_file_that_cannot_grow_ends_the_run_and_it_resumes(tmp_path, whole, data):
-    """A limit on the size of files, as a quota; what resuming needs is the largest file."""
+    """Files are limited to less than training_state.pt, the largest file, needs."""
     size = (whole / "last/training_state.pt").stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     folder = tmp_path / "run"
@@ -251,7 +251,7 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize("part", [2.1, 0.2], ids=["at a save", "at the start"])
 def test_a_disk_that_fills_up_ends_the_run_and_it_resumes(disk, whole, data, part):
-    """Sizes in which a number of checkpoints fit, and no more."""
+    """The disk has room for 2.1 checkpoints, so a save fails, or for 0.2, so the start fails."""
     folder, remount = disk
     size = sum(path.stat().st_size for path in (whole / "last").iterdir())
     assert remount(f"size={int(size * part)}")

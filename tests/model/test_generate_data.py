@@ -341,7 +341,7 @@ def store(folder):
     return document_store.DocumentStore(folder, "words", 10, 0)
 
 
-def test_torn_anywhere(tmp_path, monkeypatch):
+def test_a_kill_while_a_document_is_written_loses_no_other(tmp_path, monkeypatch):
     """Killed after every 20th byte that the third document writes: the first two stay, and the
     third is either whole or asked for again."""
     asked = list(islice(questions.tasks("words", 0), 4))

@@ -12,8 +12,8 @@ from small import ROOT, environment
 from ysnake.former_paths import NEW_PATHS
 
 COMMANDS = ("train", "run", "evaluate", "serve", "export", "generate_data")
-# a folder imports only from folders before it
-FLOORS = {
+# folder -> the other folders that it may import from
+MAY_IMPORT = {
     "shared": (),
     "model": ("shared",),
     "text": ("shared", "model"),
@@ -78,20 +78,20 @@ print(sorted(new), sorted({{"torch", "numpy"}} & set(sys.modules)))
     assert done.stdout == "['ysnake'] []\n", done.stderr
 
 
-@pytest.mark.parametrize("folder", FLOORS)
-def test_folders_use_only_the_folders_below_them(folder):
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_folders_import_only_what_they_may(folder):
     files = list((ROOT / "ysnake" / folder).glob("*.py"))
     assert files
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ysnake."):
                 used = node.module.split(".")[1]
-                assert used in (folder, *FLOORS[folder]), f"{file.name}: {node.module}"
+                assert used in (folder, *MAY_IMPORT[folder]), f"{file.name}: {node.module}"
 
 
-def test_every_folder_has_its_floor():
+def test_every_folder_is_listed():
     folders = {path.parent.name for path in (ROOT / "ysnake").glob("*/__init__.py")}
-    assert folders == FLOORS.keys()
+    assert folders == MAY_IMPORT.keys()
 
 
 def imported(file):

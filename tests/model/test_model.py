@@ -80,7 +80,7 @@ def test_packed_documents_equal_separate_ones():
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_training_reads_on_from_a_state(recompute):
-    """Gradients flow inside a window, not into the one before; the forward is the whole text's."""
+    """Outputs are those of the whole text. Gradients do not flow into the window before."""
     m, tokens = model().double(), ids(2, 40)
     m.backbone.recompute = recompute
     state = m.empty_state(2)

@@ -196,7 +196,7 @@ def test_a_layer_sends_one_state_and_one_edge_each_way(runs):
 
 @pytest.fixture
 def store(monkeypatch):
-    """What torchrun keeps for all its restarts: where processes find each other, here only one."""
+    """The store in which processes find each other, as torchrun keeps it; here of one process."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "RANK": 0, "WORLD_SIZE": 1}
     for name, value in {**address, "TORCHELASTIC_USE_AGENT_STORE": True}.items():

@@ -63,13 +63,13 @@ OF_PROCESSES = ["--max-steps", "60", "--eval-every", "30", "--checkpoint-every",
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The run that a process makes which nothing happens to."""
+    """A run that was never interrupted."""
     return fit(tmp_path_factory.mktemp("whole"), *OF_PROCESSES)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
 def test_interrupted_process_resumes_bit_for_bit(tmp_path, whole, name):
-    """With SIGHUP, as a terminal that is closed, nobody reads its output any more."""
+    """With SIGHUP the reading end of its output is closed too, as when a terminal is closed."""
     if not hasattr(signal, name):
         pytest.skip(f"no {name} here")
     corpus(tmp_path)

@@ -59,7 +59,7 @@ def test_a_reply_that_is_begun_is_continued(client):
     assert reply == client.generate(NAME, text, options=options(stop=chat.STOP)).response
 
 
-def test_the_ollama_client_looks_around(client, address):
+def test_the_ollama_client_lists_and_shows_the_model(client, address):
     (listed,) = client.list().models
     assert listed.model == f"{NAME}:latest"
     assert listed.details.family == "mamba2"
@@ -223,7 +223,7 @@ def test_a_page_from_elsewhere_cannot_reach_a_local_server(address):
 @pytest.mark.parametrize(
     "unknown", [{"min_p": 0.5}, {"typical_p": 0.5}, {"mirostat": 2}, {"presence_penalty": 1}]
 )
-def test_what_is_not_built_is_refused_alike(address, unknown):
+def test_unsupported_and_unknown_fields_are_refused(address, unknown):
     for path, body in VALID.items():
         if path == "/api/show":
             continue  # it has no options
@@ -341,7 +341,7 @@ def test_other_machines_need_a_key(served):
 # ------------------------------------------------------------------ limits, places, memory
 
 
-def test_limits_places_and_the_end(tmp_path):
+def test_limits_clients_that_leave_and_shutdown(tmp_path):
     folder = saved(tmp_path, eos_id=-1)  # a model that never ends by itself
     limits = ("--parallel", "1", "--waiting", "1", "--max-tokens", "1000000")
     with serving(folder, *limits, "--max-prompt", "20", "--max-body", "2000") as (address, process):

@@ -253,7 +253,7 @@ def test_an_underscore_and_an_equals_sign_name_a_run_s_tokens(tmp_path):
     assert [path.name for path in found.data] == ["other.txt"]
 
 
-def test_auto_resumes_what_it_came_to(tmp_path):
+def test_precision_auto_keeps_the_precision_of_a_resumed_run(tmp_path):
     stored(tmp_path, precision="float32")
     again = ["--resume", "--run", str(tmp_path), "--precision"]
     assert settings.parse([*again, "auto"]).precision == "float32"

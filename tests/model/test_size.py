@@ -1,4 +1,4 @@
-"""The dial --size: which settings follow from a size, a text and a time, and what is refused."""
+"""--size: which settings follow from a size, a text and a time, and what is refused."""
 
 import json
 import re

@@ -45,7 +45,7 @@ def weights(run, which="last"):
 
 
 def same_training(first, second):
-    """The runs have the same weights and went the same way, but for the time they took."""
+    """Whether weights, samples and metrics of two runs are equal, apart from times."""
     a, b = (
         [{k: v for k, v in m.items() if k not in OF_THIS_EXECUTION} for m in metrics(r)]
         for r in (first, second)

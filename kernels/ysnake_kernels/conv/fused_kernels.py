@@ -2,8 +2,8 @@
 
 A program owns a block of channels of LANES x RUN consecutive tokens. Each lane walks along its run
 of tokens. It keeps the last tokens, or the gradients that are not complete yet, in registers. So it
-reads each value and computes each SiLU about once. Neighbouring lanes hold neighbouring
-channels, so channel-last memory, as a projection writes it, is read in whole lines. Backward
+reads each value and computes each SiLU about once. The channels of a block lie side by side in
+channel-last memory, as a projection writes it, so a program reads whole cache lines. Backward
 computes what it needs from the inputs again.
 
 In the shape comments I is the lanes, C the channels and J the tokens of the history.

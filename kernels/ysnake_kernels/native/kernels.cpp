@@ -36,7 +36,7 @@ struct Model {
     double eps;
 };
 
-// The states of one layer. The strides are those of conv, in numbers.
+// The states of one layer. The strides are those of conv, in elements.
 struct State {
     float *conv, *ssm;  // (batch, channels, width - 1); (batch, heads, head_dim, state)
     int64_t batch_stride, channel_stride, token_stride;
@@ -103,7 +103,7 @@ float clamp(float dt, double low, double high) {
 void recur(const Head& head, float* states, float* y) {
     int64_t n = head.n;
     const float *B = head.B, *C = head.C;
-    // A may be -inf, and a step of size zero has no decay all the same
+    // A may be -inf. A finite limit keeps the decay of a step of size zero at 1, not NaN.
     float decay = std::exp(head.dt * std::max(head.A, std::numeric_limits<float>::lowest()));
     for (int64_t p = 0; p < head.size; p++) {
         float* S = states + p * n;

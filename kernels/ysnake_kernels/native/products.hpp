@@ -19,7 +19,7 @@ namespace {
 constexpr int LANES = 8;       // numbers that a vector register is taken to hold
 constexpr int GROUP = 32;      // int4 weights that share a scale
 constexpr int ROWS = 4;        // rows of weights that are multiplied at the same time
-constexpr int UNPACKED = 4;    // rows of inputs from which bfloat16 is turned into float32 first
+constexpr int UNPACKED = 4;    // from this many input rows on, bfloat16 weights become float32 first
 constexpr float LARGEST = 2047;  // of the integers to which inputs are rounded
 
 using Floats = float __attribute__((vector_size(LANES * 4)));
@@ -234,7 +234,7 @@ void dots(const Matrix& m, int64_t first, const float* unpacked, const Inputs& i
     if (unpacked || m.format == FLOAT32) {
         int64_t columns = unpacked ? groups(m.columns) * GROUP : m.columns;
         const float* from_row = unpacked ? unpacked : (const float*)m.weights + first * columns;
-        const float* row[ROWS];  // where rows are missing, the last one comes again
+        const float* row[ROWS];  // the last row stands in for rows beyond the end
         for (int r = 0; r < ROWS; r++) row[r] = from_row + std::min<int64_t>(r, rows - 1) * columns;
         dot_float32<X>(row, columns, floats, result);
     } else if (m.format == BFLOAT16) {
