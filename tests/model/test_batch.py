@@ -5,7 +5,7 @@ import time
 import torch
 
 from ysnake.checkpoints import checkpoint
-from ysnake.inference.batch import Batch, Job
+from ysnake.inference.batch import BatchWorker, Job
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.generate import Context, choose, draw, random_generator
 from ysnake.inference.sampling import Sampling
@@ -38,13 +38,13 @@ def finished(tokenizer, m, jobs, **settings):
             if end:
                 ended.append(job)
             if late and job.n_written >= 2:
-                batch.submit(late.pop(0))
+                worker.submit(late.pop(0))
         if len(ended) == len(jobs):
-            batch.close()
+            worker.close()
 
-    batch = Batch(Decoder(m), tokenizer, deliver, **settings)
-    batch.submit(jobs[0])
-    batch.thread.join(60)
+    worker = BatchWorker(Decoder(m), tokenizer, deliver, **settings)
+    worker.submit(jobs[0])
+    worker.thread.join(60)
     assert len(ended) == len(jobs)
     return [texts[job] for job in jobs]
 
@@ -90,19 +90,19 @@ def test_a_prompt_of_another_owner_is_not_read_on_from(served):
 
 def test_jobs_of_clients_that_left_are_forgotten_while_another_writes(served):
     tokenizer, m = checkpoint.load_tokenizer(served), checkpoint.load(served)
-    batch = Batch(Decoder(m), tokenizer, lambda news: None, rows=1)
-    batch.submit(Job((0, 5), Sampling(), 1_000_000))
+    worker = BatchWorker(Decoder(m), tokenizer, lambda news: None, rows=1)
+    worker.submit(Job((0, 5), Sampling(), 1_000_000))
     left = [Job((0, 6), Sampling(), 4) for _ in range(20)]
     for job in left:
-        batch.submit(job)
+        worker.submit(job)
         job.gone = True
     end = time.monotonic() + 60
-    while (batch.reading or not batch.inbox.empty()) and time.monotonic() < end:
+    while (worker.reading or not worker.inbox.empty()) and time.monotonic() < end:
         time.sleep(0.01)
-    assert batch.writing
-    assert not batch.reading
-    batch.close()
-    batch.thread.join(60)
+    assert worker.writing
+    assert not worker.reading
+    worker.close()
+    worker.thread.join(60)
 
 
 def test_an_error_in_the_model_ends_requests_not_the_batch(served, caplog):
@@ -113,14 +113,14 @@ def test_an_error_in_the_model_ends_requests_not_the_batch(served, caplog):
     def deliver(news):
         ended.extend(job for job, _, end in news if end)
 
-    batch = Batch(Decoder(m), tokenizer, deliver, rows=2)
+    worker = BatchWorker(Decoder(m), tokenizer, deliver, rows=2)
     for job in (bad, good):
-        batch.submit(job)
+        worker.submit(job)
         end = time.monotonic() + 60
         while job not in ended:
             assert time.monotonic() < end
             time.sleep(0.01)
-    batch.close()
-    batch.thread.join(60)
+    worker.close()
+    worker.thread.join(60)
     assert (bad.reason, good.error) == ("error", None)
     assert "IndexError" in caplog.text

@@ -10,7 +10,7 @@ from small import corpus, entry, model, saved
 
 from ysnake import serve, train
 from ysnake.checkpoints import checkpoint
-from ysnake.inference.batch import Batch, Job
+from ysnake.inference.batch import BatchWorker, Job
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.model_options import ModelOptions
 from ysnake.inference.sampling import Sampling
@@ -244,10 +244,10 @@ def test_a_reply_ends_at_the_token_that_the_template_names(chatty):
     def reason(**more):
         job = Job((0, 5, 6), **how, **more)
         ended = threading.Event()
-        batch = Batch(Decoder(m), ours, lambda news: ended.set() if job.reason else None)
-        batch.submit(job)
+        worker = BatchWorker(Decoder(m), ours, lambda news: ended.set() if job.reason else None)
+        worker.submit(job)
         assert ended.wait(60)
-        batch.close()
+        worker.close()
         return job.reason, job.n_written
 
     assert reason() == ("length", 8)

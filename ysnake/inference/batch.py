@@ -58,8 +58,11 @@ class Job:
 News = list[tuple[Job, str, bool]]  # a job, its new text, and whether the job has ended
 
 
-class Batch:
-    """The thread and its rows. `submit` and `close` may be called from any other thread."""
+class BatchWorker:
+    """The thread that generates for all requests, and its rows.
+
+    `submit` and `close` may be called from any other thread.
+    """
 
     def __init__(
         self,

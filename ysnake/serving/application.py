@@ -46,7 +46,7 @@ EVENTS = StreamFormat("data: %s\n\n", "data: [DONE]\n\n", "text/event-stream", b
 
 
 def application(service: Service) -> Starlette:
-    """Make the application. The batch starts and ends with it."""
+    """Make the application. The worker starts and ends with it."""
 
     async def about(request: Request) -> Response:
         body = await body_of(request, service.options.max_body)
@@ -58,10 +58,10 @@ def application(service: Service) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        batch = service.start()
+        worker = service.start()
         yield
-        batch.close()
-        await asyncio.to_thread(batch.thread.join)
+        worker.close()
+        await asyncio.to_thread(worker.thread.join)
 
     models = get_endpoint(lambda: {"models": ollama_api.tags(service)})
     listed = get_endpoint(lambda: {"object": "list", "data": [openai_api.listed(service)]})

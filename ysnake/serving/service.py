@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 
-from ysnake.inference.batch import Batch, Job, News
+from ysnake.inference.batch import BatchWorker, Job, News
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.model_options import make_decoder
 from ysnake.inference.sampling import Sampling
@@ -30,7 +30,7 @@ SHORT = 4096  # bytes that the event loop itself tokenises, in a few millisecond
 
 @dataclass
 class Service:
-    """The model, its batch, and a queue of text for each request."""
+    """The model, its worker, and a queue of text for each request."""
 
     options: "Options"
     name: str
@@ -42,12 +42,12 @@ class Service:
     digest: str
     template: ChatTemplate | None  # None: a chat is a transcript
     longest: int  # bytes that a token stands for at most
-    batch: Batch | None = None  # while the application runs
+    worker: BatchWorker | None = None  # while the application runs
     queues: dict[Job, asyncio.Queue] = field(default_factory=dict)
     n_large: int = 0
 
-    def start(self) -> Batch:
-        """Start the batch. It delivers its texts to the running event loop."""
+    def start(self) -> BatchWorker:
+        """Start the worker. It delivers its texts to the running event loop."""
         loop = asyncio.get_running_loop()
 
         def deliver(news: News) -> None:
@@ -55,13 +55,13 @@ class Service:
                 loop.call_soon_threadsafe(self.hand_out, news)
 
         o = self.options
-        self.batch = Batch(self.decoder, self.tokenizer, deliver, o.parallel, o.remember)
-        return self.batch
+        self.worker = BatchWorker(self.decoder, self.tokenizer, deliver, o.parallel, o.remember)
+        return self.worker
 
     def stop(self) -> None:
         """End every request with an error."""
-        if self.batch is not None:
-            self.batch.close()
+        if self.worker is not None:
+            self.worker.close()
 
     def hand_out(self, news: News) -> None:
         """Put each new text into the queue of its request. None ends the queue."""
@@ -75,9 +75,9 @@ class Service:
         """Start a job. It occupies a place until `release`."""
         if len(self.queues) >= self.options.parallel + self.options.waiting:
             raise Refused("server busy: too many requests are waiting, try again", 429)
-        assert self.batch is not None  # requests come after `start`
+        assert self.worker is not None  # requests come after `start`
         self.queues[job] = asyncio.Queue()
-        self.batch.submit(job)
+        self.worker.submit(job)
 
     def release(self, job: Job) -> None:
         """Free the place of a job that has ended or whose client is gone."""
