@@ -25,9 +25,9 @@ def operators() -> dict:
     B, C = torch.randn(2, BATCH, LENGTH, 1, N)
     dt, dt_bias = torch.randn(BATCH, LENGTH, HEADS), torch.linspace(-7, -2, HEADS)
     A, D = -torch.arange(1.0, HEADS + 1), torch.ones(HEADS)
-    mixed = INNER + 2 * N
-    taps, bias, weight = torch.randn(mixed, WIDTH), torch.randn(mixed), torch.ones(INNER)
-    projected = torch.randn(BATCH, LENGTH, INNER + mixed + HEADS)
+    channels = INNER + 2 * N
+    taps, bias, weight = torch.randn(channels, WIDTH), torch.randn(channels), torch.ones(INNER)
+    projected = torch.randn(BATCH, LENGTH, INNER + channels + HEADS)
 
     def scan(x, dt, A, B, C, D, dt_bias):
         return ours.ssd_scan(x, dt, A, B, C, D=D, dt_bias=dt_bias, dt_softplus=True)
@@ -47,7 +47,7 @@ def operators() -> dict:
 
     return {
         "scan": (scan, [x, dt, A, B, C, D, dt_bias]),
-        "conv": (conv, [torch.randn(BATCH, LENGTH, mixed), taps, bias]),
+        "conv": (conv, [torch.randn(BATCH, LENGTH, channels), taps, bias]),
         "norm": (norm, [x.flatten(2), weight, z.flatten(2)]),
         "mixer": (mixer, [projected, taps, bias, dt_bias, A, D, weight]),
     }

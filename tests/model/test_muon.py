@@ -99,7 +99,7 @@ def test_each_heads_part_of_a_projection_is_made_orthogonal(trained):
     sizes = m.backbone.layers[0].mixer.sizes
     heads = [sizes.head_dim] * sizes.heads
     for name, parts in {
-        "in_proj": [*heads, *heads, *sizes.mixed[1:], sizes.heads],
+        "in_proj": [*heads, *heads, *sizes.convolved[1:], sizes.heads],
         "out_proj": heads,
     }.items():
         path = f"backbone.layers.1.mixer.{name}.weight"

@@ -40,7 +40,7 @@ def make_optimizer(
         mixers = [layer.mixer for layer in model.backbone.layers]
         sizes = mixers[0].sizes
         heads = [sizes.head_dim] * sizes.heads
-        parts = [*heads, *heads, *sizes.mixed[1:], sizes.heads]  # of in_proj: z, x, B, C and dt
+        parts = [*heads, *heads, *sizes.convolved[1:], sizes.heads]  # of in_proj: z, x, B, C and dt
         ins, outs = ([getattr(m, name).weight for m in mixers] for name in ("in_proj", "out_proj"))
         decayed = {"weight_decay": weight_decay}
         groups.append({"params": ins, "parts": parts, **decayed})

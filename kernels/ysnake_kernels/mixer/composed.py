@@ -28,9 +28,9 @@ def mixer(name: str, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
 
 def _compute(name: str, inputs: MixerInputs) -> tuple[Tensor, Tensor]:
     z, xBC, dt = inputs.sizes.split(inputs.zxbcdt)
-    mixed, _ = conv.run(name, inputs.convolution(xBC))
+    convolved, _ = conv.run(name, inputs.convolution(xBC))
     gate = z if inputs.norm_weight is None else None
-    y, states = ssd.run(name, inputs.scan(mixed.transpose(1, 2), dt, gate))
+    y, states = ssd.run(name, inputs.scan(convolved.transpose(1, 2), dt, gate))
     y = y.flatten(2)
     if inputs.norm_weight is not None:
         y = norm.run(name, inputs.norm(y, z), y.dtype)

@@ -178,11 +178,11 @@ def _row_groups(inputs: MixerInputs) -> list[slice]:
 def _forward(inputs: MixerInputs, rstd: Tensor | None, out: Tensor) -> Tensor | None:
     """Write out and rstd; return the final states, if wanted."""
     z, xBC, dt = inputs.sizes.split(inputs.zxbcdt)
-    mixed = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
-    conv.forward(inputs.convolution(xBC), mixed)
+    convolved = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
+    conv.forward(inputs.convolution(xBC), convolved)
     output = output_of(inputs, z, rstd)
     output.forward(out)
-    states, _ = ssd.forward(inputs.scan(mixed, dt), output.finish, inputs.want_states)
+    states, _ = ssd.forward(inputs.scan(convolved, dt), output.finish, inputs.want_states)
     output.project()
     return states
 
@@ -207,12 +207,12 @@ def _backward(
     convolution = inputs.convolution(xBC)
     acc = accumulator(xBC, inputs.conv_weight, inputs.conv_bias, inputs.conv_initial_states)
     sums = torch.empty(xBC.shape, dtype=acc, device=xBC.device)
-    mixed, dmixed = (torch.empty_like(sums, dtype=xBC.dtype) for _ in range(2))
-    conv.forward(convolution, mixed, sums)
-    dx, dB, dC = sizes.split_channels(dmixed)
+    convolved, dconvolved = (torch.empty_like(sums, dtype=xBC.dtype) for _ in range(2))
+    conv.forward(convolution, convolved, sums)
+    dx, dB, dC = sizes.split_channels(dconvolved)
     into = SequenceGradients(dx, ddt, dB, dC)
-    scan = inputs.scan(mixed, dt)
+    scan = inputs.scan(convolved, dt)
     dA, dD, dinitial, ddt_bias = scan_backward(scan, output.gradient, given.dstates, into)
-    dconv_weight, dconv_bias, dconv_initial = conv.backward(convolution, dmixed, dxBC, sums)
+    dconv_weight, dconv_bias, dconv_initial = conv.backward(convolution, dconvolved, dxBC, sums)
     grads = (dconv_weight, dconv_bias, ddt_bias, dA, dD, *output.parameter_gradients())
     return dconv_initial, dinitial, grads

@@ -60,8 +60,8 @@ class _Mixer(torch.autograd.Function):
 
 def _scanned(inputs: MixerInputs, xBC: Tensor, dt: Tensor) -> tuple[ScanInputs, Tensor, Tensor]:
     """The inputs of the scan, its output [batch length d_inner], and the final states."""
-    mixed, _ = conv.forward(inputs.convolution(xBC))
-    given = inputs.scan(mixed.transpose(1, 2), dt)
+    convolved, _ = conv.forward(inputs.convolution(xBC))
+    given = inputs.scan(convolved.transpose(1, 2), dt)
     D, initial_states, dt_bias, seq_idx = (
         None if t is None else t.contiguous()
         for t in (given.D, given.initial_states, given.dt_bias, given.seq_idx)
@@ -103,8 +103,8 @@ def _gradients(
     dz, dxBC, ddt = sizes.split(dzxbcdt)
     dy, _, dnorm_weight, *_ = norm.gradients(inputs.norm(y, z), dout, dz=dz)
     del y, dout  # each as large as x: later launches use their memory again
-    dmixed = torch.empty(dxBC.shape, dtype=dxBC.dtype, device=dxBC.device)
-    dx, dB, dC = sizes.split_channels(dmixed)
+    dconvolved = torch.empty(dxBC.shape, dtype=dxBC.dtype, device=dxBC.device)
+    dx, dB, dC = sizes.split_channels(dconvolved)
     if dstates is not None:
         dstates = dstates.contiguous()
     into = SequenceGradients(dx, ddt, dB, dC)
@@ -113,7 +113,7 @@ def _gradients(
     del given, dy
     convolution, dx_conv = inputs.convolution(xBC), dxBC.transpose(1, 2)
     _, dweight, dbias, dconv_initial = conv.backward(
-        convolution, dmixed.transpose(1, 2), None, dx_conv
+        convolution, dconvolved.transpose(1, 2), None, dx_conv
     )
     return [
         *(dzxbcdt, None if inputs.conv_initial_states is None else dconv_initial, dinitial, None),

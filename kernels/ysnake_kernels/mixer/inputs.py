@@ -68,12 +68,12 @@ class MixerInputs(NamedTuple):
             *(self.seq_idx, self.conv_initial_states, self.silu),
         )
 
-    def scan(self, mixed: Tensor, dt: Tensor, z: Tensor | None = None) -> ScanInputs:
+    def scan(self, convolved: Tensor, dt: Tensor, z: Tensor | None = None) -> ScanInputs:
         """The scan of the convolution's output (batch, length, channels).
 
         dt is (batch, length, heads). A gate z (batch, length, d_inner) is applied by the scan.
         """
-        x, B, C = self.sizes.split_channels(mixed)
+        x, B, C = self.sizes.split_channels(convolved)
         gate = None if z is None else z.view(x.shape)
         tensors = (x, dt, self.A, B, C, self.D, gate, self.initial_states, self.dt_bias)
         return ScanInputs(*tensors, self.seq_idx, None, self.chunk_size, True, self.dt_limit)

@@ -126,8 +126,8 @@ def _steps(scan: ScanInputs) -> tuple[Tensor, Tensor]:
 def _before_scan(name: str, inputs: MixerInputs) -> tuple[Tensor, ScanInputs]:
     """z, and the inputs of the scan."""
     z, xBC, dt = inputs.sizes.split(inputs.zxbcdt)
-    mixed, _ = conv.run(name, inputs.convolution(xBC))
-    return z, inputs.scan(mixed.transpose(1, 2), dt)
+    convolved, _ = conv.run(name, inputs.convolution(xBC))
+    return z, inputs.scan(convolved.transpose(1, 2), dt)
 
 
 def _after_scan(name: str, inputs: MixerInputs, y: Tensor, z: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class MixerSizes(NamedTuple):
         return [self.d_inner, self.channels, self.heads]
 
     @property
-    def mixed(self) -> list[int]:
+    def convolved(self) -> list[int]:
         """The sizes of x, B and C."""
         return [self.d_inner, self.groups * self.state, self.groups * self.state]
 
@@ -45,7 +45,7 @@ class MixerSizes(NamedTuple):
 
     def split_channels(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., heads, head_dim), B and C (..., groups, state): views of (..., channels)."""
-        x, B, C = xBC.split_with_sizes(self.mixed, -1)
+        x, B, C = xBC.split_with_sizes(self.convolved, -1)
         before = xBC.shape[:-1]
         shape = (*before, self.groups, self.state)
         return x.view(*before, self.heads, self.head_dim), B.view(shape), C.view(shape)

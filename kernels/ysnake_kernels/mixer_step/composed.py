@@ -14,8 +14,8 @@ def run(
     """`mixer_step` of checked arguments, by the implementation `name`."""
     sizes, w = weights.sizes, weights
     z, xBC, dt = sizes.split(zxbcdt)
-    mixed = conv.run_step(name, xBC, conv_state, w.conv_weight, w.conv_bias, True, None)
-    x, B, C = sizes.split_channels(mixed)
+    convolved = conv.run_step(name, xBC, conv_state, w.conv_weight, w.conv_bias, True, None)
+    x, B, C = sizes.split_channels(convolved)
     tensors = (ssm_state, x, dt, w.A, B, C, w.D, None, w.dt_bias, None)
     y = step.run(name, StepInputs(*tensors, True, w.dt_limit)).flatten(1)
     group_size = sizes.d_inner // sizes.groups

@@ -31,7 +31,7 @@ class Prepared(NamedTuple):
     dt_limit: tuple[float, float] | None  # None where it limits nothing
     groups: int
     projection: list[int]  # the sizes of z, xBC and dt
-    mixed: list[int]  # the sizes of x, B and C
+    convolved: list[int]  # the sizes of x, B and C
 
 
 def prepare(weights: MixerWeights, dtype: torch.dtype) -> Prepared:
@@ -48,7 +48,7 @@ def prepare(weights: MixerWeights, dtype: torch.dtype) -> Prepared:
         dt_limit=None if tuple(weights.dt_limit) == NO_LIMIT else weights.dt_limit,
         groups=sizes.groups,
         projection=sizes.projection,
-        mixed=sizes.mixed,
+        convolved=sizes.convolved,
     )
 
 
@@ -63,7 +63,7 @@ def step(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Prepare
     xBC = window.mul_(weights.taps).sum(1)
     if weights.conv_bias is not None:
         xBC += weights.conv_bias
-    x, B, C = F.silu(xBC, inplace=True).split_with_sizes(weights.mixed, 1)
+    x, B, C = F.silu(xBC, inplace=True).split_with_sizes(weights.convolved, 1)
 
     dt = F.softplus(dt + weights.dt_bias)
     if weights.dt_limit is not None:

@@ -119,11 +119,11 @@ void recur(const Head& head, float* states, float* y) {
 
 // `recur` for head `i` of a row of the model. The arrays are those of the row.
 void recur_in_layer(const Layer& layer, const Sizes& s, float* states, int64_t i,
-                    const float* projected, const float* mixed, float* y) {
+                    const float* projected, const float* convolved, float* y) {
     int64_t size = s.d_inner / s.heads, n = s.state, group = i / (s.heads / s.groups);
-    const float *B = mixed + s.d_inner, *C = B + s.groups * n;
+    const float *B = convolved + s.d_inner, *C = B + s.groups * n;
     float dt = softplus(projected[2 * s.d_inner + 2 * s.groups * n + i] + layer.dt_bias[i]);
-    Head head{size, n, 0, mixed + i * size, B + group * n, C + group * n, layer.D + i,
+    Head head{size, n, 0, convolved + i * size, B + group * n, C + group * n, layer.D + i,
               projected + i * size, clamp(dt, s.dt_low, s.dt_high), layer.A[i]};
     recur(head, states + i * size * n, y + i * size);
 }
@@ -183,7 +183,7 @@ extern "C" void ysnake_step(const Model* model, const State* states, float* h, i
     int64_t channels = s.d_inner + 2 * s.groups * s.state, features = channels + s.d_inner + s.heads;
     int64_t slices = (channels + SLICE - 1) / SLICE, widest = 0;
     for (int64_t i = 0; i + 1 < model->outputs; i++) widest = std::max(widest, model->output[i].rows);
-    std::vector<float> projected(batch * features), mixed(batch * channels);
+    std::vector<float> projected(batch * features), convolved(batch * channels);
     std::vector<float> gated(batch * s.d_inner), narrow(batch * widest);
 #pragma omp parallel num_threads(threads)
     {
@@ -199,12 +199,12 @@ extern "C" void ysnake_step(const Model* model, const State* states, float* h, i
             for (int64_t b = 0; b < batch; b++)
                 for (int64_t i = 0; i < slices; i++)
                     convolve(layer, s, state, b, &projected[b * features + s.d_inner], i * SLICE,
-                             std::min(channels, (i + 1) * SLICE), &mixed[b * channels]);
+                             std::min(channels, (i + 1) * SLICE), &convolved[b * channels]);
 #pragma omp for schedule(static) collapse(2)
             for (int64_t b = 0; b < batch; b++)
                 for (int64_t i = 0; i < s.heads; i++)
                     recur_in_layer(layer, s, state.ssm + b * s.d_inner * s.state, i,
-                                   &projected[b * features], &mixed[b * channels],
+                                   &projected[b * features], &convolved[b * channels],
                                    &gated[b * s.d_inner]);
             for (int64_t b = 0; b < batch; b++)
                 norm(&gated[b * s.d_inner], layer.gated_norm, layer.gated_eps, s.d_inner, s.groups,
