@@ -181,7 +181,7 @@ def _forward(inputs: MixerInputs, rstd: Tensor | None, out: Tensor) -> Tensor | 
     convolved = torch.empty(xBC.shape, dtype=xBC.dtype, device=xBC.device)
     conv.forward(inputs.convolution(xBC), convolved)
     output = output_of(inputs, z, rstd)
-    output.forward(out)
+    output.begin_forward(out)
     states, _ = ssd.forward(inputs.scan(convolved, dt), output.finish, inputs.want_states)
     output.project()
     return states
@@ -203,7 +203,7 @@ def _backward(
     z, xBC, dt = sizes.split(inputs.zxbcdt)
     dz, dxBC, ddt = sizes.split(dzxbcdt)
     output = output_of(inputs, z, given.rstd)
-    output.backward(given.dout, dz)
+    output.begin_backward(given.dout, dz)
     convolution = inputs.convolution(xBC)
     acc = accumulator(xBC, inputs.conv_weight, inputs.conv_bias, inputs.conv_initial_states)
     sums = torch.empty(xBC.shape, dtype=acc, device=xBC.device)

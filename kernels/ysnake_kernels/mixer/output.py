@@ -1,7 +1,7 @@
 """What follows the scan in the eager mixer: gate, norm and output projection, each way.
 
 `finish` and `gradient` take one piece of the scan at a time. The products of the projection, in
-`project` and in `backward`, are computed for all tokens at once.
+`project` and in `begin_backward`, are computed for all tokens at once.
 """
 
 from collections.abc import Callable
@@ -24,8 +24,9 @@ class Output:
     """Gate, norm and projection of some rows of the batch.
 
     Without a norm's weight z gates the scan. Without a projection's weight the gated or normed
-    features are the output. Forward calls `forward`, `finish` for every piece, and `project`.
-    Backward calls `backward`, `gradient` for every piece, and `parameter_gradients`.
+    features are the output. Forward calls `begin_forward`, `finish` for every piece, and
+    `project`. Backward calls `begin_backward`, `gradient` for every piece, and
+    `parameter_gradients`.
     """
 
     out: Tensor
@@ -44,7 +45,7 @@ class Output:
         """Memory for what goes into the projection."""
         return torch.empty(self.z.shape, dtype=self.dtype, device=self.z.device)
 
-    def forward(self, out: Tensor) -> None:
+    def begin_forward(self, out: Tensor) -> None:
         """Prepare for `finish` and `project`, which write `out`."""
         self.out = out
         self.normed = out if self.weight is None else self.new()
@@ -66,7 +67,7 @@ class Output:
         if self.inputs.out_bias is not None:
             rows += self.inputs.out_bias.to(self.dtype)
 
-    def backward(self, dout: Tensor | None, dz: Tensor) -> None:
+    def begin_backward(self, dout: Tensor | None, dz: Tensor) -> None:
         """Prepare for `gradient`, which writes dz: compute the gradient of `normed`.
 
         dout is the gradient of `out`. None stands for zeros.
@@ -152,7 +153,7 @@ class MergedOutput(Output):
         if self.inputs.out_bias is not None:
             self.out += self.inputs.out_bias.to(self.dtype)
 
-    def backward(self, dout: Tensor | None, dz: Tensor) -> None:
+    def begin_backward(self, dout: Tensor | None, dz: Tensor) -> None:
         self.dz = dz
         if dout is None:
             dout = self.z.new_zeros(*self.z.shape[:2], len(self.weight))
