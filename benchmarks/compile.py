@@ -141,7 +141,7 @@ def other_launches(dtype: str, head_dim: int, state: int) -> list[tuple]:
         if head_dim == 64:
             given = layers.stack(2, z.dtype, "cpu", layers=1, d_model=d_inner // 2, state=state)
             w = given.weights
-            layers_step.step(LayersInputs(given.h, given.memory, [w], w.norm_weight, w.eps))
+            layers_step.step(LayersInputs(given.h, given.states, [w], w.norm_weight, w.eps))
 
     return recorded(call)
 

@@ -37,13 +37,13 @@ class Stack:
     """Layers that are all the same, each with a state of its own."""
 
     h: Tensor
-    memory: list[tuple[Tensor, Tensor]]
+    states: list[tuple[Tensor, Tensor]]
     weights: LayerWeights
 
     def step(self) -> Tensor:
         w = self.weights
-        layers = [w] * len(self.memory)
-        return layers_step(self.h.clone(), self.memory, layers, w.norm_weight, w.eps)
+        layers = [w] * len(self.states)
+        return layers_step(self.h.clone(), self.states, layers, w.norm_weight, w.eps)
 
     def in_float64(self) -> "Stack":
         """A copy in float64."""
@@ -54,8 +54,8 @@ class Stack:
         w = self.weights
         mixer = MixerWeights(*map(exact, w.mixer))
         weights = LayerWeights(*(mixer if t is w.mixer else exact(t) for t in w))
-        memory = [(exact(conv), exact(ssm)) for conv, ssm in self.memory]
-        return Stack(self.h.double(), memory, weights)
+        states = [(exact(conv), exact(ssm)) for conv, ssm in self.states]
+        return Stack(self.h.double(), states, weights)
 
 
 def stack(
@@ -82,8 +82,8 @@ def stack(
     into, out = randn(features, d_model, scale=d_model**-0.5), randn(d_model, sizes.d_inner)
     weights = LayerWeights(randn(d_model), 1e-5, into, None, mixer, out / 64, randn(d_model))
     conv, ssm = randn(batch, 3, channels), randn(batch, sizes.heads, 64, state, dtype=exact)
-    memory = [(conv.clone().mT, ssm.clone()) for _ in range(layers)]
-    return Stack(randn(batch, d_model, dtype=exact), memory, weights)
+    states = [(conv.clone().mT, ssm.clone()) for _ in range(layers)]
+    return Stack(randn(batch, d_model, dtype=exact), states, weights)
 
 
 def compare(batch: int, groups: int, dtype: torch.dtype, options: Options) -> dict:
@@ -97,9 +97,9 @@ def compare(batch: int, groups: int, dtype: torch.dtype, options: Options) -> di
     for name, layers in (("fused", found), ("reference", expected)):
         with ours.backend(name):
             outputs.append(torch.stack([layers.step() for _ in range(3)]))
-    kept = ([t for own in layers.memory for t in own] for layers in (found, expected))
-    states = zip(*kept, strict=True)
-    far = max(distance(a, b) for a, b in (outputs, *states))
+    kept = ([t for own in layers.states for t in own] for layers in (found, expected))
+    pairs = zip(*kept, strict=True)
+    far = max(distance(a, b) for a, b in (outputs, *pairs))
     right = far <= TOLERANCES[dtype][0] * (30 if options.dry else 2)
     row = {"case": f"layers' step, batch {batch}, {groups} groups", "dtype": str(dtype)[6:]}
     return row | {"against": "reference", "output": finite(far), "right": right}
@@ -109,7 +109,7 @@ def launches(layers: Stack) -> list[Callable[[], object]]:
     """The recurrence of every layer."""
     made = {"dtype": layers.weights.in_weight.dtype, "device": layers.h.device}
     projected = torch.randn(len(layers.h), len(layers.weights.in_weight), **made)
-    return [partial(fused.mix, projected, *own, layers.weights.mixer) for own in layers.memory]
+    return [partial(fused.mix, projected, *own, layers.weights.mixer) for own in layers.states]
 
 
 def tiles(batch: int, heads: int) -> list[Tile]:

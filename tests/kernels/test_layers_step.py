@@ -56,7 +56,7 @@ def converted(w, dtype, device):
     return LayerWeights(*(mixer if t is w.mixer else to(t) for t in w))
 
 
-def states(batch, w, channel_last=True):
+def new_states(batch, w, channel_last=True):
     gen = torch.Generator().manual_seed(3)
     sizes, dtype = w.mixer.sizes, w.in_weight.dtype
     width = w.mixer.conv_weight.shape[1]
@@ -74,10 +74,10 @@ def after_tokens(name, w, batch, channel_last=True, count=2):
     tokens = torch.randn(count, batch, D_MODEL, generator=gen, dtype=torch.float64)
     dtype = torch.promote_types(w.in_weight.dtype, torch.float32)
     tokens = tokens.to(w.in_weight.device, dtype)
-    memory = [states(batch, w, channel_last) for _ in range(2)]
+    states = [new_states(batch, w, channel_last) for _ in range(2)]
     with backend(name):
-        out = [layers_step(h, memory, [w, w], w.norm_weight, 1e-3) for h in tokens]
-    return torch.stack(out), *memory[0], *memory[1]
+        out = [layers_step(h, states, [w, w], w.norm_weight, 1e-3) for h in tokens]
+    return torch.stack(out), *states[0], *states[1]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -109,7 +109,7 @@ BAD = {
     "h: expected a contiguous tensor": {"h": torch.rand(20, 3).t()},
     "h: expected float32 or": {"h": torch.rand(3, 20).double()},
     "norm_weight: expected shape (20,)": {"norm_weight": torch.rand(21)},
-    "memory: expected the states of 1 layers, got 0": {"memory": []},
+    "states: expected those of 1 layers, got 0": {"states": []},
     "in_weight: expected shape (96, 20)": {"in_weight": torch.rand(99, 20)},
     "out_weight: expected shape (20, 40)": {"out_weight": torch.rand(40, 20)},
     "in_bias: expected shape (96,)": {"in_bias": torch.rand(99)},
@@ -122,13 +122,13 @@ BAD = {
 @pytest.mark.parametrize("name", ["eager", FUSED])
 def test_bad_arguments_are_named(message, name):
     w = converted(weights(), torch.float32, "cpu")
-    given = {"h": torch.rand(3, D_MODEL), "memory": [states(3, w)], "layers": [w]}
+    given = {"h": torch.rand(3, D_MODEL), "states": [new_states(3, w)], "layers": [w]}
     given |= {"norm_weight": w.norm_weight, "eps": 1e-5}
     for key, value in BAD[message].items():
         if key in w._fields:
             given["layers"] = [w._replace(**{key: value})]
         elif key == "conv_state":
-            given["memory"] = [(value, states(3, w)[1])]
+            given["states"] = [(value, new_states(3, w)[1])]
         else:
             given[key] = value
     with backend(name), pytest.raises((ValueError, TypeError)) as error:

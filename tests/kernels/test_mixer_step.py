@@ -45,16 +45,16 @@ def tokens(length, sizes, dtype=torch.float64):
     return torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype)
 
 
-def states(sizes, dtype=torch.float64, channel_last=True):
+def new_states(sizes, dtype=torch.float64, channel_last=True):
     conv = torch.zeros(BATCH, WIDTH - 1, sizes.channels, dtype=dtype).transpose(1, 2)
     exact = torch.promote_types(dtype, torch.float32)
     ssm = torch.zeros(BATCH, sizes.heads, sizes.head_dim, sizes.state, dtype=exact)
     return conv if channel_last else conv.contiguous(), ssm
 
 
-def one_by_one(w, zxbcdt, memory):
-    y = torch.stack([mixer_step(token, *memory, w) for token in zxbcdt.unbind(1)], 1)
-    return y, *memory
+def one_by_one(w, zxbcdt, states):
+    y = torch.stack([mixer_step(token, *states, w) for token in zxbcdt.unbind(1)], 1)
+    return y, *states
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -64,12 +64,12 @@ def test_equals_the_reference(case, name, channel_last):
     w = weights(**case)
     zxbcdt = tokens(5, w.sizes)
     with backend("reference"):
-        expected = one_by_one(w, zxbcdt, states(w.sizes))
+        expected = one_by_one(w, zxbcdt, new_states(w.sizes))
     place = DEVICE if name == "fused" else "cpu"
     w = MixerWeights(*(None if t is None else t.to(place) for t in w[:6]), *w[6:])
-    memory = [t.to(place) for t in states(w.sizes, channel_last=channel_last)]
+    states = [t.to(place) for t in new_states(w.sizes, channel_last=channel_last)]
     with backend(name):
-        got = one_by_one(w, zxbcdt.to(place), memory)
+        got = one_by_one(w, zxbcdt.to(place), states)
     for a, b in zip(got, expected, strict=True):
         assert distance(a, b) < 1e-12
 
@@ -87,7 +87,7 @@ def test_equals_the_mixer_over_a_sequence(case):
         ngroups=w.sizes.groups,
         norm_before_gate=False,
     )
-    y, conv_state, ssm_state = one_by_one(w, zxbcdt, states(w.sizes))
+    y, conv_state, ssm_state = one_by_one(w, zxbcdt, new_states(w.sizes))
     assert distance(y, expected) < 1e-12
     assert distance(ssm_state, ssm) < 1e-12
     assert torch.equal(conv_state, w.sizes.split(zxbcdt)[1][:, -3:].transpose(1, 2))
@@ -99,8 +99,8 @@ def test_accuracy_in_other_dtypes(dtype, bound):
     zxbcdt = tokens(6, w.sizes, dtype)
     exact = MixerWeights(*(t.double() for t in w[:6]), *w[6:])
     with backend("reference"):
-        expected = one_by_one(exact, zxbcdt.double(), states(w.sizes))
-    got = one_by_one(w, zxbcdt, states(w.sizes, dtype))
+        expected = one_by_one(exact, zxbcdt.double(), new_states(w.sizes))
+    got = one_by_one(w, zxbcdt, new_states(w.sizes, dtype))
     assert got[0].dtype == dtype
     for a, b in zip(got, expected, strict=True):
         assert distance(a, b) < bound
@@ -111,10 +111,10 @@ def test_compiles_whole(groups):
     torch.compiler.reset()
     w = weights(groups, dtype=torch.float32)
     zxbcdt = tokens(1, w.sizes, torch.float32)[:, 0]
-    memory, expected_memory = states(w.sizes, torch.float32), states(w.sizes, torch.float32)
-    expected = mixer_step(zxbcdt, *expected_memory, w)
-    got = torch.compile(mixer_step, backend="aot_eager", fullgraph=True)(zxbcdt, *memory, w)
-    for a, b in zip((got, *memory), (expected, *expected_memory), strict=True):
+    states, expected_states = new_states(w.sizes, torch.float32), new_states(w.sizes, torch.float32)
+    expected = mixer_step(zxbcdt, *expected_states, w)
+    got = torch.compile(mixer_step, backend="aot_eager", fullgraph=True)(zxbcdt, *states, w)
+    for a, b in zip((got, *states), (expected, *expected_states), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -146,7 +146,7 @@ BAD = {
 @pytest.mark.parametrize("message", BAD)
 def test_bad_arguments_are_named(message):
     w = weights(dtype=torch.float32)
-    conv_state, ssm_state = states(w.sizes, torch.float32)
+    conv_state, ssm_state = new_states(w.sizes, torch.float32)
     zxbcdt = tokens(1, w.sizes, torch.float32)[:, 0]
     given = {"zxbcdt": zxbcdt, "conv_state": conv_state, "ssm_state": ssm_state, **w._asdict()}
     given |= BAD[message]
@@ -160,6 +160,6 @@ def test_bad_arguments_are_named(message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_batch_without_rows(name, dtype):
     w = weights(groups=2, dtype=dtype)
-    memory = [t[:0] for t in states(w.sizes, dtype)]
+    states = [t[:0] for t in new_states(w.sizes, dtype)]
     with backend(name):
-        assert mixer_step(tokens(1, w.sizes, dtype)[:0, 0], *memory, w).shape == (0, 32)
+        assert mixer_step(tokens(1, w.sizes, dtype)[:0, 0], *states, w).shape == (0, 32)

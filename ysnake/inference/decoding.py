@@ -114,8 +114,8 @@ class Decoder:
         if self.replayed:
             logits = self.replayed(ids.view(-1), state)
         elif self.native:
-            memory = [(layer.conv, layer.ssm) for layer in state]
-            logits = self.native(self.model.backbone.embeddings(ids.view(-1)), memory)
+            states = [(layer.conv, layer.ssm) for layer in state]
+            logits = self.native(self.model.backbone.embeddings(ids.view(-1)), states)
         else:
             logits = self._write(ids.view(-1), state)
         return logits if ids.ndim == 1 or last_only else logits[:, None], state
@@ -123,8 +123,8 @@ class Decoder:
     def _write(self, ids: Tensor, state: State) -> Tensor:
         """One token for each row in pure torch: ids (batch,) -> logits (batch, vocab_size)."""
         h = self.model.backbone.embeddings(ids)
-        for layer, memory in zip(self.layers, state, strict=True):
-            layer(h, memory.conv, memory.ssm)
+        for layer, own in zip(self.layers, state, strict=True):
+            layer(h, own.conv, own.ssm)
         return self.model.lm_head(self.norm(h))
 
 

@@ -49,7 +49,7 @@ class ReplayedStep:
     def write(self, ids: Tensor, state: State) -> Tensor:
         """As `Model.step`, with fewer kernels."""
         backbone = self.model.backbone
-        memory = [(layer.conv, layer.ssm) for layer in state]
+        states = [(layer.conv, layer.ssm) for layer in state]
         last = (backbone.norm_f.weight, backbone.norm_f.eps)
-        h = layers_step(backbone.embed(ids), memory, self.layers, *last)
+        h = layers_step(backbone.embed(ids), states, self.layers, *last)
         return self.model.lm_head(h)

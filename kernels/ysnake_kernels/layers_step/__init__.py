@@ -14,7 +14,7 @@ from ysnake_kernels.layers_step.inputs import LayersInputs, LayerWeights
 @torch.no_grad()
 def layers_step(
     h: Tensor,
-    memory: Sequence[tuple[Tensor, Tensor]],
+    states: Sequence[tuple[Tensor, Tensor]],
     layers: Sequence[LayerWeights],
     norm_weight: Tensor,
     eps: float,
@@ -28,7 +28,7 @@ def layers_step(
     Args:
         h: (batch, d_model), contiguous, in float32 or the projections' dtype. Do not use it after
             the call, which may overwrite it.
-        memory: conv_state and ssm_state of each layer, as in `mixer_step`. conv_state has the dtype
+        states: conv_state and ssm_state of each layer, as in `mixer_step`. conv_state has the dtype
             of the projections.
         layers: the weights of each layer. norm_weight (d_model,) and eps are those of the norm
             before the mixer. in_weight (features, d_model) and in_bias (features,) or None are the
@@ -46,8 +46,8 @@ def layers_step(
 
     Source: arXiv 2405.21060, equation 2 and figure 6.
     """
-    if len(memory) != len(layers):
-        raise ValueError(f"memory: expected the states of {len(layers)} layers, got {len(memory)}")
+    if len(states) != len(layers):
+        raise ValueError(f"states: expected those of {len(layers)} layers, got {len(states)}")
     check_rank("h", h, "batch, d_model")
     if not h.is_contiguous():
         raise ValueError("h: expected a contiguous tensor, got a strided one")
@@ -55,7 +55,7 @@ def layers_step(
     for weights in layers:
         check_projections(h, weights)
     name = choose(h)
-    inputs = LayersInputs(h, memory, layers, norm_weight, eps)
+    inputs = LayersInputs(h, states, layers, norm_weight, eps)
     with torch.autocast(h.device.type, enabled=False):
         if name == "fused" and not torch.compiler.is_compiling():
             from ysnake_kernels.layers_step import fused  # here, since it needs triton

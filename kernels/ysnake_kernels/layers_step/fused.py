@@ -58,12 +58,12 @@ def step(inputs: LayersInputs) -> Tensor:
     Raises:
         ValueError, TypeError: a state or a weight of a mixer is wrong.
     """
-    h, memory, layers, norm_weight, eps = inputs
+    h, states, layers, norm_weight, eps = inputs
     if h.numel() == 0:
         return h.to(norm_weight.dtype)
     mixed = None
     with torch.cuda.device_of(h):
-        for w, own in zip(layers, memory, strict=True):
+        for w, own in zip(layers, states, strict=True):
             normed = join(h, mixed, w.norm_weight, w.eps, w.in_weight.dtype)
             projected = F.linear(normed, w.in_weight, w.in_bias)
             check_mixer_step(projected, *own, w.mixer)

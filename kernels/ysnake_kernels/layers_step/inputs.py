@@ -24,7 +24,7 @@ class LayersInputs(NamedTuple):
     """The arguments of `layers_step`, which documents them."""
 
     h: Tensor  # may be overwritten
-    memory: Sequence[tuple[Tensor, Tensor]]  # updated in place
+    states: Sequence[tuple[Tensor, Tensor]]  # updated in place
     layers: Sequence[LayerWeights]
     norm_weight: Tensor
     eps: float

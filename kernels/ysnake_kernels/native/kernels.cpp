@@ -72,9 +72,9 @@ float softplus(float x) { return x > 20 ? x : std::log1p(std::exp(x)); }
 void convolve(const Layer& layer, const Sizes& s, const State& state, int64_t row, const float* x,
               int64_t first, int64_t last, float* y) {
     int64_t channels = s.d_inner + 2 * s.groups * s.state, before = s.width - 1;
-    float* memory = state.conv + row * state.batch_stride;
+    float* history = state.conv + row * state.batch_stride;
     for (int64_t c = first; c < last; c++) {
-        float* past = memory + c * state.channel_stride;
+        float* past = history + c * state.channel_stride;
         float total = layer.conv_bias ? layer.conv_bias[c] : 0;
         for (int64_t t = 0; t < before; t++) {
             float value = past[t * state.token_stride];

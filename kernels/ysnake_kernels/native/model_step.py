@@ -104,12 +104,12 @@ class ModelStep:
             *(self._at(norm_weight.detach()), eps),
         )
 
-    def __call__(self, h: Tensor, memory: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def __call__(self, h: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The logits after one token of each row. All states are updated in place.
 
         Args:
             h: (batch, d_model), contiguous float32: the embeddings. They are overwritten.
-            memory: conv_state and ssm_state of each layer, as in `mixer_step`, in float32.
+            states: conv_state and ssm_state of each layer, as in `mixer_step`, in float32.
 
         Returns:
             (batch, vocabulary), float32.
@@ -117,15 +117,15 @@ class ModelStep:
         Raises:
             ValueError: an ssm_state is not contiguous.
         """
-        if not all(ssm.is_contiguous() for _, ssm in memory):
-            raise ValueError("memory: expected contiguous ssm_states, got a strided one")
-        states = (StateStruct * len(memory))(
-            *(StateStruct(conv.data_ptr(), ssm.data_ptr(), *conv.stride()) for conv, ssm in memory)
+        if not all(ssm.is_contiguous() for _, ssm in states):
+            raise ValueError("states: expected contiguous ssm_states, got a strided one")
+        structs = (StateStruct * len(states))(
+            *(StateStruct(conv.data_ptr(), ssm.data_ptr(), *conv.stride()) for conv, ssm in states)
         )
         logits = h.new_empty(len(h), self.vocabulary)
         sizes = map(ctypes.c_int64, (len(h), threads_for(self.of_a_product)))
         self.code.ysnake_step(
-            *(ctypes.byref(self.struct), states, Pointer(h.data_ptr()), *sizes),
+            *(ctypes.byref(self.struct), structs, Pointer(h.data_ptr()), *sizes),
             Pointer(logits.data_ptr()),
         )
         return logits
