@@ -153,7 +153,7 @@ def draw(first: Path, second: Path, picture: Path, per_byte: bool) -> None:
     """Draw the losses of two runs into one picture."""
     from ysnake.training.plot import plot_two
 
-    with cli.writing(picture):
+    with cli.file_errors(picture):
         lines = {str(folder): run_files.metrics(folder) for folder in (first, second)}
         plot_two(lines, picture, per_byte)
     print(f"picture: {escape_controls(str(picture))}", file=sys.stderr)

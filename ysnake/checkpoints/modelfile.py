@@ -49,7 +49,7 @@ def check(file: Path) -> Path:
 
 
 def _is_ours(path: Path) -> bool:
-    with cli.writing(path):
+    with cli.file_errors(path):
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
     mark, _, text = text.partition("\n")
     line, _, text = text.partition("\n")

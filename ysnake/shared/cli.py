@@ -222,8 +222,11 @@ def run(command: Callable[[list[str]], int]) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a file error inside the block into an InputError that names the path."""
+def file_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError inside the block into an InputError that names the path.
+
+    The block may write, read or lock files.
+    """
     try:
         yield
     except OSError as error:

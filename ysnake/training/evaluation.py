@@ -109,7 +109,7 @@ def evaluate(run: Run, console: "Console", tell: Callable[[str], None]) -> dict[
         held_out = "" if loss is None else f", held-out loss {loss:.3f}"
         head = f"step {progress.step}: loss {progress.mean_loss:.3f}{held_out}"
         samples = run.folder / "samples.txt"
-        with cli.writing(samples), samples.open("a", encoding="utf-8") as file:
+        with cli.file_errors(samples), samples.open("a", encoding="utf-8") as file:
             file.write(escape_controls(f"{head}\n{prompt} >>> {written}\n\n", keep="\n\t"))
         progress.samples_size = samples.stat().st_size
         # On the screen line breaks are escaped too, so a sample cannot scroll everything away.

@@ -31,7 +31,7 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
     path = run.folder / "metrics.jsonl" if run.ranks.first else Path(os.devnull)
     prepare(run)
     with (
-        cli.writing(path),
+        cli.file_errors(path),
         path.open("a", buffering=1) as metrics,
         shown_progress(console) as show,
         tool_log(run, console) as log,

@@ -31,7 +31,7 @@ def open_run(settings: Settings, ranks: Ranks, console: "Console") -> Iterator[R
     with ExitStack() as held:
 
         def take_lock() -> None:
-            with cli.writing(settings.folder):
+            with cli.file_errors(settings.folder):
                 held.enter_context(
                     run_lock.lock(settings.folder / run_lock.TRAINING, busy, run_lock.LOOK)
                 )

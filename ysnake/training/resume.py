@@ -48,7 +48,7 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
         raise InputError(f"{path}: not the state of this training run ({said})") from error
 
     def settle() -> None:
-        with cli.writing(settings.folder):
+        with cli.file_errors(settings.folder):
             if last != folder:
                 checkpoint.put_back(last, folder)
             files.remove_unfinished(settings.folder)

@@ -140,7 +140,7 @@ def keep_good(run: Run) -> None:
     last, old = run.folder / "last", run.folder / "last.old"
     bad_from = run.progress.step - run.progress.skipped_in_a_row
     if saved_step(last) >= bad_from and old.is_dir() and saved_step(old) < bad_from:
-        with cli.writing(run.folder):
+        with cli.file_errors(run.folder):
             checkpoint.put_back(old, last)
 
 
