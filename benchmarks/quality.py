@@ -40,7 +40,7 @@ class Corpus:
     folder: Path
     sizes: dict[str, int]
     held_out_bytes: int  # of the tokens that are predicted
-    frame: int  # the token that begins and ends a document
+    eot_id: int  # the token that begins and ends a document
 
 
 def prepare(text: Path | None, folder: Path, sizes: dict[str, int], quick: bool) -> Corpus:
@@ -62,15 +62,15 @@ def prepare(text: Path | None, folder: Path, sizes: dict[str, int], quick: bool)
         raise InputError(f"--text: expected at least {LEAST:,} bytes, {text} has {size:,}")
     texts = (part.text for part in data.split(corpus.pieces()) if not part.held_out)
     learnt = tokenizer.train("bpe", texts, sizes["vocab_size"])
-    frame, entries = tokenizer.eot_id(learnt), learnt.get_vocab_size()
+    eot_id, entries = tokenizer.eot_id(learnt), learnt.get_vocab_size()
     folder.mkdir()
-    data.write_tokens(corpus.pieces(), learnt, frame, frame, folder, lambda characters: None)
-    held_out = data.Tokens.open(folder / "val.tokens", entries, frame, frame)
+    data.write_tokens(corpus.pieces(), learnt, eot_id, eot_id, folder, lambda characters: None)
+    held_out = data.Tokens.open(folder / "val.tokens", entries, eot_id, eot_id)
     predicted: list[int] = []
     for batch in data.held_out_windows(held_out, SEQ_LEN, BATCH_SIZE, VAL_TOKENS):
         predicted += batch.predicted.tolist()
     size = len(tokenizer.decode(learnt, predicted).encode())
-    return Corpus(folder, sizes, size, frame)
+    return Corpus(folder, sizes, size, eot_id)
 
 
 def measure(
@@ -110,9 +110,9 @@ def train(job: dict, report: Callable[[dict], None]) -> None:
     from ysnake.training.run import Progress
     from ysnake.training.step import CLIP, learning_rate
 
-    folder, frame = Path(job["folder"]), job["frame"]
+    folder, eot_id = Path(job["folder"]), job["eot_id"]
     learn, held_out = (
-        data.Tokens.open(folder / f"{side}.tokens", job["sizes"]["vocab_size"], frame, frame)
+        data.Tokens.open(folder / f"{side}.tokens", job["sizes"]["vocab_size"], eot_id, eot_id)
         for side in ("train", "val")
     )
     model, loss_of = _model(job)

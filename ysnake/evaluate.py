@@ -63,7 +63,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
     folder, tokenizer, model = read_model(
         options.path, options.checkpoint, options.device, options.threads
     )
-    model.config.check_frame()
+    model.config.document_tokens()  # raises before the weights are prepared
     decoder = make_decoder(model, options.weights, compile=options.weights != "float32")
     console = cli.console()
     with progress(console) as show:

@@ -105,7 +105,7 @@ class LanguageModel:
         from ysnake.text.tokenizer import encode
 
         _check("text", text, str)
-        bos_id, _ = self.decoder.model.config.check_frame()
+        bos_id, _ = self.decoder.model.config.document_tokens()
         ids = [bos_id, *encode(self.tokenizer, text)]
         device = self.decoder.model.backbone.embeddings.weight.device
         logits, _ = self.decoder.step(torch.tensor([ids], device=device))

@@ -27,15 +27,15 @@ def written(tmp_path):
     return tokenizer, documents, counts, *sides
 
 
-def test_tokens_on_disk_are_framed_documents(written):
+def test_tokens_on_disk_are_documents_with_their_first_and_last_token(written):
     tokenizer, documents, counts, train, val = written
     held_out = [documents[counts.train_documents - 4]]
     kept = [d for d in documents if d not in held_out]
     assert (counts.train_documents, counts.val_documents) == (24, 1)
     assert counts.train_words == sum(len(d.split()) for d in kept)
     for tokens, expected in ((train, kept), (val, held_out)):
-        framed = [[0, *tokenizers.encode(tokenizer, d), 0] for d in expected]
-        assert tokens.ids.tolist() == list(chain(*framed))
+        with_ends = [[0, *tokenizers.encode(tokenizer, d), 0] for d in expected]
+        assert tokens.ids.tolist() == list(chain(*with_ends))
 
 
 def sides(pieces):

@@ -65,7 +65,7 @@ def score(
     model = decoder.model
     device = model.backbone.embeddings.weight.device
     total = Score()
-    bos, eos = model.config.check_frame()
+    bos, eos = model.config.document_tokens()
     state, before = model.empty_state(1), bos  # the state so far, and the token to read next
     for text, ends in pieces:
         ids = encode(tokenizer, text)

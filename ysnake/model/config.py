@@ -108,7 +108,7 @@ class ModelConfig:
         """Channels of the convolution: x, B and C."""
         return self.d_inner + 2 * self.n_groups * self.d_state
 
-    def check_frame(self) -> tuple[int, int]:
+    def document_tokens(self) -> tuple[int, int]:
         """The tokens that begin and end a document.
 
         Raises:

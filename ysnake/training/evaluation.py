@@ -74,7 +74,7 @@ def sample(run: Run, model: "Model", number: int) -> tuple[str, str]:
     middles = data.middles(run.train, length) or [run.train.ids[1 : 1 + length].tolist()]
     prompt = middles[number % len(middles)]
     context = Context(model, run.tokenizer.get_vocab_size())
-    bos, _ = model.config.check_frame()
+    bos, _ = model.config.document_tokens()
     context.feed([bos, *prompt])
     written = list(context.generate(Sampling(temperature=0), SAMPLE_TOKENS))
     model.train()

@@ -57,10 +57,10 @@ def start(settings: Settings, console: "Console") -> Run:
             if counts.val_dropped:
                 share = counts.val_dropped / counts.val_bytes
                 (tokens / evaluation.DROPPED_SHARE).write_text(f"{share}\n")
-        framing = (tokenizer.get_vocab_size(), *model.config.check_frame())
+        vocabulary = (tokenizer.get_vocab_size(), *model.config.document_tokens())
         if corpus is not None and not counts.bytes:
             raise InputError(NO_TEXT, field="--data")
-        n_tokens = len(data.Tokens.open(tokens / "train.tokens", *framing))
+        n_tokens = len(data.Tokens.open(tokens / "train.tokens", *vocabulary))
         if n_tokens <= settings.seq_len:
             raise InputError(
                 f"all documents together have {amount(n_tokens, 'token')} to train on, "
@@ -103,7 +103,7 @@ def _tokenizer_and_model(
 
     if settings.from_ is not None:
         _, tokenizer, model = checkpoint.load_all(settings.from_)
-        model.config.check_frame()
+        model.config.document_tokens()  # raises before the text is tokenised
         if settings.chunk_size is not None:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
         memory.fit(settings, model.config)
@@ -249,5 +249,5 @@ def _tokenise(
 
     with progress(console) as show:
         advance = counted(show, corpus.size, "writing tokens")
-        frame = config.check_frame()
-        return data.write_tokens(corpus.pieces(), tokenizer, *frame, folder, advance)
+        document_tokens = config.document_tokens()
+        return data.write_tokens(corpus.pieces(), tokenizer, *document_tokens, folder, advance)

@@ -90,9 +90,9 @@ def assemble(
     """A run with the tokens in its folder."""
     from ysnake.text.data import Tokens
 
-    framing = (tokenizer.get_vocab_size(), *model.config.check_frame())
+    vocabulary = (tokenizer.get_vocab_size(), *model.config.document_tokens())
     train, val = (
-        Tokens.open(settings.folder / "data" / f"{side}.tokens", *framing)
+        Tokens.open(settings.folder / "data" / f"{side}.tokens", *vocabulary)
         for side in ("train", "val")
     )
     return with_tokens((train, val), settings, model, tokenizer, progress, ranks)
