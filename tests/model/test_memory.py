@@ -134,13 +134,13 @@ def test_a_step_keeps_its_windows_whatever_fits():
     config = ModelConfig(**SIZES)
     for gigabytes in (0.6, 0.7, 1.0, 8):
         settings = Settings(batch_size=24, accumulate=2, seq_len=512, memory=f"{gigabytes}GB")
-        memory.fit(settings, config)
+        memory.choose_batch_size(settings, config)
         assert settings.batch_size * settings.accumulate == 48
         plan = memory.predict(config, settings)
         assert plan.peak <= gigabytes * 1e9
     assert settings.batch_size == 48
     with pytest.raises(InputError, match=r"--memory: 0.10 GB are not enough, .* takes 0\.\d\d GB"):
-        memory.fit(Settings(seq_len=512, memory="100MB"), config)
+        memory.choose_batch_size(Settings(seq_len=512, memory="100MB"), config)
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def largest_batch(config: ModelConfig, settings: Settings, limit: float) -> int:
     return size
 
 
-def fit(settings: Settings, config: ModelConfig) -> None:
+def choose_batch_size(settings: Settings, config: ModelConfig) -> None:
     """Set batch_size, accumulate and recompute so that a step stays below --memory.
 
     The number of windows in a step does not change.

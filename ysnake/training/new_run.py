@@ -106,12 +106,12 @@ def _tokenizer_and_model(
         model.config.document_tokens()  # raises before the text is tokenised
         if settings.chunk_size is not None:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
-        memory.fit(settings, model.config)
+        memory.choose_batch_size(settings, model.config)
         memory.check(settings, model.config, device)
         return tokenizer, model, None
     tokenizer = _make_tokenizer(settings, corpus, console)
     config = _config(settings, tokenizer)
-    memory.fit(settings, config)
+    memory.choose_batch_size(settings, config)
     memory.check(settings, config, device)
     speed = _speed(settings, config)
     with torch.random.fork_rng(devices=[]):  # a program's own random numbers stay as they are

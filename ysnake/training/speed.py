@@ -26,7 +26,7 @@ def measure_if_it_fits(settings: Settings, config: ModelConfig) -> float | None:
     """The same as `measure`. None if a step would take more memory than there is."""
     settings, device = replace(settings), cli.pick_device(settings.device)
     try:
-        memory.fit(settings, config)
+        memory.choose_batch_size(settings, config)
         memory.check(settings, config, device)
     except InputError:
         return None
