@@ -15,7 +15,7 @@ from ysnake_kernels.linear import Linear
 FEW = 2  # rows up to which a product cut along its features is the faster one
 
 
-class OneRow(Linear):
+class TransposedLinear(Linear):
     """A linear layer whose weight is stored transposed, which is faster for one or two rows."""
 
     def __init__(self, linear: nn.Linear):
@@ -39,7 +39,7 @@ class OneRow(Linear):
         return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
-class Int8(nn.Module):
+class Int8Linear(nn.Module):
     """A linear layer with an int8 weight, which also rounds its input.
 
     Without a bias, each row of the input has a scale of its own. With a bias, all rows share one.

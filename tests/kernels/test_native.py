@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from ysnake_kernels import ssd_step, step
 from ysnake_kernels.dropin.functions import selective_state_update
 from ysnake_kernels.native import __main__, build, state_step
-from ysnake_kernels.native.matrix import FORMATS, GROUP, Matrix, Packed
+from ysnake_kernels.native.matrix import FORMATS, GROUP, Matrix, PackedLinear
 from ysnake_kernels.step import reference
 from ysnake_kernels.step.inputs import StepInputs
 
@@ -92,7 +92,8 @@ def test_sums_of_many_integers_fit():
 def test_a_packed_layer_keeps_the_shape(rows):
     matrix = Matrix(weight(12, 40), torch.randn(12), "bfloat16")
     x = torch.randn(rows, 1, 40)
-    assert torch.allclose(Packed(matrix)(x), linear(x, matrix.dense(), matrix.bias), atol=1e-5)
+    expected = linear(x, matrix.dense(), matrix.bias)
+    assert torch.allclose(PackedLinear(matrix)(x), expected, atol=1e-5)
 
 
 def test_another_format_is_refused():

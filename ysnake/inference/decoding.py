@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from ysnake_kernels.linear_step import Int8, OneRow
+from ysnake_kernels.linear_step import Int8Linear, TransposedLinear
 from ysnake_kernels.mixer_step.eager import prepare
 from ysnake_kernels.mixer_step.eager import step as mixer_step
 from ysnake_kernels.native.build import BuildError, NoCompiler, library
-from ysnake_kernels.native.matrix import FORMATS, Packed, Unpacked
+from ysnake_kernels.native.matrix import FORMATS, Float32Linear, PackedLinear
 from ysnake_kernels.native.model_step import ModelStep
 from ysnake_kernels.norm.eager import few_rows
 
@@ -95,7 +95,7 @@ class Decoder:
                 f"{weights} needs compiled code, and {why}; float32 and int8 do not need it",
                 field="--weights",
             )
-        layer = OneRow if self.weights == "float32" else Int8
+        layer = TransposedLinear if self.weights == "float32" else Int8Linear
         for module, name in _linears(self.model):
             setattr(module, name, layer(getattr(module, name)))
         self.layers = [_Layer(block) for block in self.model.backbone.layers]
@@ -173,6 +173,6 @@ def _model_step(model: Model, format: str) -> ModelStep:
     matrices = [*(m for both in step.projections for m in both), *step.head]
     for (module, name), matrix in zip(_linears(model), matrices, strict=True):
         exact = format == "float32"
-        layer = Unpacked(getattr(module, name), matrix) if exact else Packed(matrix)
+        layer = Float32Linear(getattr(module, name), matrix) if exact else PackedLinear(matrix)
         setattr(module, name, layer)
     return step

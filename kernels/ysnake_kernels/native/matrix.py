@@ -96,7 +96,7 @@ class Matrix:
         return y
 
 
-class Packed(nn.Module):
+class PackedLinear(nn.Module):
     """A linear layer with a packed weight. No gradient flows through it."""
 
     def __init__(self, matrix: Matrix):
@@ -110,7 +110,7 @@ class Packed(nn.Module):
         return F.linear(x, self.matrix.dense(), self.matrix.bias)
 
 
-class Unpacked(Linear):
+class Float32Linear(Linear):
     """A linear layer with a float32 weight, which compiled code multiplies with few rows."""
 
     def __init__(self, linear: nn.Linear, matrix: Matrix):
