@@ -119,26 +119,26 @@ class _Linear(torch.autograd.Function):
 class _NormedLinear(torch.autograd.Function):
     """A linear layer after a norm. It scales the layer's weight by the norm's, not the tokens.
 
-    x / rms(x) is `unit`. With W' = W w, the gradients of W and w both follow from that of W'.
+    x / rms(x) is `normalised`. With W' = W w, the gradients of W and w both follow from that of W'.
     """
 
     @staticmethod
     def forward(ctx, x, norm_weight, weight, bias, eps):
         ctx.save_for_backward(x, norm_weight, weight)
         ctx.eps = eps
-        unit, _ = norm.unit(x.reshape(-1, x.shape[-1]), eps)
-        return _shifted(product(unit, weight * norm_weight), bias, x)
+        normalised, _ = norm.normalise(x.reshape(-1, x.shape[-1]), eps)
+        return _shifted(product(normalised, weight * norm_weight), bias, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, norm_weight, weight = ctx.saved_tensors
         rows = dy.reshape(-1, len(weight))
-        unit, rstd = norm.unit(x.reshape(-1, x.shape[-1]), ctx.eps)
-        dmerged = rows.t() @ unit
+        normalised, rstd = norm.normalise(x.reshape(-1, x.shape[-1]), ctx.eps)
+        dmerged = rows.t() @ normalised
         dnorm_weight = (dmerged * weight).sum(0)
-        dunit = product(rows, (weight * norm_weight).t())
-        dx = norm.unit_backward(dunit, unit, rstd).view(x.shape)
+        dnormalised = product(rows, (weight * norm_weight).t())
+        dx = norm.normalise_backward(dnormalised, normalised, rstd).view(x.shape)
         dbias = rows.sum(0) if ctx.needs_input_grad[3] else None
         return dx, dnorm_weight, dmerged.mul_(norm_weight), dbias, None
 

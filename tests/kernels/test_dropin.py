@@ -510,9 +510,9 @@ def test_layer_norm_with_a_gate(before, group_size):
     gate = torch.nn.functional.silu(z)
     v = x if before else x * gate
     groups = v.unflatten(-1, (-1, group_size or 8))
-    unit = groups - groups.mean(-1, keepdim=True)
-    unit = unit / (unit.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    expected = unit.flatten(-2) * weight + bias
+    normalised = groups - groups.mean(-1, keepdim=True)
+    normalised = normalised / (normalised.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = normalised.flatten(-2) * weight + bias
     expected = expected * gate if before else expected
     options = {"group_size": group_size, "norm_before_gate": before}
     torch.testing.assert_close(norms.layernorm_fn(x, weight, bias, z, **options), expected)

@@ -103,8 +103,8 @@ def test_normed(library, name, with_sum):
 
     def expected(x, added, norm_weight, weight, bias):
         total = x if added is None else x + added
-        unit = total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return torch.cat([total, F.linear(unit * norm_weight, weight, bias)], -1)
+        normalised = total / (total.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return torch.cat([total, F.linear(normalised * norm_weight, weight, bias)], -1)
 
     with backend(name):
         check(ours, expected, [x, added, norm_weight, weight, bias])
@@ -142,8 +142,8 @@ def test_under_autocast_in_its_dtype(library):
         _, normed = normed_linear(x, None, torch.ones(40), 1e-5, weight, bias)
     assert y.dtype == normed.dtype == torch.bfloat16
     assert distance(y, F.linear(x, weight, bias)) < 1e-2
-    unit = rms_norm_gated(x, torch.ones(40), eps=1e-5)
-    assert distance(normed, F.linear(unit, weight, bias)) < 1e-2
+    normalised = rms_norm_gated(x, torch.ones(40), eps=1e-5)
+    assert distance(normed, F.linear(normalised, weight, bias)) < 1e-2
 
 
 def test_the_module_has_the_names_of_torchs():

@@ -124,7 +124,7 @@ def test_the_norm_of_few_rows():
     weight = torch.randn(12, generator=gen, dtype=torch.float64)
     for groups in (1, 3):
         expected = rms_norm_gated(x, weight, eps=1e-3, group_size=12 // groups)
-        got = eager.few_rows(x, weight, x.new_tensor(1e-3), groups)
+        got = eager.rms_norm_few_rows(x, weight, x.new_tensor(1e-3), groups)
         assert distance(got, expected) < 1e-14
 
 

@@ -20,7 +20,7 @@ from ysnake_kernels.mixer_step.eager import step as mixer_step
 from ysnake_kernels.native.build import BuildError, NoCompiler, library
 from ysnake_kernels.native.matrix import FORMATS, Float32Linear, PackedLinear
 from ysnake_kernels.native.model_step import ModelStep
-from ysnake_kernels.norm.eager import few_rows
+from ysnake_kernels.norm.eager import rms_norm_few_rows
 
 from ysnake.inference.replay import ReplayedStep
 from ysnake.model.network import Block, FactorisedHead, Model, RMSNorm, State
@@ -150,7 +150,7 @@ class _Norm:
         self.weight, self.eps = norm.weight.detach(), norm.weight.new_tensor(norm.eps)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return few_rows(x, self.weight, self.eps)
+        return rms_norm_few_rows(x, self.weight, self.eps)
 
 
 def _linears(model: Model) -> list[tuple[nn.Module, str]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ysnake_kernels.mixer_step.weights import MixerWeights
-from ysnake_kernels.norm.eager import few_rows
+from ysnake_kernels.norm.eager import rms_norm_few_rows
 from ysnake_kernels.numerics import finite_rates
 from ysnake_kernels.step.eager import read_state
 
@@ -72,7 +72,7 @@ def step(zxbcdt: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: Prepare
     B, C = B.view(batch, weights.groups, n), C.view(batch, weights.groups, n)
     y = recur(ssm_state, x, dt, weights.A, B, C)
     y = y.addcmul_(x, weights.D).view(batch, heads * head_dim).mul_(F.silu(z))
-    return few_rows(y, weights.norm_weight, weights.eps, weights.groups)
+    return rms_norm_few_rows(y, weights.norm_weight, weights.eps, weights.groups)
 
 
 def recur(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:

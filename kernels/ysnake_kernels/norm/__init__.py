@@ -21,10 +21,10 @@ def rms_norm_gated(
 ) -> Tensor:
     """RMSNorm over groups of the last dimension, gated by silu(z) before or after.
 
-    With `norm_before_gate`: y = (unit(x) * weight + bias) * silu(z). Without, as in Mamba-2:
-    y = unit(x * silu(z)) * weight + bias. Here unit(v) = v / sqrt(mean(v^2) + eps), with the mean
-    over each group. Names follow mamba_ssm's `rmsnorm_fn`. Computed in float32 (float64 if an input
-    is). Differentiable once in x, weight, bias and z.
+    With `norm_before_gate`: y = (normalise(x) * weight + bias) * silu(z). Without, as in Mamba-2:
+    y = normalise(x * silu(z)) * weight + bias. Here normalise(v) = v / sqrt(mean(v^2) + eps), with
+    the mean over each group. Names follow mamba_ssm's `rmsnorm_fn`. Computed in float32 (float64 if
+    an input is). Differentiable once in x, weight, bias and z.
 
     Args:
         x: (..., features).

@@ -119,29 +119,29 @@ def rstd(v: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     return norm.square_().div_(v.shape[-1]).add_(eps).rsqrt_()
 
 
-def unit(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x) and 1 / rms(x), [... 1]."""
     scale = rstd(x, eps)
     return torch.mul(x, scale, out=_like(x)), scale
 
 
-def _unit_of_groups(v: Tensor, eps: float, group_size: int) -> tuple[Tensor, Tensor]:
+def _normalise_groups(v: Tensor, eps: float, group_size: int) -> tuple[Tensor, Tensor]:
     """v / rms(v) and 1 / rms(v), by group: [... groups group_size] and [... groups 1]."""
     groups = v.unflatten(-1, (-1, group_size))
     scale = rstd(groups, eps)
     return groups * scale, scale
 
 
-def unit_backward(dunit: Tensor, unit: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of v from that of unit = scale v, where `scale` is 1 / rms(v).
+def normalise_backward(dy: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of v from that of y = scale v, where `scale` is 1 / rms(v).
 
-    It is written over `dunit`.
+    It is written over `dy`.
     """
-    along = torch.linalg.vecdot(dunit, unit)[..., None].div_(unit.shape[-1])
-    return dunit.addcmul_(unit, along, value=-1).mul_(scale)
+    along = torch.linalg.vecdot(dy, y)[..., None].div_(y.shape[-1])
+    return dy.addcmul_(y, along, value=-1).mul_(scale)
 
 
-def few_rows(x: Tensor, weight: Tensor, eps: Tensor, groups: int = 1) -> Tensor:
+def rms_norm_few_rows(x: Tensor, weight: Tensor, eps: Tensor, groups: int = 1) -> Tensor:
     """`rms_norm_gated` without bias and gate for a few rows, in five operations.
 
     When a model decodes token by token, calls take longer than their arithmetic.
@@ -198,8 +198,8 @@ def backward(
         gate = F.silu(z)
         if not norm_before_gate:
             v = x * gate
-    unit, scale = _unit_of_groups(v, eps, group_size)
-    flat = unit.flatten(-2)
+    normalised, scale = _normalise_groups(v, eps, group_size)
+    flat = normalised.flatten(-2)
     y = dz = None
     if want_y or (gate is not None and norm_before_gate):
         y = flat * weight if bias is None else torch.addcmul(bias.to(acc), flat, weight)
@@ -210,8 +210,8 @@ def backward(
     dweight += (grad * flat).sum(every)
     if bias is not None and dbias is not None:
         dbias += grad.sum(every)
-    dunit = (grad * weight).unflatten(-1, (-1, group_size))
-    dv = unit_backward(dunit, unit, scale).flatten(-2)
+    dnormalised = (grad * weight).unflatten(-1, (-1, group_size))
+    dv = normalise_backward(dnormalised, normalised, scale).flatten(-2)
     if gate is None or norm_before_gate:
         return dv, dz, y
     dz = torch.ops.aten.silu_backward(x * dv, z)

@@ -67,9 +67,9 @@ def _rstd(v, GROUP: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _through_rms(grad, unit, rstd, GROUP: tl.constexpr):
-    """The gradient of v from `grad`, that of unit = v rstd. It has no part along v."""
-    return (grad - unit * (tl.sum(grad * unit, 1) / GROUP)[:, None]) * rstd
+def _through_rms(grad, normalised, rstd, GROUP: tl.constexpr):
+    """The gradient of v from `grad`, that of normalised = v rstd. It has no part along v."""
+    return (grad - normalised * (tl.sum(grad * normalised, 1) / GROUP)[:, None]) * rstd
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -176,17 +176,17 @@ def _backward_kernel(
             if not NORM_FIRST:
                 v = xs * gate
         rstd = _rstd(v, GROUP, EPS, ACC)
-        unit = v * rstd
+        normalised = v * rstd
         if z is not None and NORM_FIRST:
-            affine = unit * w
+            affine = normalised * w
             if bias is not None:
                 affine += _load_parameter(bias, feature, col, GROUP, ACC)
             tl.store(at_dz, (grad * affine * slope).to(dz.dtype.element_ty), inside)
             grad *= gate
-        dw += grad * unit
+        dw += grad * normalised
         if bias is not None:
             db += grad
-        dv = _through_rms(grad * w, unit, rstd, GROUP)
+        dv = _through_rms(grad * w, normalised, rstd, GROUP)
         if z is not None and not NORM_FIRST:
             tl.store(at_dz, (dv * xs * slope).to(dz.dtype.element_ty), inside)
             dv *= gate
