@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import Any
 
 from ysnake import __version__
-from ysnake.shared import cli
+from ysnake.shared import cli, control_groups
 from ysnake.shared.processor import bfloat16_products
 
 PACKAGES = ("torch", "triton", "einops", "tokenizers", "safetensors", "numpy", "transformers")
@@ -44,6 +44,7 @@ class Options:
 def main(argv: list[str], program: str = cli.MODULES) -> int:
     """Print the report; returns 0, or 1 if the operators were wrong or failed in the self-test."""
     options = cli.parse(Options, argv, cli.command_line("doctor", program))
+    cli.use_threads(None)  # as the other commands
     console = cli.console()
     for title, facts in (
         ("machine", machine()),
@@ -79,7 +80,7 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "system": answer(platform.platform),
         "processor": answer(processor),
-        "cores": answer(os.cpu_count),
+        "cores": answer(cores),
         "memory": answer(memory),
         "C compiler": shutil.which("cc") or shutil.which("gcc") or shutil.which("cl") or "none",
     }
@@ -92,6 +93,12 @@ def processor() -> str:
         if names:
             return names[0].strip()
     return platform.processor() or platform.machine()
+
+
+def cores() -> str:
+    limit = control_groups.cpu_limit()
+    limited = "" if limit is None else f", of which this process may use the time of {limit:g}"
+    return f"{os.cpu_count()}{limited}"
 
 
 def memory() -> str:

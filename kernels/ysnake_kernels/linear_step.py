@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ysnake_kernels.linear import Linear
 
+MAC_ENGINE = "qnnpack"  # torch has it on a Mac, but does not use it by default
 FEW = 2  # rows up to which a product cut along its features is the faster one
 
 
@@ -44,11 +45,19 @@ class Int8Linear(nn.Module):
 
     Without a bias, each row of the input has a scale of its own. With a bias, all rows share one.
 
-    No gradient flows through it.
+    No gradient flows through it. On a Mac it sets torch's engine for such layers, if none is set.
     """
 
     def __init__(self, linear: nn.Linear):
+        """Raises NotImplementedError if this build of torch has no engine for such layers."""
         super().__init__()
+        engines = torch.backends.quantized
+        if engines.engine == "none" and MAC_ENGINE in engines.supported_engines:
+            engines.engine = MAC_ENGINE
+        if engines.engine == "none":
+            raise NotImplementedError("this build of torch has no engine for int8 products")
+        # the other engines add pairs of products in 16 bits, where sums could overflow
+        self.reduce_range = engines.engine != MAC_ENGINE
         weight = linear.weight.detach()
         scales = weight.abs().amax(1).clamp(min=1e-12) / 127
         zeros = torch.zeros(len(scales), dtype=torch.int64)
@@ -60,8 +69,9 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), both float32."""
-        # The product uses one scale for all rows of x. With reduce_range no sum overflows.
+        # The product uses one scale for all rows of x.
+        product = torch.ops.quantized.linear_dynamic
         if self.bias is not None or x.shape[:-1].numel() == 1:
-            return torch.ops.quantized.linear_dynamic(x, self.packed, True)
+            return product(x, self.packed, self.reduce_range)
         largest = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
-        return torch.ops.quantized.linear_dynamic(x / largest, self.packed, True).mul_(largest)
+        return product(x / largest, self.packed, self.reduce_range).mul_(largest)

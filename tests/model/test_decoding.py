@@ -8,6 +8,7 @@ import pytest
 import torch
 from small import entry, environment, model, saved
 from torch.nn.functional import cross_entropy
+from ysnake_kernels.linear_step import MAC_ENGINE
 from ysnake_kernels.native import build
 from ysnake_kernels.native.matrix import FORMATS
 
@@ -91,6 +92,18 @@ def test_without_a_compiler_pure_torch_writes(no_compiler):
     for weights in ("bfloat16", "int4"):
         with pytest.raises(InputError, match=f"--weights: {weights} needs .*no C.. compiler"):
             Decoder(model(), weights)
+
+
+@pytest.mark.skipif(
+    MAC_ENGINE not in torch.backends.quantized.supported_engines, reason="torch is built without it"
+)
+def test_int8_with_the_engine_of_a_mac(no_compiler, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.backends.quantized, "engine", MAC_ENGINE)
+    exact, tokens = Decoder(model()), torch.tensor([[5], [6]])
+    expected, _ = exact.step(tokens)
+    logits, _ = Decoder(model(), "int8").step(tokens)
+    assert 0 < (logits - expected).abs().max() / expected.abs().max() < NEAR["int8"]
+    assert not recwarn
 
 
 def test_a_compiler_that_fails_is_named(no_compiler, monkeypatch, capsys):

@@ -66,6 +66,24 @@ def test_what_the_output_cannot_express_is_escaped(monkeypatch):
     assert out.buffer.getvalue() == b"na\xefve \\u86c7\n"
 
 
+def test_what_the_output_cannot_express_is_escaped_from_python_too():
+    out = stream(b"", "cp1252")
+    lasting = terminal.LastingOutput(out)
+    lasting.write("naïve \ufffd")
+    lasting.flush()
+    assert out.buffer.getvalue() == b"na\xefve \\ufffd"
+
+
+def test_windows_has_utf8_in_files_and_pipes(monkeypatch):
+    monkeypatch.setattr(terminal, "WINDOWS", True)
+    monkeypatch.delenv("PYTHONIOENCODING", raising=False)
+    monkeypatch.setattr(sys, "stdin", stream("naïve 蛇".encode(), "cp1252"))
+    monkeypatch.setattr(sys, "stdout", out := stream(b"", "cp1252"))
+    terminal.prepare()
+    print(terminal.read_input(), end="", flush=True)
+    assert out.buffer.getvalue().decode() == "naïve 蛇"
+
+
 def test_a_folder_whose_name_is_not_utf8_is_refused_before_anything_is_written(tmp_path, model):
     options = ["--data", model.parent / "snakes.txt", "--run", tmp_path / "caf\udce9", *TINY]
     code, _, errors = entry(train.main, *options, "--vocab-size", "300")

@@ -5,6 +5,7 @@ read may come from anybody: nothing in it can run code, and the size of its file
 that it takes.
 """
 
+import errno
 import json
 import logging
 import os
@@ -34,7 +35,7 @@ from ysnake.model.config import VOCAB_MULTIPLE, ModelConfig
 from ysnake.model.network import FactorisedHead, Model
 from ysnake.shared import manifest, run_lock
 from ysnake.shared.errors import InputError, why
-from ysnake.shared.files import read_json
+from ysnake.shared.files import move_folder, read_json
 from ysnake.shared.shown import escape_controls
 from ysnake.text import tokenizer as tokenizers
 
@@ -44,6 +45,8 @@ PICKLED = "pytorch_model.bin"  # written by torch.save, as others do
 STATE = "training_state.pt"
 OPTIMIZER = "optimizer"  # a folder, in the checkpoint of a sharded run
 PROGRESS = "progress.json"
+# errors of a file system on which only files can be synced
+NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 LONGEST_SAVE = 600  # seconds that a save waits for another process to save the same folder
 
 Read = TypeVar("Read")
@@ -108,9 +111,8 @@ def save(
                 sync(new)
                 path = folder
                 if folder.exists():  # if not, an earlier save was interrupted between the renames
-                    shutil.rmtree(old, ignore_errors=True)
-                    folder.rename(old)
-                new.rename(folder)
+                    move_folder(folder, old)
+                move_folder(new, folder)
                 sync(folder.parent, contents=False)
             except BaseException:
                 shutil.rmtree(new, ignore_errors=True)
@@ -128,6 +130,9 @@ def sync(folder: Path, contents: bool = True) -> None:
         descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:  # some shared folders cannot sync a folder
+            if not (path.is_dir() and error.errno in NO_FOLDER_SYNC):
+                raise
         finally:
             os.close(descriptor)
 
@@ -195,9 +200,8 @@ def put_back(good: Path, folder: Path) -> None:
     """Make the checkpoint `good` the one at `folder`; the one there becomes `folder`.damaged."""
     damaged = folder.with_name(folder.name + ".damaged")
     if folder.exists():
-        shutil.rmtree(damaged, ignore_errors=True)
-        folder.rename(damaged)
-    good.rename(folder)
+        move_folder(folder, damaged)
+    move_folder(good, folder)
 
 
 def resolve(path: Path | str, which: str | None = None) -> Path:

@@ -97,7 +97,10 @@ class Decoder:
             )
         layer = TransposedLinear if self.weights == "float32" else Int8Linear
         for module, name in _linears(self.model):
-            setattr(module, name, layer(getattr(module, name)))
+            try:
+                setattr(module, name, layer(getattr(module, name)))
+            except NotImplementedError as error:
+                raise InputError(f"{error}; float32 works", field="--weights") from error
         self.layers = [_Layer(block) for block in self.model.backbone.layers]
 
     @torch.no_grad()

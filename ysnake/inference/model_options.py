@@ -41,7 +41,9 @@ WeightsOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, arg(help="auto (CUDA if available, else CPU), cpu, cuda or mps.")]
-ThreadsOption = Annotated[int | None, arg(help="CPU threads; by default one for each core.")]
+ThreadsOption = Annotated[
+    int | None, arg(help="CPU threads; by default one for each core that may be used.")
+]
 
 
 @dataclass
@@ -113,7 +115,7 @@ def read_model(
         path: a run or a checkpoint folder; None means the newest run.
         checkpoint: "best" or "last" of the run; None means the usual one.
         device: where the model is to run; "auto" chooses.
-        threads: of the CPU; None means one for each core.
+        threads: of the CPU; None means one for each core that may be used.
 
     Returns:
         The folder of the checkpoint, its tokenizer, and its model.

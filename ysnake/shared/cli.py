@@ -1,5 +1,6 @@
 """What all commands share: options from a dataclass, one-line errors, exit codes, the device."""
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from tyro.constructors import (
     UnsupportedTypeAnnotationError,
 )
 
-from ysnake.shared import run_lock, terminal
+from ysnake.shared import control_groups, run_lock, terminal
 from ysnake.shared.errors import InputError, option, why
 from ysnake.shared.shown import escape_controls
 
@@ -343,7 +344,10 @@ def tune_memory() -> None:
 
 
 def use_threads(count: int | None) -> None:
-    """Set the number of CPU threads. None leaves the choice to torch.
+    """Set the number of CPU threads.
+
+    None leaves the choice to torch, which takes one for each core. But if a container or a job may
+    use the time of fewer cores, it gets fewer threads. More would wait for each other.
 
     Raises:
         InputError: the number is out of range.
@@ -354,6 +358,10 @@ def use_threads(count: int | None) -> None:
         if not 1 <= count <= MOST_THREADS:
             raise InputError(f"expected 1 to {MOST_THREADS}, got {count}", field="--threads")
         torch.set_num_threads(count)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        limit = control_groups.cpu_limit()
+        if limit is not None and limit < torch.get_num_threads():
+            torch.set_num_threads(max(1, math.ceil(limit)))
 
 
 @contextmanager

@@ -1,17 +1,24 @@
-"""Writing a file completely or not at all, and reading JSON with clear errors."""
+"""Writing a file completely or not at all, moving folders, and reading JSON with clear errors."""
 
+import errno
 import json
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ysnake.shared.errors import InputError, why
 
 LARGEST_JSON = 1 << 26  # bytes
+WINDOWS = os.name == "nt"
+PATIENCE, POLL = 30.0, 0.1  # seconds that `patiently` tries, and waits between two tries
+
+Result = TypeVar("Result")
 
 
 def check_place(path: Path, field: str) -> None:
@@ -44,13 +51,40 @@ def replacing(path: Path) -> Iterator[Path]:
             yield new
             with new.open("rb+") as file:
                 os.fsync(file.fileno())
-            new.replace(path)
+            patiently(lambda: new.replace(path))
         except BaseException:
             with suppress(OSError):
                 new.unlink()
             raise
     except OSError as error:
         raise InputError(f"{path}: {why(error)}") from error
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder. A folder at `target` is removed first."""
+
+    def move() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        if WINDOWS and target.exists():  # a file in it is open
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        source.rename(target)
+
+    patiently(move)
+
+
+def patiently(change: Callable[[], Result]) -> Result:
+    """Change a file or folder, on Windows again and again for PATIENCE seconds.
+
+    Windows refuses while another program, such as a virus scanner, has a file in it open.
+    """
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return change()
+        except PermissionError:
+            if not WINDOWS or time.monotonic() >= until:
+                raise
+        time.sleep(POLL)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -6,11 +6,21 @@ from typing import Any, TextIO
 
 from ysnake.shared.errors import InputError
 
+WINDOWS = os.name == "nt"
+
 
 def prepare() -> None:
-    """Print characters that the encoding of the output lacks as escapes, instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+    """Print characters that the encoding of the output lacks as escapes, instead of failing.
+
+    On Windows files and pipes get and give UTF-8, as elsewhere, unless PYTHONIOENCODING is set.
+    Python's default there is an encoding that lacks most characters.
+    """
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if not hasattr(stream, "reconfigure"):
+            continue
+        if WINDOWS and not stream.isatty() and "PYTHONIOENCODING" not in os.environ:
+            stream.reconfigure(encoding="utf-8")
+        if stream is not sys.stdin:
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -74,8 +84,12 @@ class LastingOutput:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
+        """Write the text. Characters that the stream's encoding lacks become escapes."""
         try:
             return self.stream.write(text)
+        except UnicodeEncodeError as error:  # `prepare` was not called, as from Python
+            known = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+            return self.stream.write(known)
         except OSError:
             self._drop()
             return len(text)

@@ -6,10 +6,10 @@ pass through the last layer. `python -m benchmarks.memory` compares it with meas
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ysnake.model.config import VOCAB_MULTIPLE, ModelConfig
+from ysnake.shared import control_groups
 from ysnake.shared.errors import InputError
 from ysnake.shared.shown import amount
 from ysnake.training.options import Settings, parse_size
@@ -152,10 +152,9 @@ def available() -> float | None:
     found = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(limit).read_text().strip() if Path(limit).is_file() else "max"
-        if text != "max":
-            found.append(int(text))
+    limit = control_groups.memory_limit()
+    if limit is not None:
+        found.append(limit)
     return float(min(found)) if found else None
 
 

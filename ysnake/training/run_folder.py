@@ -10,12 +10,14 @@ import secrets
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
 from ysnake.shared import run_lock
 from ysnake.shared.errors import InputError, why
+from ysnake.shared.files import patiently
 
 Result = TypeVar("Result")
 
@@ -71,7 +73,7 @@ def _rename(new: Path, base: Path, or_a_neighbour: bool) -> Path:
         try:
             if os.path.lexists(folder):
                 raise FileExistsError
-            return new.rename(folder)
+            return patiently(partial(new.rename, folder))
         except OSError:  # another process was faster; the error depends on the system
             if not os.path.lexists(folder):
                 raise
