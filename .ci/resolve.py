@@ -21,7 +21,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 INDEX = os.environ.get("UV_DEFAULT_INDEX", "https://pypi.org/simple")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-apple-darwin", "x86_64-pc-windows-msvc")
+PLATFORMS = (
+    *("x86_64-manylinux_2_28", "aarch64-manylinux_2_28"),
+    *("aarch64-apple-darwin", "x86_64-pc-windows-msvc"),
+)
 OLDEST_MACOS = "14.0"  # torch has no wheels for older systems
 LINE = re.compile(r"^pip install (?P<packages>-c .*) && (?:pytest|python) .*$", re.MULTILINE)
 

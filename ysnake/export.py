@@ -3,7 +3,6 @@
 Beside the file lies the Modelfile that `ollama create` reads.
 """
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +14,7 @@ from ysnake.checkpoints.modelfile import check, modelfile
 from ysnake.inference.model_options import CheckpointOption, PathOption
 from ysnake.inference.sampling import Sampling
 from ysnake.shared import cli, files
+from ysnake.shared.shown import as_argument
 
 
 @dataclass(kw_only=True)
@@ -52,7 +52,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
     with files.replacing(beside) as new:
         new.write_text(text, encoding="utf-8", errors="surrogateescape")
     size = f"{options.gguf.stat().st_size / 1e6:.1f} MB"
-    create = f"ollama create {shlex.quote(options.gguf.stem)} -f {shlex.quote(str(beside))}"
+    create = f"ollama create {as_argument(options.gguf.stem)} -f {as_argument(beside)}"
     cli.console().print(
         f"[bold]{cli.markup(options.gguf)}[/]: {cli.markup(folder)}, {model.n_parameters():,} "
         f"parameters as {options.type}, {size}\n{cli.markup(create)}"

@@ -22,7 +22,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"serving needs {error.name}: pip install -c constraints.txt -e '.[serve]'"
+            f'serving needs {error.name}: pip install -c constraints.txt -e ".[serve]"'
         ) from error
     with listen(options) as listener:
         from ysnake.serving.guard import is_local

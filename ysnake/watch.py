@@ -25,7 +25,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         from ysnake.serving.watch import application
     except ImportError as error:
         raise InputError(
-            f"the page needs {error.name}: pip install -c constraints.txt -e '.[serve]'"
+            f'the page needs {error.name}: pip install -c constraints.txt -e ".[serve]"'
         ) from error
     from ysnake.serving.options import Options as Serving
     from ysnake.serving.options import check

@@ -34,7 +34,7 @@ def write_gguf(file: Path, model: "Model", tokenizer: "Tokenizer", type: str, na
         import gguf
     except ImportError as error:
         raise InputError(
-            "needs the package gguf: pip install -c constraints.txt -e '.[gguf]'", field="--gguf"
+            'needs the package gguf: pip install -c constraints.txt -e ".[gguf]"', field="--gguf"
         ) from error
 
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MAMBA2])

@@ -36,8 +36,8 @@ WeightsOption = Annotated[
     Weights,
     arg(
         help="How weights are stored for generation. Fewer bits generate a single text faster. "
-        "bfloat16 and int4 on a CPU need a C++ compiler. auto is bfloat16 on a CPU with a "
-        "compiler, otherwise as stored in the checkpoint."
+        "bfloat16 and int4 on a CPU need Linux and a C++ compiler. auto is bfloat16 on such a CPU, "
+        "otherwise as stored in the checkpoint."
     ),
 ]
 DeviceOption = Annotated[str, arg(help="auto (CUDA if available, else CPU), cpu, cuda or mps.")]

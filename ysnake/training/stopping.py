@@ -1,10 +1,8 @@
 """Why a training run ends, and the summary that is printed at its end."""
 
-import shlex
-
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError, option
-from ysnake.shared.shown import amount
+from ysnake.shared.shown import amount, as_argument
 from ysnake.training.options import Settings
 from ysnake.training.run import MEAN_OVER, Progress, Run, saved_step
 
@@ -71,7 +69,7 @@ def replace_limits(settings: Settings, stored: Settings, progress: Progress) -> 
 
 def summary(run: Run, program: str = cli.MODULES) -> str:
     """The summary at the end of a run, in rich's markup: why it ended, and what to do next."""
-    progress, folder = run.progress, cli.markup(shlex.quote(str(run.folder)))
+    progress, folder = run.progress, cli.markup(as_argument(run.folder))
     assert progress.ended is not None
     kept = saved_step(run.folder / "last")
     why = ENDINGS[progress.ended].format(step=progress.step, loss=progress.mean_loss, kept=kept)

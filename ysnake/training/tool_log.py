@@ -28,7 +28,7 @@ def check(settings: Settings) -> None:
     """Raise InputError if the tool of --log is not installed."""
     tool = settings.log
     if tool is not None and importlib.util.find_spec(tool) is None:
-        install = f"pip install -c constraints.txt -e '.[{tool}]'"
+        install = f'pip install -c constraints.txt -e ".[{tool}]"'
         raise InputError(f"{tool} is not installed: {install}", field="--log")
 
 
