@@ -4,7 +4,6 @@ as a test tells it to; the real client; real processes, some of them killed."""
 import io
 import json
 import os
-import pty
 import random
 import re
 import signal
@@ -282,8 +281,8 @@ def test_killed_and_started_again(server, tmp_path):
     for kept in (3, 9, 20):
         process = start(server, tmp_path, *command)
         wait_until(lambda n=kept: len(documents(tmp_path)) >= n)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait(20) == -signal.SIGKILL
+        process.kill()
+        assert process.wait(20) != 0
         process.stdout.close()
         now = documents(tmp_path)
         assert now[: len(seen)] == seen
@@ -589,6 +588,7 @@ def test_a_missing_model(server, tmp_path):
 
 @pytest.mark.parametrize(("reply", "code"), [("y\n", 0), ("\x04", 2)])
 def test_on_a_terminal_it_asks(server, tmp_path, reply, code):
+    pty = pytest.importorskip("pty", reason="Windows has no such terminals")
     leader, follower = pty.openpty()
     process = start(
         server,

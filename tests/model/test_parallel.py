@@ -25,6 +25,9 @@ from ysnake.shared.errors import InputError
 from ysnake.training import launch, parallel
 from ysnake.training.optimizer import make_moments, make_optimizer
 
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="forks processes and finds them by /proc"
+)
 STEPS = ["--max-steps", "8", "--eval-every", "8", "--vocab-size", "300"]
 OTHER = ["--carry-state", "--accumulate", "2", "--output-size", "16", "--optimizer", "muon"]
 

@@ -1,6 +1,7 @@
 """Training that was interrupted or killed resumes and ends bit for bit as if it never was."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -70,8 +71,8 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=pytest.mark.slow)])
 def test_interrupted_process_resumes_bit_for_bit(tmp_path, whole, name):
     """With SIGHUP the reading end of its output is closed too, as when a terminal is closed."""
-    if not hasattr(signal, name):
-        pytest.skip(f"no {name} here")
+    if os.name == "nt":
+        pytest.skip("Windows ends a process without a signal")
     corpus(tmp_path)
     said, errors = tmp_path / "said", tmp_path / "errors"
     command = [*COMMAND, *OF_PROCESSES, "--run"]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import select
 import signal
@@ -83,6 +82,7 @@ def test_a_state_in_a_file_goes_on_where_the_prompt_ended(folder, tmp_path, caps
 
 def test_interactive_loop(tmp_path):
     """In a real terminal: two prompts, Ctrl-C inside a completion, an empty line, Ctrl-D."""
+    pty = pytest.importorskip("pty", reason="Windows has no such terminals")
     folder = saved(tmp_path, eos_id=None)  # no completion ends by itself
     leader, follower = pty.openpty()
     process = subprocess.Popen(
@@ -123,6 +123,7 @@ def test_interactive_loop(tmp_path):
     os.close(leader)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not tell the peak memory")
 @pytest.mark.parametrize("tokens", [1_500, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_memory_is_flat_over_any_length(folder, tokens):
     """The peak after all generated tokens is within 20 MB of that after 500."""

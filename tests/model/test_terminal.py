@@ -141,6 +141,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path):
     assert out.getvalue().count("cannot be drawn") == 2
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     from ysnake.shared.files import replacing
 
