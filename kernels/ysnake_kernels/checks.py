@@ -4,6 +4,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -75,9 +76,10 @@ def values_can_be_checked(tensor: Tensor) -> bool:
     """Whether the values may be looked at.
 
     They may on a CPU outside torch.compile, where it is cheap. On a GPU it would wait for the
-    device, so it is done only if the environment variable YSNAKE_CHECK is 1.
+    device, so it is done only if the environment variable YSNAKE_CHECK is 1. Subclasses of tensors,
+    such as fake ones, may have no values.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, Parameter):
         return False
     return tensor.device.type == "cpu" or os.environ.get("YSNAKE_CHECK") == "1"
 

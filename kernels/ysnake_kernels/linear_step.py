@@ -41,11 +41,10 @@ class TransposedLinear(Linear):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with an int8 weight, which also rounds its input.
+    """A linear layer with an int8 weight, which also rounds its input, to 7 bits and a sign.
 
-    Without a bias, each row of the input has a scale of its own. With a bias, all rows share one.
-
-    No gradient flows through it. On a Mac it sets torch's engine for such layers, if none is set.
+    Each row of the input has a scale of its own. So its output does not depend on other rows. No
+    gradient flows through it. On a Mac it sets torch's engine for such layers, if none is set.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -65,13 +64,16 @@ class Int8Linear(nn.Module):
             warnings.simplefilter("ignore", UserWarning)
             quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self.packed = torch.ops.quantized.linear_prepack(quantised, self.bias)
+        self.packed = torch.ops.quantized.linear_prepack(quantised, None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), both float32."""
-        # The product uses one scale for all rows of x.
-        product = torch.ops.quantized.linear_dynamic
-        if self.bias is not None or x.shape[:-1].numel() == 1:
-            return product(x, self.packed, self.reduce_range)
-        largest = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
-        return product(x / largest, self.packed, self.reduce_range).mul_(largest)
+        rows = x.reshape(-1, x.shape[-1])
+        largest = rows.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
+        # The product rounds all rows to one range. With this row it is always from -1 to 1.
+        limits = torch.zeros_like(rows[:1])
+        limits[:, 0], limits[:, -1] = -1, 1
+        inputs = torch.cat([rows / largest, limits])
+        y = torch.ops.quantized.linear_dynamic(inputs, self.packed, self.reduce_range)[:-1]
+        y = y.mul_(largest).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y.add_(self.bias)

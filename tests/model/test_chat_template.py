@@ -196,6 +196,8 @@ def test_files_with_a_template(chatty, tmp_path):
 
 
 def test_training_on_keeps_the_template_and_the_names_of_tokens(chatty, tmp_path):
+    from transformers import AutoTokenizer
+
     before = chat_template.load(chatty, checkpoint.load_tokenizer(chatty))
     text = corpus(tmp_path)
     argv = ["--from", str(chatty), "--data", str(text), "--run", str(tmp_path / "run")]
@@ -207,6 +209,9 @@ def test_training_on_keeps_the_template_and_the_names_of_tokens(chatty, tmp_path
         ours = checkpoint.load_tokenizer(folder)
         assert chat_template.load(folder, ours).render(TALK) == before.render(TALK)
         assert chat_template.load(folder, ours).end_id == ours.token_to_id("<|im_end|>")
+        theirs = [AutoTokenizer.from_pretrained(path) for path in (chatty, folder)]
+        first, second = (t.apply_chat_template(TALK, return_dict=False) for t in theirs)
+        assert first == second
 
 
 def test_many_special_tokens_are_refused(chatty):

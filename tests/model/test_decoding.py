@@ -199,6 +199,17 @@ def test_a_row_of_int8_does_not_depend_on_its_neighbours(compile):
     assert torch.allclose(linear(scaled)[0], linear(x)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_text_read_at_once_and_in_pieces_is_the_same(weights):
+    """Up to 128 tokens are multiplied by one way, and more by another."""
+    decoder, tokens = Decoder(model(), weights), torch.randint(1, 300, (1, 300))
+    whole, _ = decoder.step(tokens)
+    state, logits = None, None
+    for part in tokens.split(100, 1):
+        logits, state = decoder.step(part, state)
+    torch.testing.assert_close(logits[:, -1], whole[:, -1], atol=1e-4, rtol=1e-4)
+
+
 def test_where_smaller_weights_cannot_be():
     for weights in ("int8", "int4"):
         with pytest.raises(

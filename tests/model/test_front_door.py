@@ -28,6 +28,8 @@ from ysnake.inference.model_options import ModelOptions
 from ysnake.inference.sampling import Sampling
 from ysnake.shared import progress, run_files, run_lock
 from ysnake.shared.errors import InputError
+from ysnake.shared.shown import escape_controls
+from ysnake.text.tokenizer import decode
 from ysnake.training.plot import recent_means
 
 
@@ -200,6 +202,29 @@ def test_a_busy_machine_does_not_interrupt_it(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(preemption, "watch", preemption.Watch(window=0))
     language_model.load(folder).loss("The adder")
     assert caplog.messages == [f"warning: {preemption.ADVICE}"]
+
+
+def test_the_model_remembers_no_stop_text_and_nothing_behind_it(chat, loaded, capsys):
+    """The model remembers what was shown, in a chat and where an empty line continues a text."""
+    decoder, tokenizer = loaded
+    whole = Context(decoder, tokenizer.get_vocab_size())
+    read(whole, tokenizer, "The adder")
+    reply = decode(tokenizer, list(whole.generate(Sampling(temperature=0), 5)))
+    chat.stops = (reply[len(reply) // 2 :][:2],)
+    shown = reply[: reply.index(chat.stops[0])]
+    chat.answer("The adder")
+    assert capsys.readouterr().out == f"{escape_controls(shown, keep=chr(10))}\n"
+    right = Context(decoder, tokenizer.get_vocab_size())
+    for text in ("The adder", shown):
+        read(right, tokenizer, text)
+    after = right.copy()
+    read(after, tokenizer, "\n")
+    torch.testing.assert_close(chat.context.logits, after.logits)
+    start = Context(decoder, tokenizer.get_vocab_size())
+    read(start, tokenizer, "The adder")
+    how = (Sampling(temperature=0), 5, chat.stops)
+    context, _ = conversation.complete(start, tokenizer, *how)
+    torch.testing.assert_close(context.logits, right.logits)
 
 
 def test_undo_and_clear(chat):

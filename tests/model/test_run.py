@@ -164,6 +164,8 @@ def test_sampling():
     assert drawn(temperature=1.0, top_p=0.8) == {2, 3}  # 0.64 + 0.24 is the first sum above
     assert drawn(top_p=1e-9) == {3}
     assert drawn(temperature=0, repetition_penalty=2.0) == {2}
+    for lowest in (1e-6, 1e-38, 1e-300):
+        assert drawn(temperature=lowest, top_p=1.0) == {3}
 
 
 def test_padding_is_never_drawn(folder):

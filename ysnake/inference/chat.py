@@ -5,7 +5,6 @@ The model completes text. So a conversation is one text, with a line break after
 
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,14 +12,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from ysnake.inference.conversation import interruptible, read
+from ysnake.inference.conversation import complete, read
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.generate import Context
 from ysnake.inference.sampling import Sampling
-from ysnake.inference.text_stream import texts, until
 from ysnake.shared import terminal
 from ysnake.shared.errors import InputError
-from ysnake.shared.shown import amount, escape_controls
+from ysnake.shared.shown import amount
 
 HELP = """\
   an empty line       let the model continue
@@ -102,24 +100,12 @@ class Chat:
 
     def reply(self) -> None:
         """Print the reply while the model generates it, then the speed."""
-        written = 0
-
-        def counted() -> Iterator[int]:
-            nonlocal written
-            for token in interruptible(self.context.generate(self.sampling, self.max_tokens)):
-                written += 1
-                yield token
-
         began = time.perf_counter()
-        try:
-            for text in until(texts(self.tokenizer, counted()), self.stops):
-                print(escape_controls(text, keep="\n\t"), end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]", end="")
+        how = (self.sampling, self.max_tokens, self.stops)
+        self.context, n_tokens = complete(self.context, self.tokenizer, *how)
         seconds = max(time.perf_counter() - began, 1e-9)
-        print(flush=True)
-        print(f"[{amount(written, 'token')}, {written / seconds:.0f} a second]", file=sys.stderr)
-        if written:
+        print(f"[{amount(n_tokens, 'token')}, {n_tokens / seconds:.0f} a second]", file=sys.stderr)
+        if n_tokens:
             read(self.context, self.tokenizer, "\n")
 
     def command(self, name: str, values: list[str], line: str) -> None:

@@ -83,15 +83,39 @@ def complete(
     sampling: Sampling,
     max_tokens: int,
     stops: tuple[str, ...],
-) -> None:
-    """Print a completion while it is written. Ctrl-C ends the completion, not the program."""
-    tokens = interruptible(context.generate(sampling, max_tokens))
+) -> "tuple[Context, int]":
+    """Print a completion while it is generated. Ctrl-C ends the completion, not the program.
+
+    Returns the context to go on with, and the number of tokens that were generated. That context
+    has read what was printed: no stop text, and nothing behind it.
+    """
+    from ysnake.text.tokenizer import encode
+
+    before, generated, printed, n_tokens = context.copy(), "", "", 0
+
+    def tokens() -> "Iterator[int]":
+        nonlocal n_tokens
+        for token in interruptible(context.generate(sampling, max_tokens)):
+            n_tokens += 1
+            yield token
+
+    def noted() -> "Iterator[str]":
+        nonlocal generated
+        for text in texts(tokenizer, tokens()):
+            generated += text
+            yield text
+
     try:
-        for text in until(texts(tokenizer, tokens), stops):
+        for text in until(noted(), stops):
+            printed += text
             print(escape_controls(text, keep="\n\t"), end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     print(flush=True)
+    if printed == generated:
+        return context, n_tokens
+    before.feed(encode(tokenizer, printed))
+    return before, n_tokens
 
 
 def converse(
@@ -124,4 +148,4 @@ def converse(
             read(context, tokenizer, prompt)
         elif context.logits is None:
             continue
-        complete(context, tokenizer, sampling, max_tokens, stops)
+        context, _ = complete(context, tokenizer, sampling, max_tokens, stops)

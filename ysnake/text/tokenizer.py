@@ -146,7 +146,8 @@ def save(tokenizer: Tokenizer, folder: Path, **settings: str | None) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         **settings,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
+        # Text has no special tokens, unless a chat template writes them.
+        "split_special_tokens": "chat_template" not in settings,
         "model_max_length": 10**30,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(written, indent=2) + "\n")

@@ -18,6 +18,8 @@ GROUP = 32  # columns of a block, which share a scale in int4
 ROWS = 4  # rows of a block
 FEW = 128  # rows of x up to which the compiled product is the faster one
 SCALES_TRIED = 6  # for each group of int4
+LARGEST = 2047  # of the integers to which x is rounded, as in products.hpp
+MOST_OF_A_SUM = 2**31 - 1  # sums of their products have 32 bits
 AT_A_TIME = 1 << 15  # weights for which they are tried, so that all stays in the cache
 
 
@@ -86,6 +88,16 @@ class Matrix:
         self.code.ysnake_product(ctypes.byref(self.struct), x_at, *sizes, y_at)
         return y
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """x (..., columns) as `product` rounds it: where weights are integers, to integers too."""
+        if self.format not in ("int8", "int4"):
+            return x
+        padded = -(-self.columns // GROUP) * GROUP
+        most = min(LARGEST, MOST_OF_A_SUM // 128 // padded)
+        largest = x.abs().amax(-1, keepdim=True)
+        integers = torch.round(x * (most / largest.clamp(min=1e-30)))
+        return integers.mul_(largest / most)
+
     def dense(self) -> Tensor:
         """The weight as float32 (rows, columns), with the rounding of its format."""
         if self.format == "float32":
@@ -107,7 +119,7 @@ class PackedLinear(nn.Module):
         """x (..., columns) -> (..., rows), both float32."""
         if x.shape[:-1].numel() <= FEW:
             return self.matrix.product(x)
-        return F.linear(x, self.matrix.dense(), self.matrix.bias)
+        return F.linear(self.matrix.rounded(x), self.matrix.dense(), self.matrix.bias)
 
 
 class Float32Linear(Linear):
