@@ -15,6 +15,7 @@ from ysnake.inference.model_options import CheckpointOption, PathOption
 from ysnake.inference.sampling import Sampling
 from ysnake.shared import cli, files
 from ysnake.shared.shown import as_argument
+from ysnake.text import chat_template
 
 
 @dataclass(kw_only=True)
@@ -40,7 +41,13 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
     path = cli.run_or_newest(options.path)
     folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint)
     name = folder.parent.name if folder.name in ("best", "last") else folder.name
-    write_gguf(options.gguf, model, tokenizer, options.type, name)
+    settings, eos_id = chat_template.kept(folder), model.config.eos_id
+    template = settings.get("chat_template")
+    end_of_turn = tokenizer.token_to_id(settings.get("eos_token", "")) if template else None
+    if end_of_turn == eos_id:
+        end_of_turn = None
+    chat = (template, end_of_turn)
+    write_gguf(options.gguf, model, tokenizer, options.type, name, *chat)
     drawn = Sampling()
     parameters = {
         "temperature": drawn.temperature,
@@ -48,7 +55,8 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         "top_p": drawn.top_p,
         "repeat_penalty": drawn.repetition_penalty,
     }
-    text = modelfile(options.gguf, parameters)
+    end = None if eos_id is None else tokenizer.id_to_token(eos_id)
+    text = modelfile(options.gguf, parameters, end, chats=template is not None)
     with files.replacing(beside) as new:
         new.write_text(text, encoding="utf-8", errors="surrogateescape")
     size = f"{options.gguf.stat().st_size / 1e6:.1f} MB"

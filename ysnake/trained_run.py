@@ -89,7 +89,7 @@ def train(
     names = [field.name for field in fields(settings_of.Settings)]
     sleep_soon()
     say: settings_of.Say = (lambda _: None) if quiet else print
-    with cli.threads_restored():
+    with cli.usual_torch():
         with named_as_in_python(names):
             chosen = settings_of.from_values(given | {"resume": resume}, say)
         if chosen.plan:

@@ -15,6 +15,7 @@ from test_in_place import (
     scan_of_mamba_1,
     tensors,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from ysnake_kernels import causal_conv1d_step, ssd_scan, ssd_step
 from ysnake_kernels.dropin import functions
 
@@ -123,3 +124,13 @@ def test_the_compiler_that_writes_code():
     call = torch.compile(all_of_them, fullgraph=True)
     ours = outputs_and_gradients(call, tensors())
     assert_equal(ours, outputs_and_gradients(all_of_them, tensors()))
+
+
+def test_fake_tensors_have_shapes_and_no_values():
+    """As for tools that plan the memory of a model before they load it."""
+    with FakeTensorMode():
+        x, dt = torch.ones(1, 70, 2, 4, requires_grad=True), torch.ones(1, 70, 2)
+        B = torch.ones(1, 70, 1, 3)
+        y, state = ssd_scan(x, dt, -torch.ones(2), B, B, return_final_states=True)
+        (gradient,) = torch.autograd.grad(y.sum() + state.sum(), x)
+    assert (y.shape, state.shape, gradient.shape) == (x.shape, (1, 2, 4, 3), x.shape)

@@ -83,6 +83,17 @@ def test_transformers_gives_the_same_logits(tmp_path, sizes):
     assert all(torch.equal(t, weights[name]) for name, t in back.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_transformers_reads_the_dtype_that_was_saved(tmp_path, dtype):
+    transformers = pytest.importorskip("transformers", reason="pip install -e '.[test]' has it")
+    m = model().to(dtype)
+    checkpoint.save(tmp_path / "model", m)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    for name, weight in m.state_dict().items():
+        assert theirs[name].dtype == dtype
+        assert torch.equal(theirs[name], weight)
+
+
 def as_state_spaces(folder, kind="pickled", dtype=torch.float32, **changes):
     """Rewrite a saved folder as state-spaces would have published the model."""
     c = checkpoint.load_config(folder)

@@ -194,6 +194,31 @@ def test_command(tmp_path, monkeypatch):
     assert types["blk.0.ssm_conv1d.weight"] == types["blk.0.ssm_norm.weight"] == "F32"
 
 
+def test_a_chat_template_goes_with_the_model(tmp_path):
+    """Ollama and llama.cpp take it from the file, so the Modelfile has none."""
+    folder = saved(tmp_path)
+    learnt = checkpoint.load_tokenizer(folder)
+    learnt.add_special_tokens(["<|im_end|>"])
+    source = "{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    settings = {"chat_template": source, "eos_token": "<|im_end|>"}
+    m = model(vocab=learnt.get_vocab_size())
+    checkpoint.save(tmp_path / "chatty", m, learnt, tokenizer_settings=settings)
+    code, _, errors = entry(export.main, tmp_path / "chatty", "--gguf", tmp_path / "x.gguf")
+    assert code == 0, errors
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == source
+    end = learnt.token_to_id("<|im_end|>")
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == end
+    lines = (tmp_path / "Modelfile").read_text().splitlines()
+    assert not [line for line in lines if line.startswith(("TEMPLATE", "PARAMETER stop"))]
+
+
+def test_a_model_without_an_end_of_documents_has_no_stop_text(tmp_path):
+    folder = saved(tmp_path, eos_id=None)
+    assert entry(export.main, folder, "--gguf", tmp_path / "x.gguf")[0] == 0
+    assert "PARAMETER stop" not in (tmp_path / "Modelfile").read_text()
+
+
 def test_files_of_the_user_are_not_replaced(tmp_path):
     folder = saved(tmp_path)
     out = tmp_path / "out"

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,29 @@ def test_the_threads_and_random_numbers_of_the_program_stay_as_they_were(here):
     with pytest.raises(InputError):
         ysnake.train("snakes.txt", run="runs/mine", **options)  # the run exists
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("settings", ["no_grad", "inference_mode", "autocast", "float64"])
+def test_a_program_s_settings_of_torch_change_nothing(here, settings):
+    options = {"max_steps": 2, "quiet": True, "precision": "float32", **TINY}
+    usual = ysnake.train("snakes.txt", run="runs/usual", **options)
+    dtype = torch.float64 if settings == "float64" else torch.float32
+    blocks = {
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    }
+    try:
+        torch.set_default_dtype(dtype)
+        with blocks.get(settings, nullcontext)():
+            run = ysnake.train("snakes.txt", run="runs/mine", **options)
+            assert torch.get_default_dtype() == (
+                torch.float64 if settings == "float64" else torch.float32
+            )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    first, second = ((each.path / "last/model.safetensors").read_bytes() for each in (usual, run))
+    assert first == second
 
 
 def test_a_stopped_run_is_returned_and_can_be_resumed(here, monkeypatch):

@@ -78,6 +78,7 @@ def save(
     folder = _named_in_utf8(folder)
     new, old = (folder.with_name(folder.name + end) for end in (".new", ".old"))
     config, generation = to_hugging_face(model.config), _generation_config(model.config, tokenizer)
+    config["dtype"] = str(model.backbone.embeddings.weight.dtype).removeprefix("torch.")
     files: dict[str, Callable[[Path], object]] = {
         "config.json": lambda path: _write_json(path, config),
         "generation_config.json": lambda path: _write_json(path, generation),

@@ -24,8 +24,25 @@ if TYPE_CHECKING:
 CONTEXT = 2**20  # the format requires a limit; such a model has none
 
 
-def write_gguf(file: Path, model: "Model", tokenizer: "Tokenizer", type: str, name: str) -> None:
+def write_gguf(
+    file: Path,
+    model: "Model",
+    tokenizer: "Tokenizer",
+    type: str,
+    name: str,
+    chat_template: str | None = None,
+    end_of_turn: int | None = None,
+) -> None:
     """Write the model to `file`, completely or not at all.
+
+    Args:
+        file: an existing one is replaced.
+        model: its weights are written as float32, or as `type` where they are matrices.
+        tokenizer: of the model.
+        type: f32, f16, bf16, q8_0 or q4_0.
+        name: of the model, for people.
+        chat_template: how messages become text, in Jinja's language, if the model has one.
+        end_of_turn: the id of the token that ends a reply in a chat, if it is not the eos.
 
     Raises:
         InputError: llama.cpp does not support the tokenizer or the model, or gguf is not installed.
@@ -42,6 +59,10 @@ def write_gguf(file: Path, model: "Model", tokenizer: "Tokenizer", type: str, na
     writer.add_name(escape_controls(name))
     _add_sizes(writer, model.config)
     _add_tokenizer(writer, model.config, tokenizer)
+    if chat_template is not None:
+        writer.add_chat_template(chat_template)
+    if end_of_turn is not None:
+        writer.add_eot_token_id(end_of_turn)
     mostly = "ALL_F32" if type == "f32" else f"MOSTLY_{type.upper()}"
     writer.add_file_type(gguf.LlamaFileType[mostly])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -1,6 +1,7 @@
 """The Modelfile beside a GGUF file, which `ollama create` reads."""
 
 import hashlib
+import json
 from pathlib import Path
 
 from ysnake.shared import cli
@@ -12,17 +13,21 @@ WRITTEN_BY_US = "# Written by ysnake.export. It replaces this file only if nobod
 HASH = "# SHA-256 of the lines below: "
 
 
-def modelfile(file: Path, parameters: dict[str, float]) -> str:
-    """The text that `ollama create -f` reads: plain completion with these default parameters."""
-    text = "\n".join(
-        (
-            f"FROM ./{file.name}",
-            'TEMPLATE "{{ .Prompt }}"',
-            'PARAMETER stop "<|endoftext|>"',
-            *(f"PARAMETER {name} {value}" for name, value in parameters.items()),
-            "",
-        )
-    )
+def modelfile(file: Path, parameters: dict[str, float], end: str | None, chats: bool) -> str:
+    """The text that `ollama create -f` reads.
+
+    Args:
+        file: the GGUF file.
+        parameters: defaults of how text is drawn.
+        end: the token that ends a document, if the model has one.
+        chats: whether the GGUF file has a chat template. Without one, Ollama completes plain text.
+    """
+    lines = [f"FROM ./{file.name}"]
+    if not chats:
+        lines.append('TEMPLATE "{{ .Prompt }}"')
+        lines += [] if end is None else [f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}"]
+    lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
+    text = "\n".join([*lines, ""])
     return "\n".join((WRITTEN_BY_US, HASH + _sha256(text), text))
 
 

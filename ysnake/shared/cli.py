@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -365,12 +365,22 @@ def use_threads(count: int | None) -> None:
 
 
 @contextmanager
-def threads_restored() -> Iterator[None]:
-    """After the block, torch has as many CPU threads as before."""
+def usual_torch() -> Iterator[None]:
+    """In the block torch computes as in a new process. Afterwards its settings are as before.
+
+    A program may have chosen another default dtype, or call this inside `torch.no_grad` or
+    `torch.autocast`. The block may change the number of threads.
+    """
     import torch
 
-    before = torch.get_num_threads()
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad(), ExitStack() as autocasts:
+            for device in devices:
+                autocasts.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)

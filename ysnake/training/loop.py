@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def fit(run: Run, stop: Stop, console: "Console") -> None:
     """Train until there is a reason to end, and complete last/, the metrics and the picture."""
     settings, progress = run.settings, run.progress
-    speeds: deque[float] = deque(maxlen=MEAN_OVER)
+    times: deque[float] = deque(maxlen=MEAN_OVER)  # of the last steps, in seconds
     n_tokens = settings.accumulate * settings.batch_size * settings.seq_len
     path = run.folder / "metrics.jsonl" if run.ranks.first else Path(os.devnull)
     prepare(run)
@@ -50,13 +50,10 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
                 progress.ended = "interrupted"
                 break
             seconds = run.ranks.from_first(max(0.0, time.perf_counter() - began))
-            speed = (
-                n_tokens / seconds if seconds else None
-            )  # the clock may be coarse or stand still
-            speeds.extend([speed] if speed else [])
+            times.append(seconds)
             progress.elapsed += seconds
             progress.ended = reason_to_end(run)
-            said = metrics_of.text(run, sum(speeds) / max(1, len(speeds)))
+            said = metrics_of.text(run, _per_second(n_tokens * len(times), sum(times)) or 0.0)
             done = metrics_of.part_done(run)
             show(done, said)
             evaluated = progress.step % settings.eval_every == 0 or progress.ended is not None
@@ -65,7 +62,7 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
                 measured |= evaluate(run, console, partial(show, done))
                 progress.elapsed += run.ranks.from_first(max(0.0, time.perf_counter() - began))
                 progress.ended = progress.ended or reason_to_end(run)
-            line = metrics_of.line(run, measured, speed, resumed)
+            line = metrics_of.line(run, measured, _per_second(n_tokens, seconds), resumed)
             metrics.write(json.dumps(line) + "\n")
             log(line)
             resumed = False
@@ -83,3 +80,8 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
         save_last(run)
     if not evaluated:  # else the picture shows all steps already
         run.ranks.on_first(lambda: draw_loss(run.folder, console))
+
+
+def _per_second(number: int, seconds: float) -> float | None:
+    """The number for each second; None if the clock has not moved, as a coarse one may."""
+    return number / seconds if seconds else None

@@ -103,6 +103,7 @@ def _tokenizer_and_model(
 
     if settings.from_ is not None:
         _, tokenizer, model = checkpoint.load_all(settings.from_)
+        model.float()  # of a checkpoint in float64
         model.config.document_tokens()  # raises before the text is tokenised
         if settings.chunk_size is not None:
             model.use_config(replace(model.config, chunk_size=settings.chunk_size))
