@@ -12,6 +12,8 @@ from small import corpus, entry, model, saved
 from ysnake import evaluate, run, train
 from ysnake.checkpoints import checkpoint
 from ysnake.checkpoints.config_json import from_hugging_face, from_json, to_hugging_face
+from ysnake.inference.generate import Context
+from ysnake.inference.sampling import Sampling
 from ysnake.model import Model
 from ysnake.model.config import ModelConfig
 from ysnake.shared.errors import InputError
@@ -92,6 +94,26 @@ def test_transformers_reads_the_dtype_that_was_saved(tmp_path, dtype):
     for name, weight in m.state_dict().items():
         assert theirs[name].dtype == dtype
         assert torch.equal(theirs[name], weight)
+
+
+def test_every_token_that_ends_a_text_is_kept(tmp_path):
+    """Hugging Face's config.json may list several."""
+    folder = saved(tmp_path)
+    tokens = checkpoint.load_tokenizer(folder).get_vocab_size()
+
+    def written():
+        context = Context(checkpoint.load(folder), tokens)
+        context.feed([5])
+        return list(context.generate(Sampling(temperature=0), 4))
+
+    first = written()[0]
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [0, first]}))
+    (folder / "manifest.json").unlink()
+    assert written() == []
+    checkpoint.save(tmp_path / "again", checkpoint.load(folder))
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [0, first]
 
 
 def as_state_spaces(folder, kind="pickled", dtype=torch.float32, **changes):

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from ysnake.checkpoints.config_json import from_json, to_hugging_face, weight_name
+from ysnake.checkpoints.config_json import eos_token_ids, from_json, to_hugging_face, weight_name
 from ysnake.checkpoints.weight_files import (
     HEADER,
     Shapes,
@@ -409,7 +409,7 @@ def _weights(model: Model) -> dict[str, torch.Tensor]:
 def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     out: dict[str, Any] = {
         "bos_token_id": config.bos_id,
-        "eos_token_id": config.eos_id,
+        "eos_token_id": eos_token_ids(config),
         "pad_token_id": config.pad_id,
     }
     if tokenizer is not None and tokenizer.get_vocab_size() < config.vocab_size:

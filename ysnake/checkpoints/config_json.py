@@ -48,6 +48,7 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
     """
     out: dict[str, Any] = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}
     out |= {theirs: getattr(config, ours) for ours, theirs in _HUGGING_FACE_NAMES.items()}
+    out["eos_token_id"] = eos_token_ids(config)
     out |= {
         "num_heads": config.n_heads,
         "chunk_size": config.chunk_size or 256,
@@ -62,6 +63,13 @@ def to_hugging_face(config: ModelConfig) -> dict[str, Any]:
         low, high = config.dt_limit
         out["time_step_limit"] = [low, {"__float__": "Infinity"} if math.isinf(high) else high]
     return out
+
+
+def eos_token_ids(config: ModelConfig) -> int | list[int] | None:
+    """What Hugging Face calls `eos_token_id`: one id, or a list of several."""
+    if config.eos_id is None or not config.more_eos_ids:
+        return config.eos_id
+    return [config.eos_id, *config.more_eos_ids]
 
 
 def from_json(content: Any) -> ModelConfig:
@@ -99,7 +107,8 @@ def from_hugging_face(content: dict[str, Any]) -> ModelConfig:
         ours: content[theirs] for ours, theirs in _HUGGING_FACE_NAMES.items() if theirs in content
     }
     if isinstance(known["eos_id"], list):
-        known["eos_id"] = known["eos_id"][0]
+        known["eos_id"], *more = known["eos_id"]
+        known["more_eos_ids"] = tuple(more)
     low, high = content.get("time_step_limit") or (0.0, math.inf)
     if isinstance(high, dict):  # transformers writes infinity as {"__float__": "Infinity"}
         high = high["__float__"]

@@ -222,7 +222,7 @@ class BatchWorker:
     def _take(self, job: Job, token: int) -> str:
         """The new text that can be shown after a token. Sets the reason if the job has ended."""
         found, text = False, ""
-        if token == self.model.config.eos_id or token in job.end_ids:
+        if token in self.model.config.end_ids or token in job.end_ids:
             job.reason = "stop"
         else:
             job.n_written += 1

@@ -48,7 +48,7 @@ class Context:
         generator = random_generator(sampling.seed)
         for _ in range(max_tokens):
             token = choose(self.next_logits()[: self.n_tokens], self.seen, sampling, generator)
-            if token == self.model.config.eos_id:
+            if token in self.model.config.end_ids:
                 return
             self.feed([token])
             yield token

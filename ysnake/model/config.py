@@ -47,6 +47,7 @@ class ModelConfig:
     bos_id: int | None = 0
     eos_id: int | None = 0
     pad_id: int | None = 0
+    more_eos_ids: tuple[int, ...] = ()  # further tokens that end a generated text
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -108,6 +109,13 @@ class ModelConfig:
         """Channels of the convolution: x, B and C."""
         return self.d_inner + 2 * self.n_groups * self.d_state
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end a generated text."""
+        return frozenset(
+            self.more_eos_ids if self.eos_id is None else (self.eos_id, *self.more_eos_ids)
+        )
+
     def document_tokens(self) -> tuple[int, int]:
         """The tokens that begin and end a document.
 
@@ -135,6 +143,10 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
         pair = isinstance(value, tuple) and len(value) == 2
         if not pair or not all(isinstance(v, int | float) for v in value):
             raise InputError(f"expected two numbers, got {str(value)[:40]}", field=name)
+        return
+    if name == "more_eos_ids":
+        if not isinstance(value, tuple) or not all(type(v) is int for v in value):
+            raise InputError(f"expected whole numbers, got {str(value)[:40]}", field="eos_id")
         return
     wanted = int | float if kind is float else kind
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
