@@ -125,7 +125,7 @@ def test_the_log_of_errors_is_bounded(capsys, monkeypatch):
         logging.getLogger("any").warning("a bad request")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == error_log.MOST
-    assert "no more warning is logged" in lines[-1]
+    assert "no more warnings are logged" in lines[-1]
     monkeypatch.setattr(error_log, "PERIOD", 0.0)
     logging.getLogger("any").error("later")
     assert "later" in capsys.readouterr().err
