@@ -69,9 +69,9 @@ def test_what_the_output_cannot_express_is_escaped(monkeypatch):
 def test_what_the_output_cannot_express_is_escaped_from_python_too():
     out = stream(b"", "cp1252")
     lasting = terminal.LastingOutput(out)
-    lasting.write("naïve \ufffd")
+    lasting.write("naïve € \ufffd \x81")  # cp1252 has a euro, and no \x81
     lasting.flush()
-    assert out.buffer.getvalue() == b"na\xefve \\ufffd"
+    assert out.buffer.getvalue() == b"na\xefve \x80 \\ufffd \\x81"
 
 
 def test_windows_has_utf8_in_files_and_pipes(monkeypatch):

@@ -38,7 +38,7 @@ def _groups(resource: str) -> Iterator[Path]:
     """
     try:
         lines = OWN.read_text().splitlines()
-    except (OSError, ValueError):  # another system, or none of our business
+    except (OSError, ValueError):  # not Linux, or it cannot be read
         return
     for line in lines:
         number, resources, path = line.split(":", 2)
@@ -56,7 +56,7 @@ def _groups(resource: str) -> Iterator[Path]:
 
 
 def _numbers(path: Path) -> list[int]:
-    """The numbers in a file. None if it is missing, or says that there is no limit."""
+    """The numbers in a file; no numbers if it is missing, or says that there is no limit."""
     try:
         return [int(word) for word in path.read_text().split()]
     except (OSError, ValueError):

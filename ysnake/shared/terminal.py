@@ -87,8 +87,9 @@ class LastingOutput:
         """Write the text. Characters that the stream's encoding lacks become escapes."""
         try:
             return self.stream.write(text)
-        except UnicodeEncodeError as error:  # `prepare` was not called, as from Python
-            known = text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+        except UnicodeEncodeError:  # `prepare` was not called, as from Python
+            encoding = self.stream.encoding or "ascii"
+            known = text.encode(encoding, "backslashreplace").decode(encoding)
             return self.stream.write(known)
         except OSError:
             self._drop()
