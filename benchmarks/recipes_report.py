@@ -10,6 +10,8 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 LN2 = math.log(2)
+MOST_WITH_FIRST = 3  # evaluations of a training up to which the picture shows the first one
+Point = tuple[int, float, float]
 BASELINE = "baseline"
 HEAD = (
     "recipe",
@@ -38,7 +40,7 @@ class Trained:
     recipe: str
     lr: float
     seed: int
-    curve: list[tuple[int, float, float]]
+    curve: list[Point]
 
     @property
     def loss(self) -> float:
@@ -125,6 +127,15 @@ def _part(pairs: list[tuple[Trained, Trained]], axis: int) -> str:
     return f"{fmean(parts):.2f}" if len(parts) == len(pairs) else "not reached"
 
 
+def shown_points(curves: Sequence[Sequence[Point]]) -> list[tuple[Point, ...]]:
+    """The points of some curves, evaluation by evaluation.
+
+    The first is far above the others, so it is left out where three or more others remain.
+    """
+    points = list(zip(*curves, strict=False))
+    return points[1:] if len(points) > MOST_WITH_FIRST else points
+
+
 def draw(trained: Sequence[Trained], title: str, path: Path) -> None:
     """The losses of the best rates over tokens and minutes: means, and bands over the seeds.
 
@@ -139,14 +150,12 @@ def draw(trained: Sequence[Trained], title: str, path: Path) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for runs in sorted(whole, key=lambda runs: fmean(run.loss for run in runs)):
-        curves = [run.curve for run in runs]
-        points = list(zip(*curves, strict=False))[1:]  # the first is far above the others
+        points = shown_points([run.curve for run in runs])
         for axes, axis, unit in zip(panels, (0, 1), (1e6, 60), strict=True):
             at = [fmean(point[axis] for point in each) / unit for each in points]
             losses = [[point[2] for point in each] for each in points]
-            (line,) = axes.plot(
-                at, [fmean(each) for each in losses], label=f"{runs[0].recipe}, {runs[0].lr:g}"
-            )
+            name, mean = f"{runs[0].recipe}, {runs[0].lr:g}", [fmean(each) for each in losses]
+            (line,) = axes.plot(at, mean, marker="o", markersize=3, label=name)
             low, high = ([pick(each) for each in losses] for pick in (min, max))
             axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15)
     for axes, label in zip(panels, ("million tokens", "minutes"), strict=True):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import recipes
-from benchmarks.recipes_report import Trained, best_rate, by_recipe, markdown
+from benchmarks.recipes_report import Trained, best_rate, by_recipe, markdown, shown_points
 from ysnake import train
 from ysnake.shared.errors import InputError
 from ysnake.training.signals import Stop
@@ -54,6 +54,14 @@ def bracket(*runs, failed=(), lr=(2e-3, 4e-3, 8e-3)):
     options = recipes.Options(lr=lr, seed=(0, 1))
     added = recipes.bracket(options, wanted, [run("baseline", *each) for each in runs], failed)
     return [(each.lr, each.seed) for each in added]
+
+
+def test_a_short_curve_is_drawn_whole():
+    curves = [[(step, 1.0, 2.0) for step in range(steps)] for steps in (2, 5)]
+    assert [[point[0][0] for point in shown_points([curve])] for curve in curves] == [
+        [0, 1],
+        [1, 2, 3, 4],
+    ]
 
 
 def test_other_seeds_train_at_the_best_rate_of_the_first():
