@@ -31,18 +31,18 @@ def refusing(times):
     return change
 
 
-def test_windows_is_asked_again(windows):
+def test_windows_tries_again(windows):
     assert files.patiently(refusing(5)) == "made"
 
 
-def test_windows_is_not_asked_for_ever(windows, monkeypatch):
+def test_windows_gives_up_after_a_while(windows, monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.01)
     with pytest.raises(PermissionError):
         files.patiently(refusing(10**6))
 
 
-@pytest.mark.skipif(files.WINDOWS, reason="Windows is asked again")
-def test_other_systems_mean_what_they_say():
+@pytest.mark.skipif(files.WINDOWS, reason="Windows tries again")
+def test_other_systems_fail_at_once():
     with pytest.raises(PermissionError):
         files.patiently(refusing(1))
 

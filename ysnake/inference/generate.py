@@ -19,7 +19,7 @@ from ysnake.shared import files
 from ysnake.shared.errors import InputError
 
 PROMPT_STEP = 512  # tokens of a prompt that are read in one step
-LOWEST = 1e-30  # temperature above zero; float32 has no much smaller ones
+LOWEST = 1e-30  # temperature above 0; with a lower one, logits would become infinite
 FEW = 256  # likeliest tokens that are sorted at first to draw one
 
 
@@ -152,8 +152,6 @@ def draw(
     greedy = [s.temperature == 0 for s in samplings]
     if all(greedy):
         return likeliest
-    # With the largest logit at zero, no temperature makes it infinite.
-    logits = logits - logits.amax(-1, keepdim=True)
     logits = logits / column(max(s.temperature or 1.0, LOWEST) for s in samplings)
     limits = [s.top_k if 0 < s.top_k < n_tokens else n_tokens for s in samplings]
     top_p = column(0.0 if s.temperature == 0 else s.top_p for s in samplings)
