@@ -62,7 +62,10 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
 
 def show(console, title: str, facts: dict[str, str]) -> None:
     console.print(f"[bold]{title}[/]")
+    home = os.path.expanduser("~")
     for name, value in facts.items():
+        if len(home) > 1:  # not "/" or "~"
+            value = value.replace(home, "~")
         console.print(f"  {cli.markup(name)}: {cli.markup(value)}")
 
 
@@ -82,7 +85,7 @@ def machine() -> dict[str, str]:
         "processor": answer(processor),
         "cores": answer(cores),
         "memory": answer(memory),
-        "C compiler": shutil.which("cc") or shutil.which("gcc") or shutil.which("cl") or "none",
+        "C compiler": next(filter(shutil.which, ("cc", "gcc", "cl")), "none"),
     }
 
 

@@ -31,14 +31,13 @@ class Options:
     data: Annotated[tuple[Path, ...], arg(metavar="PATH...")] = ()
     """Files and folders of documents, as for training."""
     max_documents: int | None = None
-    """Use at most this many documents, from each file in turn."""
+    """Largest number of documents, from the files in turn."""
     encoding: str = "utf-8"
     """Encoding of the files, for example utf-16 or cp1252."""
     text_field: Annotated[str, arg(metavar="NAME")] = "text"
     """Field of a .jsonl line that holds the document."""
     weights: Weights = "float32"
-    """Format of the weights that are measured, as in `ysnake run`; by default that of the
-    checkpoint."""
+    """Format of the weights that are measured, as in `ysnake run`. float32 rounds nothing."""
     device: DeviceOption = "auto"
     threads: ThreadsOption = None
 
@@ -75,7 +74,7 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         if line:
             console.print(line, markup=False)
     console.print(
-        f"{folder}: {total.loss_per_token:.4f} nats per token, "
+        f"{cli.markup(folder)}: {total.loss_per_token:.4f} nats per token, "
         f"{total.bits_per_byte:.4f} bits per byte "
         f"({amount(total.documents, 'document')}, {amount(total.tokens, 'token')}, "
         f"{amount(total.bytes, 'byte')})"

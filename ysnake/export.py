@@ -40,14 +40,13 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
 
     path = cli.run_or_newest(options.path)
     folder, tokenizer, model = checkpoint.load_all(path, options.checkpoint)
-    name = folder.parent.name if folder.name in ("best", "last") else folder.name
     settings, eos_id = chat_template.kept(folder), model.config.eos_id
     template = settings.get("chat_template")
     end_of_turn = tokenizer.token_to_id(settings.get("eos_token", "")) if template else None
     if end_of_turn == eos_id:
         end_of_turn = None
     chat = (template, end_of_turn)
-    write_gguf(options.gguf, model, tokenizer, options.type, name, *chat)
+    write_gguf(options.gguf, model, tokenizer, options.type, checkpoint.name_of(folder), *chat)
     drawn = Sampling()
     parameters = {
         "temperature": drawn.temperature,
@@ -55,8 +54,11 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         "top_p": drawn.top_p,
         "repeat_penalty": drawn.repetition_penalty,
     }
-    end = None if eos_id is None else tokenizer.id_to_token(eos_id)
-    text = modelfile(options.gguf, parameters, end, chats=template is not None)
+    # with a chat template Ollama ends a text at the tokens that the GGUF file names
+    ends = model.config.end_ids - ({eos_id, end_of_turn} if template else set())
+    known = [tokenizer.id_to_token(token) for token in sorted(ends) if token >= 0]
+    stops = [token for token in known if token is not None]
+    text = modelfile(options.gguf, parameters, stops, chats=template is not None)
     with files.replacing(beside) as new:
         new.write_text(text, encoding="utf-8", errors="surrogateescape")
     size = f"{options.gguf.stat().st_size / 1e6:.1f} MB"

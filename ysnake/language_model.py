@@ -88,7 +88,7 @@ class LanguageModel:
             how = Sampling(**options)
             read(context, self.tokenizer, prompt)
         tokens = context.generate(how, max_tokens)
-        pieces = until(texts(self.tokenizer, tokens), stops)
+        pieces = until(texts(self.tokenizer, tokens, context.last_token), stops)
         return pieces if stream else "".join(pieces)
 
     def logits(self, text: str) -> "Tensor":
@@ -144,7 +144,7 @@ def load(
             last.
         device: auto (CUDA if available, else CPU), cpu, cuda or mps.
         weights: float32, bfloat16, int8, int4 or auto: how they are stored. Fewer bits generate
-            faster; `ysnake run --help` says more. float32 keeps those of the checkpoint.
+            faster; `ysnake run --help` says more. float32 does not round them.
 
     Raises:
         InputError: there is no model to load, it is damaged, or its weights cannot be stored so.

@@ -21,8 +21,8 @@ class Options:
 
     model: ModelOptions = field(default_factory=ModelOptions)
     prompt: str | None = None
-    """The text to complete. Without it, the program asks for texts line by line in a terminal.
-    Elsewhere it reads standard input, without the last line break."""
+    """The text to complete. Without it, you type texts line by line in a terminal. Piped input is
+    read as one text, without its last line break."""
     prompt_file: Annotated[Path | None, arg(metavar="FILE")] = None
     """Read the prompt from this file, in UTF-8. Use it for a prompt too long for a command line."""
     max_tokens: int = 200
@@ -74,11 +74,12 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         size = options.save_state.stat().st_size / 1e6
         print(
             f"saved the state after the prompt to {options.save_state} "
-            f"({size:.1f} MB for a text of any length)",
+            f"({size:.1f} MB at any length of text)",
             file=sys.stderr,
         )
     else:
-        complete(context, tokenizer, *how)
+        if complete(context, tokenizer, *how).stopped:
+            return cli.INTERRUPTED
     return cli.DONE
 
 

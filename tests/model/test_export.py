@@ -1,7 +1,9 @@
 """GGUF files: their content, and that llama.cpp reads the same text and writes the same text."""
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from small import corpus, entry, model, saved
 
 from ysnake import export
 from ysnake.checkpoints import checkpoint, gguf_file, modelfile
+from ysnake.checkpoints.checkpoint import name_of
 from ysnake.inference.generate import Context
 from ysnake.inference.sampling import Sampling
 from ysnake.shared.errors import InputError
@@ -217,6 +220,32 @@ def test_a_model_without_an_end_of_documents_has_no_stop_text(tmp_path):
     folder = saved(tmp_path, eos_id=None)
     assert entry(export.main, folder, "--gguf", tmp_path / "x.gguf")[0] == 0
     assert "PARAMETER stop" not in (tmp_path / "Modelfile").read_text()
+
+
+def test_an_end_that_is_no_token_is_left_out(tmp_path):
+    folder = saved(tmp_path, eos_id=-1, pad_id=-1)
+    code, _, errors = entry(export.main, folder, "--gguf", tmp_path / "x.gguf")
+    assert code == 0, errors
+    assert "tokenizer.ggml.eos_token_id" not in gguf.GGUFReader(tmp_path / "x.gguf").fields
+    assert "PARAMETER stop" not in (tmp_path / "Modelfile").read_text()
+
+
+def test_ollama_stops_at_each_end(tmp_path):
+    folder = saved(tmp_path, more_eos_ids=(270,))
+    code, _, errors = entry(export.main, folder, "--gguf", tmp_path / "x.gguf")
+    assert code == 0, errors
+    second = json.dumps(checkpoint.load_tokenizer(folder).id_to_token(270), ensure_ascii=False)
+    lines = (tmp_path / "Modelfile").read_text().splitlines()
+    assert {'PARAMETER stop "<|endoftext|>"', f"PARAMETER stop {second}"} < set(lines)
+
+
+@pytest.mark.parametrize("checkpoint", ["last", "last.old", "best"])
+def test_a_model_has_the_name_of_its_run(tmp_path, monkeypatch, checkpoint):
+    folder = tmp_path / "mine" / checkpoint
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder.parent)
+    assert name_of(Path(checkpoint)) == "mine"
+    assert name_of(tmp_path / "mine") == "mine"
 
 
 def test_files_of_the_user_are_not_replaced(tmp_path):

@@ -19,17 +19,19 @@ from ysnake_kernels import preemption
 from ysnake import __main__ as front
 from ysnake import __version__, doctor, language_model, run, runs, train
 from ysnake.checkpoints import checkpoint
-from ysnake.inference import conversation
+from ysnake.inference import chat as chat_module
+from ysnake.inference import conversation, generate
 from ysnake.inference.chat import Chat
 from ysnake.inference.conversation import read
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.generate import Context
 from ysnake.inference.model_options import ModelOptions
 from ysnake.inference.sampling import Sampling
-from ysnake.shared import progress, run_files, run_lock
+from ysnake.inference.text_stream import TextStream
+from ysnake.shared import cli, progress, run_files, run_lock
 from ysnake.shared.errors import InputError
 from ysnake.shared.shown import escape_controls
-from ysnake.text.tokenizer import decode
+from ysnake.text.tokenizer import decode, encode
 from ysnake.training.plot import recent_means
 
 
@@ -151,7 +153,7 @@ def test_ctrl_c_never_stops_inside_the_model(chat, monkeypatch, capsys):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert "[stopped]" in capsys.readouterr().out
+    assert "[stopped]" in capsys.readouterr().err
     monkeypatch.undo()
     whole = Context(chat.decoder, chat.context.n_tokens)
     whole.feed([token for ids in pieces for token in ids])
@@ -172,7 +174,7 @@ def test_ctrl_c_that_is_ignored_stays_ignored(chat, monkeypatch, capsys):
         chat.answer("The adder")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert "[stopped]" not in capsys.readouterr().out
+    assert "[stopped]" not in capsys.readouterr().err
 
 
 def test_it_remembers_what_was_said(chat, loaded, capsys):
@@ -186,7 +188,11 @@ def test_it_remembers_what_was_said(chat, loaded, capsys):
     for text in ("The adder", "\n", "The boa", "\n"):
         read(whole, tokenizer, text)
         if text != "\n":
-            list(whole.generate(Sampling(temperature=0), 5))
+            ids = list(whole.copy().generate(Sampling(temperature=0), 5))
+            stream = TextStream(whole.last_token)
+            for token in ids:
+                stream.step(tokenizer, token)
+            whole.feed(ids[: len(ids) - len(stream.held)])  # without a part of a character
     torch.testing.assert_close(chat.context.logits, whole.logits)
 
 
@@ -223,8 +229,47 @@ def test_the_model_remembers_no_stop_text_and_nothing_behind_it(chat, loaded, ca
     start = Context(decoder, tokenizer.get_vocab_size())
     read(start, tokenizer, "The adder")
     how = (Sampling(temperature=0), 5, chat.stops)
-    context, _ = conversation.complete(start, tokenizer, *how)
+    context = conversation.complete(start, tokenizer, *how).context
     torch.testing.assert_close(context.logits, right.logits)
+
+
+def test_the_model_remembers_no_part_of_a_character(loaded, monkeypatch, capsys):
+    """The largest number of tokens may end a reply within a character, which is then not shown."""
+    decoder, tokenizer = loaded
+    ids = encode(tokenizer, "ab蛇")
+    assert len(ids) >= 4
+    context = Context(decoder, tokenizer.get_vocab_size())
+    read(context, tokenizer, "The adder")
+    right = context.copy()
+    right.feed(encode(tokenizer, "ab"))
+    drawn = iter(ids)
+    monkeypatch.setattr(generate, "choose", lambda *_: next(drawn))
+    done = conversation.complete(context, tokenizer, Sampling(), len(ids) - 1, ())
+    assert capsys.readouterr().out == "ab\n"
+    torch.testing.assert_close(done.context.logits, right.logits)
+
+
+def test_ctrl_c_while_a_reply_is_remembered_forgets_the_line(chat, monkeypatch, capsys):
+    chat.answer("The adder")
+    before = chat.context.logits.clone()
+
+    def read_lines_only(context, tokenizer, text):
+        if text == "\n":  # after the reply
+            raise KeyboardInterrupt
+        read(context, tokenizer, text)
+
+    monkeypatch.setattr(chat_module, "read", read_lines_only)
+    with pytest.raises(KeyboardInterrupt):
+        chat.answer("The boa")
+    assert torch.equal(chat.context.logits, before)
+    assert "the text is forgotten" in capsys.readouterr().err
+    chat.command("undo", [], "/undo")
+    assert chat.context.logits is None
+
+
+def test_a_closed_input_is_the_end_of_a_chat(chat, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    chat.talk()
 
 
 def test_undo_and_clear(chat):
@@ -277,7 +322,7 @@ def test_commands_that_cannot_be_done(chat, here, line, names):
 def test_save_and_load(chat, loaded, here, capsys):
     chat.answer("The adder")
     chat.answer("/save of today.state")
-    assert "MB for a text of any length" in capsys.readouterr().err
+    assert "MB at any length of text" in capsys.readouterr().err
     other = Chat(*loaded, Sampling(temperature=0), 5, ())
     other.answer("/load of today.state")
     torch.testing.assert_close(other.context.logits, chat.context.logits)
@@ -412,6 +457,17 @@ def test_doctor_here(capsys):
     out = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in out
     assert "CPU: eager" in out
+
+
+def test_doctor_names_no_user(monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/alice")
+    monkeypatch.setenv("USERPROFILE", "/home/alice")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/home/alice/bin/{name}")
+    doctor.show(cli.console(), "machine", doctor.machine() | {"cache": "/home/alice/.cache/x"})
+    out = capsys.readouterr().out
+    assert "alice" not in out
+    assert "C compiler: cc\n" in out
+    assert "cache: ~/.cache/x\n" in out
 
 
 def test_doctor_names_a_second_copy_of_the_operators(monkeypatch):

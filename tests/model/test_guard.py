@@ -13,6 +13,8 @@ from ysnake.serve import Options
 from ysnake.serving import connections, error_log
 from ysnake.serving.fields import Refused
 from ysnake.serving.guard import Guard, is_local
+from ysnake.serving.options import check
+from ysnake.shared.errors import InputError
 
 HERE = "127.0.0.1:11435"
 OWN = {"Host": HERE, "Origin": f"http://{HERE}", "Sec-Fetch-Site": "same-origin"}
@@ -76,11 +78,17 @@ def test_a_server_for_other_machines():
 
 
 def test_pages_that_are_allowed():
-    options = Options(allow_origin=("https://friend.example/",))
+    options = Options(allow_origin=("https://Friend.example/",))
     page = {"Host": HERE, "Sec-Fetch-Site": "cross-site"}
     assert status(options, page | {"Origin": "https://friend.example"}) is None
     assert status(options, page | {"Origin": "http://friend.example"}) == 403
     assert status(Options(allow_origin=("*",)), page | {"Origin": "null"}) is None
+
+
+@pytest.mark.parametrize("origin", ["friend.example", "https://friend.example/app", "https://"])
+def test_origins_that_no_browser_sends(origin):
+    with pytest.raises(InputError, match="--allow-origin: expected https://NAME without a path"):
+        check(Options(allow_origin=(origin,)))
 
 
 def test_addresses_of_this_machine():

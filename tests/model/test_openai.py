@@ -16,6 +16,7 @@ from ysnake.inference.model_options import ModelOptions
 from ysnake.serve import Options
 from ysnake.serving import chat
 from ysnake.serving.fields import Refused
+from ysnake.serving.openai_api import completion
 from ysnake.serving.service import load
 from ysnake.text.tokenizer import encode
 
@@ -143,6 +144,12 @@ def test_a_model_without_a_first_token_needs_text(served):
     assert len(asyncio.run(service.prompt_ids("x"))) == 1
     with pytest.raises(Refused, match="expected text, as this model has no token"):
         asyncio.run(service.prompt_ids(""))
+
+
+def test_the_usual_number_of_tokens_keeps_to_the_limit(served):
+    service = load(Options(ModelOptions(served, threads=1), max_tokens=10))
+    asked = {"model": service.name, "prompt": "x"}
+    assert asyncio.run(completion(service, asked, "")).job.max_tokens == 10
 
 
 def test_the_openai_client(address):

@@ -13,13 +13,16 @@ from itertools import chain
 import pytest
 import torch
 from small import entry, environment, model, python, saved
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from ysnake import evaluate, run
 from ysnake.checkpoints import checkpoint
+from ysnake.inference import generate
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.generate import Context, choose
 from ysnake.inference.sampling import Sampling
 from ysnake.inference.text_stream import texts, until
+from ysnake.language_model import LanguageModel
 from ysnake.model.config import ModelConfig
 from ysnake.model.network import Model
 from ysnake.shared.errors import InputError
@@ -202,6 +205,38 @@ def test_text_streams_in_whole_characters(folder):
     assert "".join(texts(tokenizer, tokenizer.encode(text).ids)) == text
 
 
+SPACE = "\u2581"
+BYTES = {f"<0x{i:02X}>": i for i in range(256)}
+
+
+def test_broken_bytes_do_not_end_a_text():
+    """Half a character behind a whole one makes the decoder show both as broken."""
+    fallback = Tokenizer(models.BPE(vocab=BYTES | {"a": 256}, merges=[], byte_fallback=True))
+    fallback.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    euro, a = list("€".encode()), 256
+    ids = [a, *euro, *euro[:1], a, a, *euro, a]
+    assert "".join(texts(fallback, ids)) == "a€\ufffdaa€a"
+
+
+def test_the_first_space_of_a_completion_is_kept(monkeypatch):
+    """A tokenizer as Llama 2's decodes a space at the start of a text as nothing."""
+    spaced = Tokenizer(models.BPE(vocab={SPACE: 0, "a": 1, SPACE + "b": 2}, merges=[]))
+    spaced.normalizer = normalizers.Replace(" ", SPACE)
+    spaced.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    monkeypatch.setattr(generate, "choose", lambda *_: 2)
+    assert "".join(texts(spaced, [2, 2])) == "b b"
+    assert "".join(texts(spaced, [2, 2], after=1)) == " b b"
+    assert LanguageModel(Decoder(model(vocab=64)), spaced).generate("a", 2) == " b b"
+
+
+def test_a_part_of_a_character_before_a_completion_is_not_shown_with_it(folder):
+    tokenizer = checkpoint.load_tokenizer(folder)
+    snake, a = tokenizer.encode("蛇").ids, tokenizer.encode("a").ids
+    assert "".join(texts(tokenizer, a, after=snake[0])) == "a"
+
+
 def test_wrong_ways_to_draw():
     for bad in ({"temperature": -1}, {"top_k": -1}, {"repetition_penalty": 0}):
         with pytest.raises(InputError, match="expected"):
@@ -254,6 +289,24 @@ def test_text_that_the_tokenizer_drops_counts_and_is_told():
     assert "drops 100.0% of the text (300 of 300 bytes)" in none.warning()
 
 
+def test_the_loss_of_16_bit_weights_is_summed_in_32_bits(folder):
+    """As on a GPU, where `--weights bfloat16` makes the logits bfloat16 too."""
+    from ysnake.inference import score as scoring
+    from ysnake.text.tokenizer import encode
+
+    tokenizer = checkpoint.load_tokenizer(folder)
+    decoder = Decoder(checkpoint.load(folder).bfloat16())
+    text = "The viper counts to 12 and wakes. " * 20
+    ids = [*encode(tokenizer, text), 0]
+    logits, _ = decoder.step(torch.tensor([[0, *ids[:-1]]]))
+    assert logits.dtype == torch.bfloat16
+    right = torch.nn.functional.cross_entropy(
+        logits[0].double(), torch.tensor(ids), reduction="sum"
+    )
+    total = scoring.score(decoder, tokenizer, [(text, True)], lambda n: None)
+    assert total.nats == pytest.approx(right.item(), rel=1e-5)
+
+
 def test_evaluate_command(folder, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "The boa number 5 sleeps."}) + "\n")
     code, printed, errors = entry(evaluate.main, folder, "--data", tmp_path / "a.jsonl")
@@ -261,3 +314,13 @@ def test_evaluate_command(folder, tmp_path):
     assert re.search(r"\d\.\d{4} nats per token, \d\.\d{4} bits per byte", printed)
     code, _, errors = entry(evaluate.main, folder)
     assert (code, "--data: expected" in errors) == (2, True)
+
+
+def test_evaluate_prints_the_name_of_the_checkpoint(tmp_path):
+    place = tmp_path / "run[lr=3e-3]"
+    place.mkdir()
+    text = tmp_path / "a.txt"
+    text.write_text("The boa sleeps.")
+    code, printed, errors = entry(evaluate.main, saved(place), "--data", text)
+    assert code == 0, errors
+    assert f"{place / 'model'}: " in printed

@@ -367,7 +367,7 @@ def test_a_diverged_run_keeps_its_last_good_state_and_resumes_at_a_lower_rate(
     said = " ".join(capsys.readouterr().out.split())
     assert len(metrics(run)) == 15
     # The weights after step 5 are those that give no finite loss, so step 4 is the last good one.
-    assert "last/ holds the checkpoint of step 4, before that; resume with a lower --lr" in said
+    assert "last/ holds the earlier checkpoint of step 4; resume with a lower --lr" in said
     assert "--resume --lr 0.001" in said
     monkeypatch.setattr(step, "batch_loss", real)
     argv = ["--run", str(run), "--resume", "--max-steps", "7"]
@@ -414,7 +414,7 @@ def test_a_preset_vocabulary_is_a_ceiling(tmp_path, capsys):
     data = str(corpus(tmp_path))
     argv = [*TINY, "--data", data, "--run", str(tmp_path / "run"), "--max-steps", "1"]
     assert train.main(argv) == 0
-    assert "these documents are enough for no more" in " ".join(capsys.readouterr().out.split())
+    assert "more text is needed for a larger one" in " ".join(capsys.readouterr().out.split())
     size = checkpoint.load_tokenizer(tmp_path / "run/last").get_vocab_size()
     assert size < PRESETS["quick"].max_vocab
 

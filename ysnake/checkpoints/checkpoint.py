@@ -197,6 +197,13 @@ def newest_good(folder: Path | str, read: Callable[[Path], Read]) -> tuple[Path,
     return old, found
 
 
+def name_of(folder: Path) -> str:
+    """The name of the model in a checkpoint folder: that of its run, or else of the folder."""
+    folder = folder.resolve()
+    name = folder.name.removesuffix(".old")
+    return folder.parent.name if name in ("best", "last") else name
+
+
 def put_back(good: Path, folder: Path) -> None:
     """Make the checkpoint `good` the one at `folder`; the one there becomes `folder`.damaged."""
     damaged = folder.with_name(folder.name + ".damaged")

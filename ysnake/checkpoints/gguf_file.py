@@ -149,7 +149,7 @@ def _add_tokenizer(writer: "GGUFWriter", config: ModelConfig, tokenizer: "Tokeni
         (writer.add_eos_token_id, config.eos_id),
         (writer.add_pad_token_id, config.pad_id),
     ):
-        if token is not None:
+        if token is not None and 0 <= token < config.vocab_size:
             add(token)
     writer.add_add_bos_token(config.bos_id is not None)
     if padding := [i for i in range(config.vocab_size) if i not in by_id]:

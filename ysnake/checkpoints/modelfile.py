@@ -13,19 +13,19 @@ WRITTEN_BY_US = "# Written by ysnake.export. It replaces this file only if nobod
 HASH = "# SHA-256 of the lines below: "
 
 
-def modelfile(file: Path, parameters: dict[str, float], end: str | None, chats: bool) -> str:
+def modelfile(file: Path, parameters: dict[str, float], stops: list[str], chats: bool) -> str:
     """The text that `ollama create -f` reads.
 
     Args:
         file: the GGUF file.
         parameters: defaults of how text is drawn.
-        end: the token that ends a document, if the model has one.
+        stops: tokens that end a text.
         chats: whether the GGUF file has a chat template. Without one, Ollama completes plain text.
     """
     lines = [f"FROM ./{file.name}"]
     if not chats:
         lines.append('TEMPLATE "{{ .Prompt }}"')
-        lines += [] if end is None else [f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}"]
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
     lines += [f"PARAMETER {name} {value}" for name, value in parameters.items()]
     text = "\n".join([*lines, ""])
     return "\n".join((WRITTEN_BY_US, HASH + _sha256(text), text))

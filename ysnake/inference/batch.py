@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 
 import torch
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.embedding import MeanState
 from ysnake.inference.generate import PROMPT_STEP, Context, draw, random_generator
 from ysnake.inference.sampling import Sampling
-from ysnake.inference.text_stream import cut
+from ysnake.inference.text_stream import TextStream, cut
 from ysnake.model.network import LayerState
 
 
@@ -51,7 +50,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.generator = random_generator(self.sampling.seed)
-        self.decoder = DecodeStream(skip_special_tokens=True)
+        self.written = TextStream(after=self.ids[-1] if self.ids else None)
         self.waiting = ""  # text that may begin a stop text
 
 
@@ -146,13 +145,13 @@ class BatchWorker:
             if job.n_read < len(job.ids):
                 self.reading.rotate(-1)
                 continue
-            self.reading.popleft()
             if isinstance(reader, Context):
                 self._join(job, reader)
             else:
                 job.reason = "stop"
                 job.read = job.ended = time.perf_counter_ns()
                 news.append((job, "", True))
+            self.reading.popleft()
 
     def _remembered(self, job: Job) -> Context:
         """A context to read the prompt with, from its longest remembered beginning."""
@@ -174,12 +173,12 @@ class BatchWorker:
             ours.conv[row], ours.ssm[row] = theirs.conv[0], theirs.ssm[0]
         self.logits[row] = context.next_logits()[: self.n_tokens]
         self.seen[row] = context.seen
-        self.writing.append(job)
         job.read = time.perf_counter_ns()
         self.memory[job.owner, job.ids] = context
         self.memory.move_to_end((job.owner, job.ids))
         while len(self.memory) > self.remembered:
             self.memory.popitem(last=False)
+        self.writing.append(job)
 
     def _leave(self, row: int) -> None:
         last = len(self.writing) - 1
@@ -226,7 +225,7 @@ class BatchWorker:
             job.reason = "stop"
         else:
             job.n_written += 1
-            new = job.decoder.step(self.tokenizer, token) or ""
+            new = job.written.step(self.tokenizer, token)
             text, job.waiting, found = cut(job.waiting + new, job.stops)
             if found:
                 job.reason = "stop"

@@ -91,18 +91,18 @@ class Chat:
         try:
             if text:
                 read(self.context, self.tokenizer, text)
+            self.reply()
         except KeyboardInterrupt:
             self.context = before
             print("[stopped; the text is forgotten]", end="", file=sys.stderr)
             raise
         self.before = [*self.before, before][-MOST_UNDONE:]
-        self.reply()
 
     def reply(self) -> None:
         """Print the reply while the model generates it, then the speed."""
         began = time.perf_counter()
         how = (self.sampling, self.max_tokens, self.stops)
-        self.context, n_tokens = complete(self.context, self.tokenizer, *how)
+        self.context, n_tokens, _ = complete(self.context, self.tokenizer, *how)
         seconds = max(time.perf_counter() - began, 1e-9)
         print(f"[{amount(n_tokens, 'token')}, {n_tokens / seconds:.0f} a second]", file=sys.stderr)
         if n_tokens:
@@ -176,4 +176,4 @@ class Chat:
         else:
             self.context.save(path)
             size = path.stat().st_size / 1e6
-            print(f"saved to {path} ({size:.1f} MB for a text of any length)", file=sys.stderr)
+            print(f"saved to {path} ({size:.1f} MB at any length of text)", file=sys.stderr)

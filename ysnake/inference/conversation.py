@@ -3,10 +3,9 @@
 import signal
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ysnake.inference.sampling import Sampling
-from ysnake.inference.text_stream import texts, until
 from ysnake.shared import cli, terminal
 from ysnake.shared.errors import InputError
 from ysnake.shared.progress import progress
@@ -77,31 +76,33 @@ def interruptible(tokens: "Iterator[int]") -> "Iterator[int]":
         signal.signal(signal.SIGINT, before)
 
 
+class Completed(NamedTuple):
+    """What a completion leaves."""
+
+    context: "Context"  # has read what was printed: no stop text, and nothing behind it
+    n_tokens: int  # generated
+    stopped: bool  # by Ctrl-C
+
+
 def complete(
     context: "Context",
     tokenizer: "Tokenizer",
     sampling: Sampling,
     max_tokens: int,
     stops: tuple[str, ...],
-) -> "tuple[Context, int]":
-    """Print a completion while it is generated. Ctrl-C ends the completion, not the program.
-
-    Returns the context to go on with, and the number of tokens that were generated. That context
-    has read what was printed: no stop text, and nothing behind it.
-    """
+) -> Completed:
+    """Print a completion while it is generated. Ctrl-C ends the completion, not the program."""
+    from ysnake.inference.text_stream import TextStream, until
     from ysnake.text.tokenizer import encode
 
-    before, generated, printed, n_tokens = context.copy(), "", "", 0
-
-    def tokens() -> "Iterator[int]":
-        nonlocal n_tokens
-        for token in interruptible(context.generate(sampling, max_tokens)):
-            n_tokens += 1
-            yield token
+    before, generated, printed, stopped = context.copy(), "", "", False
+    stream, ids = TextStream(context.last_token), list[int]()
 
     def noted() -> "Iterator[str]":
         nonlocal generated
-        for text in texts(tokenizer, tokens()):
+        for token in interruptible(context.generate(sampling, max_tokens)):
+            ids.append(token)
+            text = stream.step(tokenizer, token)
             generated += text
             yield text
 
@@ -110,12 +111,16 @@ def complete(
             printed += text
             print(escape_controls(text, keep="\n\t"), end="", flush=True)
     except KeyboardInterrupt:
-        print(" [stopped]", end="")
+        stopped = True
+        print(" [stopped]", end="", file=sys.stderr, flush=True)
     print(flush=True)
-    if printed == generated:
-        return context, n_tokens
-    before.feed(encode(tokenizer, printed))
-    return before, n_tokens
+    if printed != generated:
+        context = before
+        context.feed(encode(tokenizer, printed))
+    elif stream.held:  # a part of a character at the end
+        context = before
+        context.feed(ids[: len(ids) - len(stream.held)])
+    return Completed(context, len(ids), stopped)
 
 
 def converse(
@@ -148,4 +153,4 @@ def converse(
             read(context, tokenizer, prompt)
         elif context.logits is None:
             continue
-        context, _ = complete(context, tokenizer, sampling, max_tokens, stops)
+        context = complete(context, tokenizer, sampling, max_tokens, stops).context

@@ -33,6 +33,7 @@ class Context:
         self.state = model.empty_state(1)
         self.device = model.backbone.embeddings.weight.device
         self.logits: Tensor | None = None  # (vocab_size,), for the next token
+        self.last_token: int | None = None
         self.seen = torch.zeros(model.config.vocab_size, dtype=torch.bool, device=self.device)
 
     def feed(self, ids: list[int]) -> None:
@@ -42,6 +43,7 @@ class Context:
             logits, self.state = self.step(some, self.state, last_only=True)
             self.logits = logits[0].float()
             self.seen[some[0]] = True
+            self.last_token = ids[i : i + PROMPT_STEP][-1]
 
     def generate(self, sampling: Sampling, max_tokens: int) -> Iterator[int]:
         """Draw up to `max_tokens` tokens. Stops at an eos, which is neither read nor yielded."""
@@ -78,7 +80,8 @@ class Context:
         tensors = {name: t.contiguous() for name, t in tensors.items()}
         with files.replacing(path) as new:
             try:
-                save_file(tensors, new, {"model": self._fingerprint()})
+                about = {"model": self._fingerprint(), "last_token": str(self.last_token)}
+                save_file(tensors, new, about)
             except SafetensorError as error:
                 raise InputError(f"{path}: cannot be written ({error})") from error
 
@@ -88,7 +91,8 @@ class Context:
             raise InputError(f"{path}: no such file")
         try:
             with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("model") != self._fingerprint():
+                about = file.metadata() or {}
+                if about.get("model") != self._fingerprint():
                     raise InputError(f"{path}: the state of another model")
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
@@ -102,6 +106,8 @@ class Context:
                 raise InputError(
                     f"{path}: not a saved state ({name} is missing or of another kind)"
                 )
+        last_token = about.get("last_token", "")
+        self.last_token = int(last_token) if last_token.isdecimal() else None
         self.logits, self.seen = (tensors[name].to(self.device) for name in ("logits", "seen"))
         for i, layer in enumerate(self.state):  # copy, to keep the memory layout
             layer.conv.copy_(tensors[f"{i}.conv"])

@@ -37,7 +37,7 @@ WeightsOption = Annotated[
     arg(
         help="How weights are stored for generation. Fewer bits generate a single text faster. "
         "bfloat16 and int4 on a CPU need Linux and a C++ compiler. auto is bfloat16 on such a CPU, "
-        "otherwise as stored in the checkpoint."
+        "and float32 otherwise."
     ),
 ]
 DeviceOption = Annotated[str, arg(help="auto (CUDA if available, else CPU), cpu, cuda or mps.")]
@@ -54,8 +54,8 @@ class ModelOptions:
     checkpoint: CheckpointOption = None
     weights: WeightsOption = "auto"
     no_compile: bool = False
-    """On a CPU, generate with pure torch. By default, C++ code generates if there is a compiler. It
-    is compiled at the first start, in a few seconds."""
+    """On a CPU, generate with pure torch. By default, C++ code generates, on Linux with a C++
+    compiler. It is compiled at the first start, in a few seconds."""
     device: DeviceOption = "auto"
     threads: ThreadsOption = None
 

@@ -75,7 +75,8 @@ def score(
             targets = torch.tensor(ids[i : i + READ], device=device)
             inputs = torch.cat([targets.new_tensor([before]), targets[:-1]])
             logits, state = decoder.step(inputs[None], state)
-            total.nats += cross_entropy(logits[0], targets, reduction="sum").item()
+            logits = logits[0].to(torch.promote_types(logits.dtype, torch.float32))
+            total.nats += cross_entropy(logits, targets, reduction="sum").item()
             before = ids[i : i + READ][-1]
         total.tokens += len(ids)
         total.bytes += len(text.encode("utf-8", "replace"))

@@ -80,20 +80,18 @@ def application(service: Service) -> Starlette:
         Route("/api/tags", models),
         Route("/api/ps", models),
         Route("/v1/models", listed),
-        Route("/v1/models/{name}", one_model),
+        Route("/v1/models/{name:path}", one_model),
         *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posted.items()),
     ]
     middleware = [Middleware(Guard, options=service.options)]
-    if origins := service.options.allow_origin:
-        methods, headers = ["GET", "POST"], ["*"]
-        middleware.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=[origin.rstrip("/") for origin in origins],
-                allow_methods=methods,
-                allow_headers=headers,
-            )
-        )
+    if origins := service.options.origins():
+        allowed: dict[str, Any] = {
+            "allow_origins": origins,
+            "allow_methods": ["GET", "POST"],
+            "allow_headers": ["*"],
+        }
+        # before the guard, so that an allowed page can read its errors too
+        middleware.insert(0, Middleware(CORSMiddleware, **allowed))
     return Starlette(
         routes=routes,
         lifespan=lifespan,

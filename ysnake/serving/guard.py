@@ -50,7 +50,7 @@ class Guard:
         if not self.local:
             names |= {socket.gethostname(), socket.gethostname() + ".local"}
         self.names = {name.lower() for name in names}
-        self.origins = {origin.lower().rstrip("/") for origin in options.allow_origin}
+        self.origins = set(options.origins())
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":

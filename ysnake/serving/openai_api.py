@@ -55,7 +55,8 @@ async def completion(service: Service, body: Body, client: str) -> CompletionReq
         text = text[0]
     if not isinstance(text, str):
         raise Refused("prompt: expected a string, or a list of one")
-    n = fields.max_tokens_of(body, "max_tokens", 16, service.options.max_tokens)
+    most = service.options.max_tokens
+    n = fields.max_tokens_of(body, "max_tokens", min(16, most), most)
     reply = _Reply(service, body, "cmpl", "text_completion")
     prompt = Prompt(await service.prompt_ids(text))
     job = _job(service, body, client, n, prompt)

@@ -1,5 +1,6 @@
 """The options of `python -m ysnake.serve`, and their checks."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -23,7 +24,7 @@ class Options:
     port: int = 11435
     """The port to listen at. 0 means any free one."""
     name: str | None = None
-    """The model's name for clients; by default the name of its folder."""
+    """The model's name for clients; by default that of its run, or of its checkpoint folder."""
     parallel: int = 32
     """Completions that are generated at the same time, in one batch."""
     waiting: int = 96
@@ -51,6 +52,10 @@ class Options:
     plain_chat: bool = False
     """Write a chat as a transcript, also where the checkpoint has a chat template."""
 
+    def origins(self) -> list[str]:
+        """--allow-origin as browsers write origins: in lower case, without a slash at the end."""
+        return [origin.lower().rstrip("/") for origin in self.allow_origin]
+
 
 def check(options: Options) -> None:
     """Check the options.
@@ -77,6 +82,8 @@ def check(options: Options) -> None:
             "expected ASCII characters without spaces", field=f"--api-key, {KEY_VARIABLE}"
         )
     check_no_model(options.allow_host, "--allow-host")
-    for origin in options.allow_origin:
-        if origin != "*" and not origin.startswith(("http://", "https://")):
-            raise InputError(f"expected https://NAME or *, got {origin}", field="--allow-origin")
+    for origin in options.origins():
+        if origin != "*" and not re.fullmatch(r"https?://[^/?#]+", origin):
+            raise InputError(
+                f"expected https://NAME without a path, or *, got {origin}", field="--allow-origin"
+            )

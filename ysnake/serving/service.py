@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from tokenizers import Tokenizer
 
+from ysnake.checkpoints import checkpoint
 from ysnake.inference.batch import BatchWorker, Job, News
 from ysnake.inference.decoding import Decoder
 from ysnake.inference.model_options import make_decoder
@@ -174,14 +175,12 @@ def load(options: "Options") -> Service:
     digest = sha256()
     for weight in model.parameters():
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    full = folder.resolve()
-    own_name = full.parent.name if full.name in ("best", "last") else full.name
     n_parameters = model.n_parameters()  # before the decoder lays out other weights
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     decoder = make_decoder(model, options.model.weights, not options.model.no_compile)
     return Service(
         options,
-        name=(options.name or own_name).removesuffix(":latest"),
+        name=(options.name or checkpoint.name_of(folder)).removesuffix(":latest"),
         decoder=decoder,
         n_parameters=n_parameters,
         size=size,

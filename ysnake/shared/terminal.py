@@ -42,8 +42,11 @@ def ask(prompt: str) -> str:
     """Ask for a line of text in the terminal.
 
     Raises:
+        EOFError: the input has ended.
         InputError: the line is not text in the encoding that Python expects.
     """
+    if sys.stdin is None:  # the parent process closed it
+        raise EOFError
     try:
         return check_text(input(prompt), "this line")
     except UnicodeDecodeError as error:
