@@ -41,7 +41,7 @@ class TransposedLinear(Linear):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with an int8 weight, which also rounds its input, to 7 bits and a sign.
+    """A linear layer with an int8 weight, which also rounds its input, to 7 bits (8 on a Mac).
 
     Each row of the input has a scale of its own. So its output does not depend on other rows. No
     gradient flows through it. On a Mac it sets torch's engine for such layers, if none is set.

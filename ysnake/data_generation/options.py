@@ -31,7 +31,7 @@ class Options:
     parallel: int = 4
     """Requests at a time."""
     seed: int = 0
-    """Determines the order of the questions and their angles."""
+    """Determines the order and the wording of the questions."""
     temperature: float = 0.8
     """Sampling temperature of the model."""
     max_tokens: int = 2048

@@ -235,7 +235,7 @@ def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") ->
             field="--vocab-size",
         )
     if found_size < wanted:
-        console.print(f"vocabulary: {found_size:,} entries; these documents are enough for no more")
+        console.print(f"vocabulary: {found_size:,} entries; more text is needed for a larger one")
     return tokenizer
 
 

@@ -54,7 +54,7 @@ class Settings:
     """Entries of the tokenizer; by default those of the preset or size, or fewer if the corpus is
     small."""
     max_documents: int | None = None
-    """Use at most this many documents, from each file in turn; by default all of --data, or 128 of
+    """Largest number of documents, from the files in turn; by default all of --data, or 128 of
     the shipped corpus with the quick preset."""
     encoding: str = "utf-8"
     """Encoding of the files, for example utf-16 or cp1252."""
@@ -116,7 +116,7 @@ class Settings:
     """Stop after this many steps; by default those of the preset, with --size a number that suits
     the amount of text, or none with --max-minutes. With --resume the word None lifts the limit."""
     max_minutes: float | None = None
-    """Stop after this many minutes of the whole run, also before it was resumed. Without
+    """Stop after this many minutes of training, counted from the run's start. Without
     --max-steps the learning rate follows the time."""
     stop_at_loss: float | None = None
     """Stop when the mean training loss of 50 steps is at most this (nats per token)."""
@@ -131,8 +131,8 @@ class Settings:
     """Write the metrics to this tool too. TensorBoard reads the folder tensorboard/ of the run."""
 
     recompute: bool = False
-    """Store only the input of each block and compute the rest again for the gradient. This takes
-    less memory and more time. The result is the same."""
+    """Store only the input of each layer and compute the rest again in the backward pass. This
+    takes less memory and more time. The result is the same."""
     memory: Annotated[str | None, arg(metavar="SIZE")] = None
     """Stay below this memory, for example 8GB. Training then takes smaller batches, accumulates
     more of them, and recomputes if necessary. The number of windows in a step stays the same."""
@@ -148,8 +148,8 @@ class Settings:
     factors. auto is bfloat16 on CUDA, and on a CPU where a short measurement finds it at least
     1.2 times as fast. Otherwise it is float32. State and decay are always float32."""
     no_graphs: bool = False
-    """On one GPU: launch the kernels of a step one by one. By default a CUDA graph launches all of
-    them at once. Small models then train several times as fast."""
+    """On one GPU: launch the kernels of a step one by one. By default a CUDA graph launches all at
+    once, which trains small models several times as fast."""
     threads: ThreadsOption = None
     shard: bool = False
     """With torchrun: spread weights, gradients and optimizer over the processes (FSDP2). Repeat the

@@ -62,7 +62,7 @@ MEASURED_ON = "Vim's documentation (9.4 MB)"
 SIZES = {
     "3M": Size(256, 4, 64, 4096, measured=((0.31e6, 1.21), (2.2e6, 0.91))),
     "10M": Size(384, 7, 128, 8192),
-    "24M": Size(512, 10, 128, 13_183, measured=((0.17e6, 1.25),)),
+    "24M": Size(512, 10, 128, 13_183, measured=((0.17e6, 1.26),)),
     "71M": Size(768, 13, 128, 28_590),
 }
 NAMES = (*SIZES, AUTO)

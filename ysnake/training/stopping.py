@@ -14,7 +14,7 @@ ENDINGS = {
     "patience": "the held-out loss has stopped getting better",
     "interrupted": "interrupted",
     "diverged": "loss or gradient was not finite ten times in a row, so the run was stopped; "
-    "last/ holds the checkpoint of step {kept}, before that; resume with a "
+    "last/ holds the earlier checkpoint of step {kept}; resume with a "
     "lower --lr or a longer --warmup-steps",
 }
 
@@ -91,7 +91,7 @@ def summary(run: Run, program: str = cli.MODULES) -> str:
         )
     falling = progress.evaluations > 1 and progress.evaluations_since_best == 0
     if falling and progress.ended in ("steps", "time"):
-        lines.append("the held-out loss was still falling, so more training will help")
+        lines.append("the held-out loss was still falling, so more training may help")
     return "\n".join(lines)
 
 
