@@ -1,9 +1,10 @@
 """Tokenizers: any input, exact round trips, the fallback of words, reuse from disk."""
 
 import random
+import unicodedata
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.decoders import DecodeStream
 
 from ysnake.shared.errors import InputError
@@ -125,6 +126,30 @@ def test_bytes_that_are_dropped_are_counted(bpe, word):
         assert t.dropped_bytes(bpe, text, t.encode(bpe, text)) == 0
     unknown = Tokenizer(models.WordLevel({"[UNK]": 0, "boa": 1}, unk_token="[UNK]"))
     assert t.dropped_bytes(unknown, "cobra", t.encode(unknown, "cobra")) == 5
+
+
+@pytest.mark.parametrize("normalizer", ["NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip"])
+def test_what_a_normalizer_changes_is_not_dropped(normalizer):
+    learnt = t.train("bpe", [TEXT], 300)
+    learnt.normalizer = getattr(normalizers, normalizer)()
+    for form in ("NFC", "NFD"):
+        text = unicodedata.normalize(form, " Việt Nam, café, 한국어, ﬁve ")
+        assert t.dropped_bytes(learnt, text, t.encode(learnt, text)) == 0
+
+
+def test_what_a_tokenizer_with_a_normalizer_drops_is_counted():
+    word = t.train("word", ["the café sleeps"], 100)
+    word.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    text = unicodedata.normalize("NFD", "The café 蛇 sleeps")
+    assert t.dropped_bytes(word, text, t.encode(word, text)) == 3
+    # as that of Llama 2, whose spaces become visible and whose decoder turns them back
+    llama = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate("▁abc")}, merges=[]))
+    visible = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    llama.normalizer = normalizers.Sequence(visible)
+    back = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    llama.decoder = decoders.Sequence(back)
+    for text, dropped in (("a b", 0), ("a 蛇 b", 3)):
+        assert t.dropped_bytes(llama, text, t.encode(llama, text)) == dropped
 
 
 def test_bad_sizes_and_files_are_named(tmp_path):

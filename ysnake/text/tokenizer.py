@@ -119,7 +119,11 @@ def _encodable(text: str) -> str:
 
 
 def dropped_bytes(tokenizer: Tokenizer, text: str, ids: list[int]) -> int:
-    """Number of bytes that are lost in `ids`: those of characters without a token."""
+    """Number of bytes that are lost in `ids`: those of characters without a token.
+
+    What the tokenizer's normalizer changes, such as an accent's code points or capitals, is not
+    lost.
+    """
     unknown = getattr(tokenizer.model, "unk_token", None)
     if unknown is not None:
         unknown_id = tokenizer.token_to_id(unknown)
@@ -127,6 +131,9 @@ def dropped_bytes(tokenizer: Tokenizer, text: str, ids: list[int]) -> int:
     text, back = _encodable(text), decode(tokenizer, ids)
     if back == text:
         return 0
+    if tokenizer.normalizer is not None:  # of both texts, since a decoder may undo a part of it
+        text = tokenizer.normalizer.normalize_str(text)
+        back = tokenizer.normalizer.normalize_str(back)
     missing = Counter(text) - Counter(back)
     return sum(len(character.encode()) * n for character, n in missing.items())
 
