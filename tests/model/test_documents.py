@@ -95,6 +95,20 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch, size):
     assert texts(path) == whole == ["one\n\n\ntwo three four", "five", "six"]
 
 
+def test_where_a_document_is_cut_into_pieces_changes_no_text(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    monkeypatch.setattr(docs, "PIECE", 14)
+    for content, expected in (
+        ("x" * 14 + "<|endoftext|>\nend", ["x" * 14 + "<|endoftext|>\nend"]),
+        ("x" * 13 + "\n<|endoftext|>\nlast", ["x" * 13, "last"]),
+        ("x" * 13 + "\n" * 40 + "<|endoftext|>\nlast", ["x" * 13, "last"]),
+        ("x" * 13 + "\n" * 40 + "y\n", ["x" * 13 + "\n" * 40 + "y"]),
+        ("\n" * 40 + "x", ["x"]),
+    ):
+        path.write_text(content)
+        assert texts(path) == expected
+
+
 def test_a_long_line_of_jsonl_comes_in_pieces_of_whole_words(tmp_path, monkeypatch):
     monkeypatch.setattr(docs, "PIECE", 100)
     text = " ".join(f"word{i}" for i in range(200))

@@ -191,32 +191,34 @@ def _remedy(beginning: bytes, encoding: str) -> str:
 
 def _without_empty_lines(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """The pieces without the empty lines at the start and end of each document."""
-    waiting: str | None = None  # a piece that is held back until it is clear whether it is the last
+    waiting, newlines = "", 0  # a piece that may be its document's last, and newlines behind it
     for text, ends in pieces:
-        if waiting is None:
-            text = text.lstrip("\n")
+        body = text.rstrip("\n")
+        behind = len(text) - len(body)
+        if not waiting:
+            body, newlines = body.lstrip("\n"), 0
+        if body:
+            if waiting:
+                yield waiting, False
+            waiting, newlines = "\n" * newlines + body, 0
+        newlines += behind
         if ends:
-            text = text.rstrip("\n")
-        if waiting is not None and (text or not ends):
-            yield waiting, False
-            waiting = None
-        if text:
-            waiting = text
-        if ends and waiting is not None:
-            yield waiting, True
-            waiting = None
+            if waiting:
+                yield waiting, True
+            waiting = ""
 
 
 def _text_pieces(file: TextIO, path: Path) -> Iterator[Piece]:
     lines: list[str] = []
-    size = 0
-    while line := file.readline(PIECE):
+    size, begins = 0, True
+    while line := file.readline(PIECE):  # a line, or a part of a long one
         if "\0" in line:
             raise InputError(f"{path}: {BINARY}")
-        if line.rstrip() == EOT:
+        if begins and line.rstrip() == EOT:
             yield "".join(lines), True
             lines, size = [], 0
             continue
+        begins = line.endswith("\n")
         lines.append(line)
         size += len(line)
         if size >= PIECE:
