@@ -141,17 +141,24 @@ def test_a_byte_that_is_not_utf8_is_named_where_it_is(tmp_path, at, start):
 
 def test_broken_endings_and_other_bad_bytes_are_named(tmp_path):
     path = tmp_path / "a.txt"
+    binary = "a binary file (leave it out), or text that needs --encoding utf-16"
+    wide = "a damaged or binary file (leave it out), or text that needs --encoding utf-16-le or "
     for content, form, message in (
         (b"ab\xe2\x82", Form(), "not text in UTF-8 (byte 2)"),
         ("a".encode("utf-16"), Form(), "not text in UTF-8 (byte 0); if it is utf-16: --encoding"),
         (b"a\xff", Form("ascii"), "not text in ASCII (byte 1)"),
-        (
-            b"a\0b",
-            Form(),
-            "a binary file (leave it out), or text that needs",
-        ),
+        (b"a\0b", Form(), binary),
         (b"\xff\0b", Form(), "not text in UTF-8 (byte 0); a binary file"),
         (b"abc", Form("utf-16"), "not text in UTF-16 (byte 0); if it is utf-8: --encoding utf-8"),
+        # the advice is never the encoding that has just failed
+        ("a\n".encode("utf-16-le"), Form(), binary),
+        ("a\n".encode("utf-16-le"), Form("UTF16"), f"not text in UTF16 (byte 0); {wide}"),
+        (
+            "a".encode("utf-16") + b"\0\xd8a\0",
+            Form("utf-16"),
+            f"not text in UTF-16 (byte 4); {wide}",
+        ),
+        ("a\0b".encode("utf-16"), Form("utf-16"), wide),
     ):
         path.write_bytes(content)
         with pytest.raises(InputError) as error:

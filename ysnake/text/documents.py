@@ -19,7 +19,6 @@ from ysnake.shared.errors import InputError, why
 from ysnake.shared.run_files import is_model
 from ysnake.text.tokenizer import EOT
 
-BINARY = "a binary file (leave it out), or text that needs --encoding utf-16"
 PIECE = 1 << 20  # characters; a longer document is read in pieces of about this size
 COUNTED = 1 << 28  # characters that are read to count the documents beyond a limit
 SUFFIXES = (".txt", ".md", ".jsonl")
@@ -177,16 +176,29 @@ def read_file(
 
 def _remedy(beginning: bytes, encoding: str) -> str:
     """What helps where a file with this beginning is not text in the expected encoding."""
-    if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    marked = beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if marked and not _is_utf16(encoding):
         guess = "utf-16"
-    elif b"\0" in beginning:
-        return BINARY
+    elif marked or b"\0" in beginning:
+        return _binary(encoding)
     else:
         guess = "cp1252" if codecs.lookup(encoding).name == "utf-8" else "utf-8"
     return (
         f"if it is {guess}: --encoding {guess} reads all files so, "
         f"iconv -f {guess} -t {encoding} converts one file"
     )
+
+
+def _binary(encoding: str) -> str:
+    """What a file with zeros may be that is not text in this encoding."""
+    kind, other = "a binary file", "utf-16"
+    if _is_utf16(encoding):  # without a byte order mark utf-16 cannot be read, only these
+        kind, other = "a damaged or binary file", "utf-16-le or utf-16-be"
+    return f"{kind} (leave it out), or text that needs --encoding {other}"
+
+
+def _is_utf16(encoding: str) -> bool:
+    return codecs.lookup(encoding).name.startswith("utf-16")
 
 
 def _without_empty_lines(pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -213,7 +225,7 @@ def _text_pieces(file: TextIO, path: Path) -> Iterator[Piece]:
     size, begins = 0, True
     while line := file.readline(PIECE):  # a line, or a part of a long one
         if "\0" in line:
-            raise InputError(f"{path}: {BINARY}")
+            raise InputError(f"{path}: {_binary(file.encoding)}")
         if begins and line.rstrip() == EOT:
             yield "".join(lines), True
             lines, size = [], 0
