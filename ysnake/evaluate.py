@@ -15,7 +15,7 @@ from ysnake.inference.model_options import (
     make_decoder,
     read_model,
 )
-from ysnake.shared import cli, run_files
+from ysnake.shared import cli
 from ysnake.shared.errors import InputError
 from ysnake.shared.progress import counted, progress
 from ysnake.shared.shown import amount
@@ -54,7 +54,6 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         raise InputError(
             f"expected at least 1, got {options.max_documents}", field="--max-documents"
         )
-    run_files.check_no_model(options.data, "--data")
     corpus = data.open_corpus(options)
 
     from ysnake.inference.score import score

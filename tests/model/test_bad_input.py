@@ -124,8 +124,14 @@ LIST = {
     "invalid choice 'zero'": (train, *NEW, "--init", "zero"),
     "--vocab-size: these documents are enough for": (train, *NEW, "--vocab-size", "9000"),
     "snakes.txt: the files to train on stand after --data": (train, "snakes.txt"),
-    "--data: model is a run or a checkpoint, no value of --data; name it before": (
+    "model: a run or a checkpoint, no text to read; `ysnake evaluate` takes it before": (
         *(evaluate, "--data", "snakes.txt", "model"),
+    ),
+    "model: a run or a checkpoint, no text to read; `ysnake evaluate` takes it before ": (
+        *(train, *NEW, "model"),
+    ),
+    "done: a run or a checkpoint, no text to read; `ysnake evaluate` takes it before": (
+        *(train, "--data", "snakes.txt", "done", "--size", "3M", "--plan"),
     ),
     "runs: no run there yet; `ysnake train` makes one  ": (run, "--stop", "x" * 5000, "y"),
     "--stop: model is a run or a checkpoint, no value of --stop; name it before": (

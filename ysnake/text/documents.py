@@ -81,13 +81,19 @@ def find_files(paths: Iterable[Path], left_out: LeftOut | None = None) -> list[P
     files of a folder describe the data and are left out. So are runs and checkpoints in it.
 
     Raises:
-        InputError: a path is missing or has another ending, or a folder has no file to read.
+        InputError: a path is missing, has another ending, or is a run or a checkpoint, or a folder
+            has no file to read.
     """
     left_out = left_out or LeftOut()
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         suffix = path.suffix.lower()
-        if path.is_dir():
+        if is_model(path):
+            raise InputError(
+                f"{path}: a run or a checkpoint, no text to read; `ysnake evaluate` takes it "
+                "before the options, `ysnake train` after --from or --tokens-from"
+            )
+        elif path.is_dir():
             files = _files_in(path, left_out)
             if not files:
                 why = "".join(f"; {line}" for line in left_out.lines())
