@@ -496,6 +496,13 @@ def test_an_answer_at_the_limit_ends_with_its_last_sentence(server, tmp_path):
     assert documents(tmp_path, "dates") == [document(server.prompts()[0])]
 
 
+def test_half_a_surrogate_pair_in_an_answer_becomes_a_question_mark(server, tmp_path):
+    server.answer = lambda prompt: document(prompt) + " It is \ud83d night."
+    done = generate(server, tmp_path, "--kinds", "words", "--count", "1", "--parallel", "1")
+    assert done.returncode == 0, done.stderr
+    assert documents(tmp_path)[0].endswith(". It is ? night.")
+
+
 def test_a_thought_that_is_cut_at_the_limit_is_not_kept(tmp_path):
     """A model whose template opens a thought: only its whole answers show where it ends."""
     (tmp_path / "corpus").mkdir()

@@ -210,7 +210,9 @@ async def ask(
         raise ValueError(f"it is not in Ollama's format: {error}") from error
     if reason is None:
         raise ValueError("it has no end")
-    return "".join(parts), reason == "length"
+    # JSON may hold halves of surrogate pairs, which no file can hold: each becomes "?"
+    text = "".join(parts).encode("utf-8", "replace").decode()
+    return text, reason == "length"
 
 
 async def with_retries(
