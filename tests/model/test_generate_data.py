@@ -731,6 +731,28 @@ def test_markdown_and_small_talk_become_prose(case):
     assert prose.plain(answer) == expected
 
 
+CUT = {
+    "prose": (f"{ORE}\n\n{ORE} And then the", f"{ORE}\n\n{ORE}"),
+    "whole": (f"{ORE}\n\n{ORE}", f"{ORE}\n\n{ORE}"),
+    "item": (
+        "It has several uses.\n\n- Wires are made of it.\n- Pipes of it carry wat",
+        "It has several uses.\n\nWires are made of it.",
+    ),
+    "first item": (f"{ORE} It has uses:\n1. Wires are", ORE),
+    "short items": (f"{ORE} There are three:\n\n1. copper\n2. tin\n3. le", ORE),
+    "heading": (f"{ORE}\n\n## 2. Its u", ORE),
+    "thought": ("<think>\nCopper is wanted. I should", ""),
+    "after a thought": (f"Copper is wanted. I know it.</think>{ORE} And", ORE),
+    "farewell": (f"{ORE}\n\nLet me know if you'd like mo", ORE),
+}
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_of_an_answer_that_is_cut_whole_sentences_become_prose(case):
+    answer, expected = CUT[case]
+    assert prose.plain(answer, cut=True) == expected
+
+
 def test_refusals():
     for text in (
         "I can't help with that.",
@@ -757,6 +779,8 @@ def test_whole_sentences():
     assert prose.whole_sentences('He said "No." And then 3.5 m') == 'He said "No."'
     assert prose.whole_sentences("no end") == ""
     assert prose.whole_sentences("One! Two?") == "One! Two?"
+    assert prose.whole_sentences("Two metals.\n1. tin\n 2. lead") == "Two metals."
+    assert prose.whole_sentences("It was 1804.\nThen") == "It was 1804."
 
 
 def test_near_duplicates_are_known_by_their_words_in_a_row():

@@ -71,8 +71,7 @@ class DocumentStore:
         self.thinks |= begins_in_thought
         if cut and self.thinks and not begins_in_thought:
             answer = ""  # it was cut before its thought ended
-        text = prose.plain(answer)
-        text = prose.whole_sentences(text) if cut else text
+        text = prose.plain(answer, cut)
         if prose.is_refusal(text):
             verdict = "refusal"
         elif len(text.split()) < min_words:

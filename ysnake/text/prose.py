@@ -42,12 +42,15 @@ REFUSAL = re.compile(
 )
 
 
-def plain(answer: str) -> str:
+def plain(answer: str, cut: bool = False) -> str:
     """An answer as paragraphs of one line each, without thoughts, markdown and small talk.
 
-    Headings, tables and code are left out. A list becomes one or more sentences.
+    Headings, tables and code are left out. A list becomes one or more sentences. An answer that was
+    `cut` at its end loses its last sentence, if that is not whole.
     """
-    paragraphs = _paragraphs(without_thoughts(answer))
+    answer = without_thoughts(answer)
+    # before the items of lists become sentences: the last item may be cut, too
+    paragraphs = _paragraphs(whole_sentences(answer) if cut else answer)
     while paragraphs and (found := CHATTER.match(paragraphs[0].translate(APOSTROPHE))):
         paragraphs[:1] = filter(None, [paragraphs[0][found.end() :]])
     while paragraphs and FAREWELL.fullmatch(paragraphs[-1].translate(APOSTROPHE)):
@@ -102,8 +105,12 @@ def _ends(text: str) -> bool:
 
 
 def whole_sentences(text: str) -> str:
-    """The text up to the end of its last complete sentence; empty if there is none."""
-    ends = [found.end() for found in re.finditer(SENTENCE_END + r"(?=\s|$)", text)]
+    """The text up to the end of its last complete sentence; empty if there is none.
+
+    The number of an item in a list ends no sentence.
+    """
+    pattern = rf"^[ \t]*\d+\.|({SENTENCE_END})(?=\s|$)"
+    ends = [found.end() for found in re.finditer(pattern, text, re.MULTILINE) if found[1]]
     return text[: ends[-1]] if ends else ""
 
 
