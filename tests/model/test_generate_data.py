@@ -509,6 +509,8 @@ def test_a_thought_that_is_cut_at_the_limit_is_not_kept(tmp_path):
     one = store(tmp_path / "corpus")
     whole, cut = document("copper"), document("tin")
     one.add(questions.Task("a", 0), f"The user wants copper.</think>{whole}", False, 5)
+    one.close()
+    one = store(tmp_path / "corpus")  # the ledger remembers it
     one.add(questions.Task("b", 0), f"The user wants tin. {document('thought')}", True, 5)
     one.add(questions.Task("c", 0), f"The user wants tin.</think>{cut} And", True, 5)
     one.close()

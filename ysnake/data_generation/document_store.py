@@ -45,7 +45,8 @@ class DocumentStore:
         self.tasks = (task for task in tasks(kind, seed) if task not in done)
         self.prompts = lines(f"{kind}_prompts")
         self.asked = 0  # questions without an answer yet
-        self.thinks = False  # whether an answer closed a thought that it had not opened
+        # whether an answer closed a thought that it had not opened
+        self.thinks = any(record.get("thought") for record in records)
 
     @property
     def needs_more(self) -> bool:
@@ -78,7 +79,7 @@ class DocumentStore:
             verdict = "stub"
         else:
             verdict = self.seen.verdict(text) or KEPT
-        record: dict[str, Any] = asdict(task) | {"verdict": verdict}
+        record: dict[str, Any] = asdict(task) | {"verdict": verdict, "thought": begins_in_thought}
         document = b""
         if verdict == KEPT:
             at = self.file.seek(0, os.SEEK_END)
