@@ -354,17 +354,18 @@ def test_a_kill_while_a_document_is_written_loses_no_other(tmp_path, monkeypatch
     opened.add(asked[2], texts[2], False, 40)
     monkeypatch.undo()
     opened.close()
-    assert len(before) == len(writes) == 2
+    names = [Path(file.name).name for file, _ in writes]
+    assert names == [".words.jsonl", "words.txt", ".words.jsonl"]
     states = [before]
     for file, written in writes:
-        path = Path(file.name)
+        path, last = Path(file.name), states[-1]
         cuts = [*range(1, len(written), 20), len(written) - 1, len(written)]
-        states += [states[-1] | {path: before[path] + written[:n]} for n in cuts]
+        states += [last | {path: last[path] + written[:n]} for n in cuts]
     for state in states:
         for path, content in state.items():
             path.write_bytes(content)
         reopened = store(tmp_path / "corpus")
-        whole = state == states[-1]
+        whole = state[reopened.path] == states[-1][reopened.path]
         assert documents(tmp_path) == texts[: 3 if whole else 2]
         assert next(reopened.tasks) == asked[3 if whole else 2]
         reopened.close()
@@ -397,6 +398,20 @@ def test_a_file_of_another_hand_is_left_alone(tmp_path):
     with pytest.raises(InputError, match=r"words\.txt: expected 0 bytes.*got 13"):
         store(tmp_path)
     assert (tmp_path / "words.txt").read_text() == "my own words\n"
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, -1), (0, -20), (3, None)])
+def test_a_file_that_another_hand_has_shortened_is_left_alone(tmp_path, start, end):
+    """It does not look like a document that a killed process wrote in part."""
+    opened = store(tmp_path)
+    for name in "ab":
+        opened.add(questions.Task(name, 0), document(name), False, 5)
+    opened.close()
+    (tmp_path / "words.txt").write_bytes((tmp_path / "words.txt").read_bytes()[start:end])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match=r"words\.txt: expected \d+ bytes"):
+        store(tmp_path)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_a_damaged_ledger_is_named(tmp_path):

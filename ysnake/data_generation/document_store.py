@@ -17,8 +17,8 @@ class DocumentStore:
     """The documents of one kind on disk, and the questions that are still to be asked.
 
     The ledger has a line for each answer: the question, whether the answer was kept and, if so,
-    where its document is in the file. The line is written before the document. So after a kill only
-    the document of the last line can be incomplete; then both are cut off.
+    where its document is in the file. After a kill the last document may be incomplete. Then it is
+    cut off, together with its line.
 
     Raises:
         InputError: the file does not match its ledger, or another process is writing it.
@@ -81,17 +81,19 @@ class DocumentStore:
             verdict = self.seen.verdict(text) or KEPT
         record: dict[str, Any] = asdict(task) | {"verdict": verdict, "thought": begins_in_thought}
         document = b""
+        at = self.file.seek(0, os.SEEK_END)
         if verdict == KEPT:
-            at = self.file.seek(0, os.SEEK_END)
             document = ((f"{EOT}\n" if at else "") + text + "\n").encode()
             record |= {"at": at, "bytes": len(document)}
         before = self.ledger.seek(0, os.SEEK_END)
-        append(self.ledger, (json.dumps(record, ensure_ascii=False) + "\n").encode(), self.path)
+        line = json.dumps(record, ensure_ascii=False).encode()
         try:
-            if document:
-                append(self.file, document, self.path)
+            append(self.ledger, line, self.path)
+            append(self.file, document, self.path)
+            append(self.ledger, b"\n", self.path)
         except InputError:
-            self.ledger.truncate(before)  # other answers may still be added
+            self.file.truncate(at)  # other answers may still be added
+            self.ledger.truncate(before)
             raise
         self.counts[verdict] += 1
         if verdict == KEPT:

@@ -1,7 +1,8 @@
 """The ledger of a corpus: each question, what became of the answer, and where it is on disk.
 
 It is a hidden file beside the documents. With it a process that was stopped or killed continues
-where it stopped.
+where it stopped. A line is written before its document, and the end of the line after it. So a line
+with an end stands for a whole document.
 """
 
 import json
@@ -14,6 +15,7 @@ from ysnake.shared.run_lock import try_lock
 
 KEPT = "kept"
 DROPPED = ("refusal", "stub", "duplicate", "near duplicate")
+DAMAGE = (ValueError, LookupError, TypeError, RecursionError)  # of lines of another hand
 
 
 def append(file: BinaryIO, data: bytes, path: Path) -> None:
@@ -39,7 +41,9 @@ def lock(file: BinaryIO, path: Path) -> None:
 
 
 def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]]:
-    """Cut off what a killed process wrote incompletely. Returns the records of the ledger.
+    """Cut off what a killed process wrote in part: a line without an end, and its document.
+
+    If only the end of the line is missing, it is added. Returns the records of the ledger.
 
     Raises:
         InputError: something else has changed the ledger or the file. Both stay unchanged.
@@ -48,41 +52,45 @@ def recover(file: BinaryIO, ledger: BinaryIO, path: Path) -> list[dict[str, Any]
     *whole, torn = ledger.read().split(b"\n")
     try:
         records = [json.loads(line) for line in whole]
-        ends = document_ends(records)
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        end = documents_end(records)
+    except DAMAGE as error:
         raise InputError(f"{path}: {ledger.name}, the list of its questions, is damaged") from error
-    size, end = file.seek(0, os.SEEK_END), ends[-1]
-    if records and records[-1]["verdict"] == KEPT and ends[-2] <= size < end:
-        file.truncate(ends[-2])
-        ledger.truncate(sum(len(line) + 1 for line in whole[:-1]))
-        return records[:-1]
-    if size != end:
+    try:
+        last = json.loads(torn)
+        most = documents_end([last], end)
+    except DAMAGE:
+        last, most = None, end  # not even the line is whole, so its document was not begun
+    size = file.seek(0, os.SEEK_END)
+    if not end <= size <= most:
         raise InputError(
             f"{path}: expected {end} bytes, as last written by this command, got {size}; "
             "to leave it as it is, give another --out"
         )
+    if last is not None and size == most:
+        append(ledger, b"\n", path)
+        return [*records, last]
     if torn:
+        file.truncate(end)
         ledger.truncate(sum(len(line) + 1 for line in whole))
     return records
 
 
-def document_ends(records: list[Any]) -> list[int]:
-    """The size of the file before the first answer in the ledger, and after each answer.
+def documents_end(records: list[Any], start: int = 0) -> int:
+    """Where the last document of these records ends in the file. The first begins at `start`.
 
     Raises:
         ValueError, LookupError, TypeError: this command did not write these records.
     """
-    ends = [0]
+    end = start
     for record in records:
         entry, prompt, verdict = record["entry"], record["prompt"], record["verdict"]
         if not isinstance(entry, str) or type(prompt) is not int:
             raise TypeError("an entry or a prompt of another kind")
-        size = 0
         if verdict == KEPT:
             at, size = record["at"], record["bytes"]
-            if type(at) is not int or type(size) is not int or at != ends[-1] or size <= 0:
+            if type(at) is not int or type(size) is not int or at != end or size <= 0:
                 raise ValueError("a document that does not follow the one before it")
+            end += size
         elif verdict not in DROPPED:
             raise ValueError("a verdict that is not known")
-        ends.append(ends[-1] + size)
-    return ends
+    return end
