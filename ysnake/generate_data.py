@@ -15,6 +15,7 @@ from ysnake.data_generation.ollama_client import ServerError
 from ysnake.data_generation.options import Options, check
 from ysnake.data_generation.writer import report, write_corpus
 from ysnake.shared import cli
+from ysnake.shared.shown import as_argument
 
 
 def main(argv: list[str], program: str = cli.MODULES) -> int:
@@ -43,9 +44,8 @@ def main(argv: list[str], program: str = cli.MODULES) -> int:
         elif any(store.needs_more for store in stores):
             console.print("All questions have been asked; there are no more.")
         if any(store.counts[KEPT] for store in stores):
-            console.print(
-                f"next: {cli.command_line('train', program)} --data {options.out}", markup=False
-            )
+            train = f"{cli.command_line('train', program)} --data {as_argument(options.out)}"
+            console.print(f"next: {train}", markup=False)
     return code
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -272,6 +273,13 @@ def test_a_corpus(server, tmp_path):
     server.asked.clear()
     done = generate(server, tmp_path, "--count", "4", "--parallel", "1", "--out", "other")
     assert sorted(asked) == sorted((b["prompt"], b["options"]["seed"]) for b in server.asked)
+
+
+def test_the_next_command_can_be_pasted(server, tmp_path):
+    options = ("--kinds", "words", "--count", "1", "--out", "my corpus")
+    done = generate(server, tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout.splitlines()[-1])[-2:] == ["--data", "my corpus"]
 
 
 def test_killed_and_started_again(server, tmp_path):
