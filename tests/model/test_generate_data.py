@@ -787,6 +787,10 @@ def test_refusals():
         "As an AI, I have no opinion.",
         "The word is nice. As a large language model, I cannot feel it.",
         "I could not find anything.",
+        "I couldn't independently verify an event on this day.",
+        "I don't have access to newspapers.",
+        "I do not have enough reliable information on this topic.",
+        "I don't actually have personal feelings.",
     ):
         assert prose.is_refusal(text), text
     for text in (
@@ -796,6 +800,9 @@ def test_refusals():
         "An AI model learns from examples.",
         "As an aide, I was told nothing.",
         "I Ching is an old book.",
+        "I couldn\u2019t sleep, so I went down to the harbour and watched the boats come in.",
+        "I could not help laughing at the word.",
+        "I don't have a penny left, thought Ada, and that is what the word poor means here.",
     ):
         assert not prose.is_refusal(text), text
 

@@ -31,10 +31,16 @@ FAREWELL = re.compile(
     r"|\(?note:.*\bi('ve| have)?\b.*",
     re.IGNORECASE,
 )
+# what makes "I couldn't" and "I don't have" a refusal; a scene may begin so, too
+UNDONE = "find|locate|identify|verify|confirm|determine|provide|write|access|help (you|with)"
+LACKS = "access|ability|information|knowledge|details|data|facts|records?|sources?|context"
+LACKS += "|opinions?|feelings?|experiences?"
 REFUSAL = re.compile(
     r"(i('m| am)( very| so| truly)? (sorry|afraid|unable|not able)"
     r"|(sorry|unfortunately|regrettably|i apologi[sz]e),?( but)? i\b"
-    r"|i (can't|cannot|can not|won't|couldn't|could not|don't have|do not have)\b"
+    r"|i (can't|cannot|can not|won't)\b"
+    rf"|i (couldn't|could not) (\w+ly )?({UNDONE})\b"
+    rf"|i (don't|do not) (\w+ly )?have (\S+ ){{0,3}}?({LACKS})\b"
     r"|as an ai\b)"
     r"|.*\bas an? (ai|artificial intelligence|large language)( language)? (model|assistant)\b"
     r"|.*\bas an ai,? i\b",
