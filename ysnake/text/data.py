@@ -23,6 +23,8 @@ from ysnake.text.tokenizer import dropped_bytes, encode
 # from here, too
 __all__ = ["Corpus", "Part", "Piece", "find_files", "open_corpus", "read_file", "split"]
 
+SEARCHED = 1 << 20  # tokens among which prompts are looked for
+
 
 @dataclass
 class Counts:
@@ -212,12 +214,12 @@ def held_out_windows(tokens: Tokens, seq_len: int, batch_size: int, limit: int) 
         yield batch
 
 
-def middles(tokens: Tokens, length: int, look: int = 1 << 20) -> list[list[int]]:
+def middles(tokens: Tokens, length: int) -> list[list[int]]:
     """`length` tokens from the middle of each document that is long enough.
 
-    Only the first `look` tokens are searched.
+    Only the first SEARCHED tokens are searched.
     """
-    ids = np.asarray(tokens.ids[:look])
+    ids = np.asarray(tokens.ids[:SEARCHED])
     begins = np.flatnonzero((ids[1:] == tokens.bos_id) & (ids[:-1] == tokens.eos_id)) + 1
     bounds = [0, *begins.tolist(), len(ids)]
     found = []
