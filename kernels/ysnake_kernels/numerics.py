@@ -7,7 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST_LOG_DECAY = -60.0
-"""Its exponential is as good as zero, even as a factor of large states."""
+"""Its exponential is as good as zero, even as a factor of large states.
+
+Exponentials of less may give denormal numbers in later products, with which a CPU is ten times
+slower.
+"""
 
 
 def accumulator(*tensors: Tensor | None) -> torch.dtype:

@@ -15,9 +15,6 @@ from ysnake_kernels.numerics import SMALLEST_LOG_DECAY, log_decays, sums_of_log_
 from ysnake_kernels.ssd.eager_layout import Layout
 from ysnake_kernels.ssd.inputs import ScanInputs
 
-# exp of less may give denormal numbers in later products, with which a CPU is ten times slower
-SMALLEST_EXPONENT = SMALLEST_LOG_DECAY
-
 
 class Buffer:
     """Uninitialised memory for one temporary tensor. Each piece overwrites the piece before."""
@@ -100,8 +97,8 @@ class PreparedScan:
         """entry, exit and whole of all chunks [chunk b q r], and the numbers of each piece."""
         layout = self.layout
         cs = sums_of_log_decays(log_decays(dt, A), 2)
-        self.entry = cs.clamp(min=SMALLEST_EXPONENT).exp_()
-        self.exit = (cs[:, :, -1:] - cs).clamp_(min=SMALLEST_EXPONENT).exp_().mul_(dt)
+        self.entry = cs.clamp(min=SMALLEST_LOG_DECAY).exp_()
+        self.exit = (cs[:, :, -1:] - cs).clamp_(min=SMALLEST_LOG_DECAY).exp_().mul_(dt)
         self.whole = self.entry[:, :, -1]  # [chunk b r]
         documents: list[Tensor] | list[None] = [None] * len(layout.pieces)
         if seq_idx is not None:
@@ -187,7 +184,7 @@ def decay_matrix(scan: PreparedScan, piece: Piece) -> Tensor:
     """L_ij = exp(cs_i - cs_j) dt_j, and dt_j where j > i; [k b r i j]."""
     L = scan.buffers.L.shaped(*piece.cs.shape, piece.cs.shape[3])
     torch.sub(piece.cs[..., :, None], piece.cs[..., None, :], out=L)
-    return L.clamp_(SMALLEST_EXPONENT, 0).exp_().mul_(piece.dt[..., None, :])
+    return L.clamp_(SMALLEST_LOG_DECAY, 0).exp_().mul_(piece.dt[..., None, :])
 
 
 def scores(piece: Piece) -> Tensor:
