@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ysnake.data_generation.ledger import KEPT, append, lock, recover
+from ysnake.data_generation.ledger import KEPT, REFUSAL, STUB, append, lock, recover
 from ysnake.data_generation.options import Options
 from ysnake.data_generation.questions import Task, lines, tasks
 from ysnake.shared.errors import InputError, why
@@ -74,9 +74,9 @@ class DocumentStore:
             answer = ""  # it was cut before its thought ended
         text = prose.plain(answer, cut)
         if prose.is_refusal(text):
-            verdict = "refusal"
+            verdict = REFUSAL
         elif len(text.split()) < min_words:
-            verdict = "stub"
+            verdict = STUB
         else:
             verdict = self.seen.verdict(text) or KEPT
         record: dict[str, Any] = asdict(task) | {"verdict": verdict, "thought": begins_in_thought}

@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 
 from ysnake.shared.errors import InputError, why
 from ysnake.shared.run_lock import try_lock
+from ysnake.text.prose import DUPLICATE, NEAR_DUPLICATE
 
-KEPT = "kept"
-DROPPED = ("refusal", "stub", "duplicate", "near duplicate")
+KEPT, REFUSAL, STUB = "kept", "refusal", "stub"  # verdicts
+DROPPED = (REFUSAL, STUB, DUPLICATE, NEAR_DUPLICATE)
 DAMAGE = (ValueError, LookupError, TypeError, RecursionError)  # of lines of another hand
 
 

@@ -11,6 +11,7 @@ from ysnake.text.thoughts import without_thoughts
 
 SHINGLE = 5  # consecutive words that are compared together
 NEAR = 0.4  # share of the smaller document's shingles that makes two documents near duplicates
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near duplicate"  # verdicts
 APOSTROPHE = str.maketrans("\u2019", "'")  # typographic apostrophes become ASCII ones
 HEADING = 8  # a paragraph of at most this many words, without a sentence's end, is a heading
 
@@ -138,13 +139,13 @@ class Seen:
         self.sizes: list[int] = []
 
     def verdict(self, text: str) -> str | None:
-        """`duplicate` (up to case and punctuation), `near duplicate`, or None if it is new."""
+        """DUPLICATE (up to case and punctuation), NEAR_DUPLICATE, or None if it is new."""
         words, shingles = _shingles(text)
         if hash(words) in self.texts:
-            return "duplicate"
+            return DUPLICATE
         shared = Counter(self.owner[s] for s in shingles if s in self.owner)
         near = (n >= NEAR * min(len(shingles), self.sizes[i]) for i, n in shared.items())
-        return "near duplicate" if any(near) else None
+        return NEAR_DUPLICATE if any(near) else None
 
     def add(self, text: str) -> None:
         """Store a document."""
