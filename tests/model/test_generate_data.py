@@ -1,6 +1,7 @@
 """A corpus by Ollama: a real server on a real socket that speaks Ollama's API, as well or as badly
 as a test tells it to; the real client; real processes, some of them killed."""
 
+import errno
 import io
 import json
 import os
@@ -469,6 +470,19 @@ def test_one_process_at_a_time(tmp_path):
         store(tmp_path)
     opened.close()
     store(tmp_path).close()
+
+
+def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for _ in range(2):
+        store(tmp_path).close()
+    assert caplog.text.count("this file system has no locks") == 1
+    assert str(tmp_path) in caplog.text
 
 
 def test_what_is_dropped(server, tmp_path):

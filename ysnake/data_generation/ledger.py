@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ysnake.shared.errors import InputError, why
-from ysnake.shared.run_lock import try_lock
+from ysnake.shared.run_lock import try_lock, warn_of_no_locks
 from ysnake.text.prose import DUPLICATE, NEAR_DUPLICATE
 
 KEPT, REFUSAL, STUB = "kept", "refusal", "stub"  # verdicts
@@ -36,8 +36,11 @@ def append(file: BinaryIO, data: bytes, path: Path) -> None:
 
 
 def lock(file: BinaryIO, path: Path) -> None:
-    """Lock a file for this process until the process ends."""
-    if try_lock(file.fileno()) is False:
+    """Lock a file for this process until the process ends. Warns on a file system without locks."""
+    free = try_lock(file.fileno())
+    if free is None:
+        warn_of_no_locks(path.parent)
+    elif not free:
         raise InputError(f"{path}: another process is writing it")
 
 

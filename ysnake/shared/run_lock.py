@@ -46,7 +46,7 @@ def lock(path: Path, busy: str, patience: float = 0.0) -> Iterator[bool]:
     """
     descriptor = _locked(path, busy, time.monotonic() + patience)
     if descriptor is None:
-        _warn_once(path.parent)
+        warn_of_no_locks(path.parent)
         try:
             yield False
         finally:
@@ -147,6 +147,7 @@ def _owner(descriptor: int) -> str:
 
 
 @cache
-def _warn_once(folder: Path) -> None:
+def warn_of_no_locks(folder: Path) -> None:
+    """Warn once that the file system of this folder has no locks."""
     warning = f"{folder}: this file system has no locks, so a second process here is not noticed"
     logging.getLogger(__name__).warning("%s", escape_controls(f"warning: {warning}"))
