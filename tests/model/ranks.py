@@ -64,7 +64,8 @@ def copied(rank, size, run, copy):
 def gradients(rank, size, out, context, documents, length, sharded=False, counted=False, **sizes):
     """Compare the ranks' loss and gradients with those of one process.
 
-    With `counted`, also write the shapes of the tensors that go from rank to rank.
+    Also write how many sent tensors the rank still keeps and, with `counted`, the shapes of those
+    that go from rank to rank.
     """
     torch.manual_seed(0)
     whole = tiny_model(**sizes).double()
@@ -83,7 +84,9 @@ def gradients(rank, size, out, context, documents, length, sharded=False, counte
     report = {"loss": abs(ranks.total(loss.detach().clone()) / expected.item() - 1)}
     for (name, p), q in zip(whole.named_parameters(), spread.parameters(), strict=True):
         report[name] = error(q.grad.full_tensor() if sharded else q.grad, p.grad)
-    write(out, rank, {"errors": report, "passed": passed(spread, tensors) if counted else None})
+    kept = len(spread.backbone.layers[0].mixer.neighbours.pending_sends)
+    shapes = passed(spread, tensors) if counted else None
+    write(out, rank, {"errors": report, "passed": shapes, "kept": kept})
 
 
 def error(got, expected):
@@ -93,10 +96,13 @@ def error(got, expected):
 def passed(model, tensors):
     """The shapes of all tensors that go from rank to rank in a forward and a backward pass."""
     shapes = {"other": []}
+    line = model.backbone.layers[0].mixer.neighbours
     with profile(record_shapes=True) as forward:
         loss = model.loss(*tensors)
+        line.finish_sends()  # while it is profiled: later the profiler would crash
     with profile(record_shapes=True) as backward:
         loss.backward()
+        line.finish_sends()
     for name, profiled in {"forward": forward, "backward": backward}.items():
         shapes |= {f"{name} sent": [], f"{name} received": []}
         for event in profiled.events():

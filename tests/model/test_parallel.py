@@ -197,6 +197,12 @@ def test_a_layer_sends_one_state_and_one_edge_each_way(runs):
         assert shapes["other"] == []
 
 
+def test_a_rank_keeps_only_the_last_state_that_it_sent(runs):
+    for rank in range(4):
+        kept = json.loads((runs / f"gradients-0.{rank}.json").read_text())["kept"]
+        assert kept == 1  # each rank has a neighbour to which it sends
+
+
 @pytest.fixture
 def store(monkeypatch):
     """The store in which processes find each other, as torchrun keeps it; here of one process."""

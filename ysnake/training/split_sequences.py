@@ -48,7 +48,16 @@ class SequenceNeighbours:
         import torch.distributed as dist
 
         if self.neighbour[step] is not None:
-            self.pending_sends = [(w, t) for w, t in self.pending_sends if not w.is_completed()]
-            self.pending_sends.append(
-                (dist.isend(tensor, self.neighbour[step], self.group), tensor)
-            )
+            self.finish_sends()
+            sending = dist.isend(tensor, self.neighbour[step], self.group)
+            self.pending_sends.append((sending, tensor))
+
+    def finish_sends(self) -> None:
+        """Complete what was sent, which gloo does only in wait().
+
+        Before a further state is sent, this waits for nobody: an exchange of edges came after the
+        state before, so that one has arrived.
+        """
+        for sending, _ in self.pending_sends:
+            sending.wait()
+        self.pending_sends.clear()
