@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from functools import partial
 from itertools import count
 
 import pytest
+from rich.console import Console
 from small import TINY, corpus, entry, environment
 
 from ysnake import runs, train
 from ysnake.shared import cli, run_lock
 from ysnake.shared.errors import InputError
-from ysnake.training import run_folder
+from ysnake.training import new_run, open_run, parallel, run_folder, settings
 
 OPTIONS = [*TINY, "--vocab-size", "300", "--threads", "1", "--max-steps", "2"]
 HOLD = """
@@ -210,8 +212,6 @@ def test_a_folder_that_appears_while_a_run_begins_is_kept(tmp_path):
 
 
 def test_a_signal_while_a_run_begins_leaves_nothing(tmp_path, data, monkeypatch):
-    from ysnake.training import new_run
-
     def stopped(*_):
         signal.raise_signal(signal.SIGTERM)
 
@@ -222,8 +222,6 @@ def test_a_signal_while_a_run_begins_leaves_nothing(tmp_path, data, monkeypatch)
 
 
 def test_a_run_is_announced_while_its_vocabulary_is_learnt(tmp_path, data, monkeypatch):
-    from ysnake.training import new_run
-
     learn, seen = new_run.train_tokenizer, []
 
     def watched(*arguments):
@@ -275,3 +273,45 @@ def test_a_new_start_after_a_restart_of_the_launcher_goes_on(tmp_path, data, mon
     assert launch.resumed_after_restart(argv) == argv
     assert launch.resumed_after_restart(named) == named
     assert json.loads((run / "settings.json").read_text())["resume"] is False
+
+
+@pytest.mark.parametrize(("processes", "place"), [(1, "cuda"), (2, "cpu")])
+def test_a_run_of_several_processes_begins_without_a_gpu(
+    tmp_path, data, monkeypatch, processes, place
+):
+    """Each process reads its part later. So a model that no GPU can hold can be trained."""
+    seen = []
+
+    def distribute(self, model, device):
+        seen.append(device)
+        return model.loss
+
+    monkeypatch.setattr(cli, "pick_device", lambda name: "cuda")
+    monkeypatch.setattr(parallel.Ranks, "distribute", distribute)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    argv = [*OPTIONS, "--data", str(data), "--run", str(tmp_path / "run")]
+    new_run.start(settings.parse(argv), Console(quiet=True))
+    assert set(seen) == {place}
+
+
+def test_of_several_processes_none_keeps_the_whole_model(tmp_path, monkeypatch):
+    class Started:
+        pass
+
+    def start(settings, console):
+        run = Started()
+        made.append(weakref.ref(run))
+        return run
+
+    made = []
+    monkeypatch.setattr(open_run, "start", start)
+    monkeypatch.setattr(open_run, "resume", lambda *_: "resumed")
+    monkeypatch.setattr(parallel.Ranks, "on_first", lambda self, work: work())
+    monkeypatch.setattr(parallel.Ranks, "from_first", lambda self, value: value)
+    of_a_run = settings.Settings(run=tmp_path)
+    with open_run.open_run(of_a_run, parallel.Ranks(0, 2), Console(quiet=True)) as run:
+        assert run == "resumed"
+        assert made[0]() is None
+    with open_run.open_run(of_a_run, parallel.Ranks(), Console(quiet=True)) as run:
+        assert run is made[1]()

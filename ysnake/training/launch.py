@@ -29,6 +29,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def processes() -> int:
+    """How many processes this launch has, on all machines together."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
 def identity() -> str | None:
     """The name of this launch of torchrun. All processes share it, also after a restart."""
     name = os.environ.get(LAUNCH)

@@ -39,6 +39,8 @@ def start(settings: Settings, console: "Console") -> Run:
     run_folder.check_free(settings.run)
     corpus = _open_corpus(settings)
     device = cli.pick_device(settings.device)
+    # Several processes read the run from its folder. Then no GPU needs to hold all of it.
+    place = device if launch.processes() == 1 else "cpu"
     settings.precision, about_precision = precision.choose_precision(settings.precision, device)
     kept: dict[str, str] = {}
     if settings.from_ is not None:
@@ -72,7 +74,7 @@ def start(settings: Settings, console: "Console") -> Run:
             said += expectation.lines(settings, model.config, n_tokens, speed)
         manifest.write(tokens)
         here = replace(settings, run=folder)
-        run = assemble(here, model, tokenizer, Progress(), Ranks())
+        run = assemble(here, model, tokenizer, Progress(), Ranks(), place)
         run.tokenizer_settings = kept
         save_last(run)
         launch.record_launch(folder)
@@ -87,7 +89,7 @@ def start(settings: Settings, console: "Console") -> Run:
     console.print(f"[bold]{cli.markup(folder)}[/]: {model.n_parameters():,} parameters on {device}")
     for line in [*said, *about_precision]:
         console.print(escape_controls(line), markup=False)
-    run = assemble(settings, model, tokenizer, Progress(), Ranks())
+    run = assemble(settings, model, tokenizer, Progress(), Ranks(), place)
     run.tokenizer_settings = kept
     return run
 

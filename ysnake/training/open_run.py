@@ -27,6 +27,8 @@ def open_run(settings: Settings, ranks: Ranks, console: "Console") -> Iterator[R
         run = ranks.on_first(lambda: start(settings, console))
         settings.run = ranks.from_first(settings.run)
         settings.precision = ranks.from_first(settings.precision)
+        if ranks.size > 1:
+            run = None  # every rank reads its own from the folder, the first rank too
     busy = f"{settings.folder}: another process is training this run"
     with ExitStack() as held:
 
@@ -38,4 +40,4 @@ def open_run(settings: Settings, ranks: Ranks, console: "Console") -> Iterator[R
                 run_folder.remove_leftovers(settings.folder.parent)
 
         ranks.on_first(take_lock)
-        yield run if run and ranks.size == 1 else resume(settings, ranks, console)
+        yield run or resume(settings, ranks, console)

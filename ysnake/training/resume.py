@@ -139,7 +139,8 @@ def _resumed(
         model = checkpoint.with_factors(model, saved["head"], config.output_size)
     model.use_config(config)
     progress = _progress(saved["progress"], settings)
-    memory.check(settings, model.config, cli.pick_device(settings.device))
+    device = cli.pick_device(settings.device)
+    memory.check(settings, model.config, device)
     before, now = _workers(progress.processes, progress.threads), _workers(ranks.size)
     if before != now and settings.resume:
         console.print(
@@ -148,7 +149,7 @@ def _resumed(
         )
     if progress.ended in ("interrupted", "diverged"):
         progress.ended = None
-    run = assemble(settings, model, tokenizer, progress, ranks)
+    run = assemble(settings, model, tokenizer, progress, ranks, device)
     run.tokenizer_settings = saved["tokenizer_settings"]
     for side, count in zip(("train", "val"), saved.get("corpus", ()), strict=False):
         if len(getattr(run, side)) != count:

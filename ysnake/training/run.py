@@ -86,8 +86,9 @@ def assemble(
     tokenizer: "Tokenizer",
     progress: Progress,
     ranks: Ranks,
+    device: str,
 ) -> Run:
-    """A run with the tokens in its folder."""
+    """A run with the tokens in its folder, and its model on the device."""
     from ysnake.text.data import Tokens
 
     vocabulary = (tokenizer.get_vocab_size(), *model.config.document_tokens())
@@ -95,7 +96,7 @@ def assemble(
         Tokens.open(settings.folder / "data" / f"{side}.tokens", *vocabulary)
         for side in ("train", "val")
     )
-    return with_tokens((train, val), settings, model, tokenizer, progress, ranks)
+    return with_tokens((train, val), settings, model, tokenizer, progress, ranks, device)
 
 
 def with_tokens(
@@ -105,6 +106,7 @@ def with_tokens(
     tokenizer: "Tokenizer",
     progress: Progress,
     ranks: Ranks,
+    device: str,
 ) -> Run:
     """A run with these tokens: those to train on, and those held out."""
     import torch
@@ -116,7 +118,7 @@ def with_tokens(
         keep_freed_memory()
     progress.threads, progress.processes = torch.get_num_threads(), ranks.size
     model.backbone.recompute = settings.recompute
-    loss = ranks.distribute(model, cli.pick_device(settings.device))
+    loss = ranks.distribute(model, device)
     how = (settings.weight_decay, settings.optimizer, settings.momentum, settings.beta2)
     optimizer = make_optimizer(model, *how)
     run = Run(settings, model, tokenizer, optimizer, *tokens, progress, ranks, loss)

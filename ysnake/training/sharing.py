@@ -1,16 +1,14 @@
 """Dividing the windows of a batch among the processes, and checking that it is possible."""
 
-import os
-
 from ysnake.model.config import ModelConfig
 from ysnake.shared.errors import InputError
-from ysnake.training.launch import TORCHRUN, launched
+from ysnake.training.launch import TORCHRUN, launched, processes
 from ysnake.training.options import Settings
 
 
 def check(settings: Settings) -> None:
     """Raise InputError if the work of these settings cannot be divided among the processes."""
-    size, context = int(os.environ.get("WORLD_SIZE", 1)), settings.context_parallel
+    size, context = processes(), settings.context_parallel
     if not launched():
         if settings.shard or context > 1:
             option = "--shard" if settings.shard else "--context-parallel"
@@ -59,5 +57,5 @@ def check(settings: Settings) -> None:
 
 def share(settings: Settings) -> tuple[int, int]:
     """How many windows of a batch one process takes, and how many tokens of each."""
-    size, context = int(os.environ.get("WORLD_SIZE", 1)), settings.context_parallel
+    size, context = processes(), settings.context_parallel
     return -(-settings.batch_size // max(1, size // context)), settings.seq_len // context

@@ -50,7 +50,8 @@ def measure(settings: Settings, config: ModelConfig) -> float:
     tokenizer = Tokenizer(models.BPE())  # no step uses it
     model = Model(config, settings.init, settings.zero_out)
     tokens = _random_tokens(config, settings)
-    run = with_tokens((tokens, tokens), settings, model, tokenizer, Progress(), Ranks())
+    device = cli.pick_device(settings.device)
+    run = with_tokens((tokens, tokens), settings, model, tokenizer, Progress(), Ranks(), device)
     prepare(run)
     stop, done = Stop(), 0
     precision, _ = choose_precision(settings.precision, run.device.type)
