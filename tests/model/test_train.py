@@ -121,6 +121,33 @@ def test_it_stops_on_time_and_the_rate_follows_the_clock(tmp_path, monkeypatch):
     assert json.loads((run / "last/progress.json").read_text())["ended"] == "time"
 
 
+@pytest.mark.usefixtures("short_samples")
+@pytest.mark.parametrize(("seconds", "drawn"), [(1.0, [1, 6]), (0.0, [1, 2, 3, 4, 5, 6, 7])])
+def test_drawing_and_saving_count_as_training_and_slow_drawing_is_rare(
+    tmp_path, monkeypatch, seconds, drawn
+):
+    """On a clock that only drawing and saving advance. A save takes a second."""
+    now, found, save = 0.0, [], loop.save_last
+
+    def draw(folder, console):
+        nonlocal now
+        now += seconds
+        found.append(len((folder / "metrics.jsonl").read_text().splitlines()))
+
+    def slow_save(run):
+        nonlocal now
+        now += 1.0
+        save(run)
+
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(loop, "draw_loss", draw)
+    monkeypatch.setattr(loop, "save_last", slow_save)
+    often = ("--eval-every", 1, "--checkpoint-every", 1)
+    run = fit(tmp_path, "--max-minutes", 0.1, "--max-steps", 50, *often)
+    assert json.loads((run / "last/progress.json").read_text())["ended"] == "time"
+    assert found == drawn
+
+
 def test_learning_rate():
     options = settings.Settings(lr=1.0, warmup_steps=10, max_steps=100)
     rate = [step.learning_rate(options, training_run.Progress(step=s)) for s in range(101)]

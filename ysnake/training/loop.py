@@ -22,6 +22,8 @@ from ysnake.training.tool_log import tool_log
 if TYPE_CHECKING:
     from rich.console import Console
 
+DRAWING_SHARE = 0.05  # of the time of training, at most, is spent on drawing the losses
+
 
 def fit(run: Run, stop: Stop, console: "Console") -> None:
     """Train until there is a reason to end, and complete last/, the metrics and the picture."""
@@ -41,7 +43,13 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
             if run.ranks.first:
                 os.fsync(metrics.fileno())
 
-        resumed, evaluated = settings.resume, False
+        def count(began: float) -> float:
+            """Add the seconds since then, on the first rank, to those of training; returns them."""
+            seconds = run.ranks.from_first(max(0.0, time.perf_counter() - began))
+            progress.elapsed += seconds
+            return seconds
+
+        resumed, drawn, draw_after = settings.resume, False, 0.0
         show(metrics_of.part_done(run), "starting")
         while progress.ended is None:
             began = time.perf_counter()
@@ -49,9 +57,8 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
             if measured is None:
                 progress.ended = "interrupted"
                 break
-            seconds = run.ranks.from_first(max(0.0, time.perf_counter() - began))
+            seconds = count(began)
             times.append(seconds)
-            progress.elapsed += seconds
             progress.ended = reason_to_end(run)
             said = metrics_of.text(run, _per_second(n_tokens * len(times), sum(times)) or 0.0)
             done = metrics_of.part_done(run)
@@ -60,25 +67,32 @@ def fit(run: Run, stop: Stop, console: "Console") -> None:
             if evaluated:
                 began = time.perf_counter()
                 measured |= evaluate(run, console, partial(show, done))
-                progress.elapsed += run.ranks.from_first(max(0.0, time.perf_counter() - began))
+                count(began)
                 progress.ended = progress.ended or reason_to_end(run)
             line = metrics_of.line(run, measured, _per_second(n_tokens, seconds), resumed)
             metrics.write(json.dumps(line) + "\n")
             log(line)
             resumed = False
-            if evaluated and run.ranks.first:
-                show(done, "drawing the losses")
-                draw_loss(run.folder, console)
-            good = progress.ended is None and not progress.skipped_in_a_row
+            ended = progress.ended is not None
+            drawn = evaluated and (ended or progress.elapsed >= draw_after)
+            if drawn:
+                began = time.perf_counter()
+                if run.ranks.first:
+                    show(done, "drawing the losses")
+                    draw_loss(run.folder, console)
+                draw_after = count(began) / DRAWING_SHARE + progress.elapsed
+            good = not ended and not progress.skipped_in_a_row
             if progress.step % settings.checkpoint_every == 0 and good:
+                began = time.perf_counter()
                 sync()
                 save_last(run)
+                count(began)
         sync()
     if progress.ended == "diverged":
         run.ranks.on_first(lambda: keep_good(run))
     else:
         save_last(run)
-    if not evaluated:  # else the picture shows all steps already
+    if not drawn:  # else the picture shows all steps already
         run.ranks.on_first(lambda: draw_loss(run.folder, console))
 
 

@@ -123,7 +123,8 @@ class Settings:
     patience: int | None = None
     """Stop after this many evaluations without a better held-out loss."""
     eval_every: int = 250
-    """Steps between evaluations. Each also writes a sample of text and redraws loss.png."""
+    """Steps between evaluations. Each also writes a sample of text, and redraws loss.png unless
+    that would take much of the time."""
     checkpoint_every: int = 250
     """Steps between checkpoints in last/."""
 
