@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from small import TINY, saved
 from test_train import fit, same_training
 
 from ysnake import train
+from ysnake.checkpoints import checkpoint
 from ysnake.shared.errors import InputError
 from ysnake.training import settings
 
@@ -86,3 +88,20 @@ def test_tokens_that_are_gone_or_damaged_are_named(first, tmp_path):
     with pytest.raises(InputError, match=r"--tokens-from: .*train\.tokens: no such file"):
         train.main(argv)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["<|endoftext|>", "<s>"])
+def test_the_tokens_around_documents_come_with_the_tokens(tmp_path, name):
+    """Those of a checkpoint of others are not those of ysnake, which its tokenizer may lack."""
+    folder = saved(tmp_path, eos_id=2)  # bos 0 and eos 2, as Hugging Face's Mamba2 has them
+    (folder / "manifest.json").unlink()
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|endoftext|>", name))
+    argv = ["--from", str(folder), "--data", str(tmp_path / "snakes.txt"), "--seq-len", "24"]
+    short = ["--max-steps", "1", "--run"]
+    assert train.main([*argv, *short, str(tmp_path / "first")]) == 0
+    argv = [*TINY, "--tokens-from", str(tmp_path / "first")]
+    assert train.main([*argv, *short, str(tmp_path / "second")]) == 0
+    config = checkpoint.load_config(tmp_path / "second/last")
+    assert config.document_tokens() == (0, 2)
+    assert checkpoint.load_tokenizer(tmp_path / "second/last").token_to_id(name) == 0

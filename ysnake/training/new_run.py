@@ -203,9 +203,16 @@ def _copy_tokens(source: Path, folder: Path) -> list[str]:
 
 
 def _config(settings: Settings, tokenizer: "Tokenizer") -> ModelConfig:
+    """The model of a new run. Its document tokens are those in the tokens to train on."""
+    from ysnake.checkpoints import checkpoint
     from ysnake.text.tokenizer import eot_id
 
-    return model_config(settings, tokenizer.get_vocab_size(), eot_id(tokenizer))
+    if settings.tokens_from is None:
+        bos = eos = eot_id(tokenizer)
+    else:  # another program's, if that run began with its checkpoint
+        last = checkpoint.resolve(settings.tokens_from, "last")
+        bos, eos = checkpoint.load_config(last).document_tokens()
+    return replace(model_config(settings, tokenizer.get_vocab_size(), eos), bos_id=bos)
 
 
 def train_tokenizer(settings: Settings, corpus: "Corpus", console: "Console") -> "Tokenizer":
