@@ -82,6 +82,14 @@ def test_the_steps_follow_from_the_text(text):
     assert of_small < 30_000 < of_large
 
 
+def test_the_tokens_of_a_run_with_a_limit_of_documents_are_enough(text):
+    """Their number is known. The quick preset has such a limit, which its tokens bring along."""
+    Path("quick").mkdir()
+    settings.write(Settings(run=Path("quick"), max_steps=350, max_documents=128))
+    found = parsed("--size", "3M", "--tokens-from", "quick")
+    assert (found.max_steps, found.max_documents) == (size.LEAST_STEPS, 128)
+
+
 def test_a_small_text_gets_a_small_vocabulary():
     chosen = Settings(size="24M", preset=None)
     assert size.vocabulary(chosen, 9_400_000) == 13_183

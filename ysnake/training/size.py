@@ -129,7 +129,7 @@ def tokens_worth(name: str, n_bytes: int) -> int:
 
 def steps(settings: Settings) -> int:
     """The number of steps of a new run with --size, if the user limits neither steps nor time."""
-    if settings.max_documents is not None:
+    if settings.max_documents is not None and settings.tokens_from is None:
         raise InputError(
             "with --size it needs --max-steps or --max-minutes, since the size of the text is not "
             "known then",
