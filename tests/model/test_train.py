@@ -1,5 +1,6 @@
 """Training from the command line: it learns, and stops for each reason."""
 
+import hashlib
 import json
 import re
 from itertools import count
@@ -14,6 +15,7 @@ from ysnake.checkpoints import checkpoint
 from ysnake.inference import score
 from ysnake.inference.decoding import Decoder
 from ysnake.model.config import PRESETS
+from ysnake.shared import run_files
 from ysnake.text import data
 from ysnake.training import evaluation, loop, new_run, settings, step
 from ysnake.training import run as training_run
@@ -100,6 +102,12 @@ def test_it_stops_at_a_loss(tmp_path):
     losses = [m["train_loss"] for m in metrics(run)]
     assert len(losses) < 500
     assert sum(losses[-50:]) / 50 <= 3.5 < sum(losses[-51:-1]) / 50
+    assert run_files.state(run) == "target loss reached"
+    stored = run / "settings.json"
+    text = stored.read_text()
+    for target in ("3.0", "null"):  # as the settings of a resumed run that was killed
+        stored.write_text(text.replace('"stop_at_loss": 3.5', f'"stop_at_loss": {target}'))
+        assert run_files.state(run) == "can be resumed"
 
 
 @pytest.mark.usefixtures("short_samples")
@@ -375,6 +383,7 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_stop_the_run(tmp_path, mo
     monkeypatch.setattr(step, "batch_loss", lambda *args: Poison.apply(real(*args)))
     run = fit(tmp_path, "--max-steps", 50, "--eval-every", 100)
     assert len(metrics(run)) == 10
+    assert run_files.state(run) == "diverged"
     assert "ten times in a row" in " ".join(capsys.readouterr().out.split())
 
 
@@ -396,11 +405,15 @@ def test_a_diverged_run_keeps_its_last_good_state_and_resumes_at_a_lower_rate(
     # The weights after step 5 are those that give no finite loss, so step 4 is the last good one.
     assert "last/ holds the earlier checkpoint of step 4; resume with a lower --lr" in said
     assert "--resume --lr 0.001" in said
+    assert run_files.state(run) == "diverged"
+    for name, expected in json.loads((run / "last/manifest.json").read_text()).items():
+        assert hashlib.sha256((run / "last" / name).read_bytes()).hexdigest() == expected
     monkeypatch.setattr(step, "batch_loss", real)
     argv = ["--run", str(run), "--resume", "--max-steps", "7"]
     assert train.main([*argv, "--lr", "1e-4"]) == 0
     assert [m["step"] for m in metrics(run)] == [1, 2, 3, 4, 5, 6, 7]
     assert metrics(run)[4]["lr"] < 1e-4
+    assert run_files.state(run) == "all steps done"
     assert settings.read(run).lr == 1e-4
 
 

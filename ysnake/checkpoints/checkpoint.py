@@ -80,8 +80,8 @@ def save(
     config, generation = to_hugging_face(model.config), _generation_config(model.config, tokenizer)
     config["dtype"] = str(model.backbone.embeddings.weight.dtype).removeprefix("torch.")
     files: dict[str, Callable[[Path], object]] = {
-        "config.json": lambda path: _write_json(path, config),
-        "generation_config.json": lambda path: _write_json(path, generation),
+        "config.json": lambda path: write_json(path, config),
+        "generation_config.json": lambda path: write_json(path, generation),
         WEIGHTS: lambda path: save_file(_weights(model), path, {"format": "pt"}),
     }
     if tokenizer is not None:
@@ -94,11 +94,11 @@ def save(
         files[tokenizers.FILE] = lambda path: tokenizers.save(tokenizer, path.parent, **settings)
     if training is not None:
         files[STATE] = lambda path: _write_pickled(path, training)
-    if progress is not None:
-        files[PROGRESS] = lambda path: _write_json(path, progress)
     if optimizer is not None:
         files[OPTIMIZER] = lambda path: optimizer.rename(path)
     files[manifest.FILE] = lambda path: manifest.write(path.parent)
+    if progress is not None:  # after the hashes, so that it may change later
+        files[PROGRESS] = lambda path: write_json(path, progress)
     path = new
     busy = f"{folder}: another process is writing this checkpoint"
     try:
@@ -425,7 +425,8 @@ def _generation_config(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
     return out
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a file of a checkpoint that people can read."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ysnake.shared.errors import InputError, why
 from ysnake.shared.files import read_json
 
-FILE = "manifest.json"  # SHA-256 of every file of the folder
+FILE = "manifest.json"  # SHA-256 of the files in the folder
 
 
 def write(folder: Path) -> None:

@@ -93,15 +93,18 @@ def _has_a_new_limit(settings: dict[str, Any], progress: dict[str, Any]) -> bool
     limits = {  # why it ended -> setting, field of progress.json, its units in one of the setting
         "steps": ("max_steps", "step", 1),
         "time": ("max_minutes", "elapsed", 60),
+        "loss": ("stop_at_loss", "mean_loss", 1),
         "patience": ("patience", "evaluations_since_best", 1),
     }
     if str(progress["ended"]) not in limits:
         return False
     name, counted, unit = limits[progress["ended"]]
     limit, done = settings.get(name), progress.get(counted)
-    if not isinstance(done, int | float):
+    if not isinstance(done, int | float) or not isinstance(limit, int | float | None):
         return False
-    return limit is None or (isinstance(limit, int | float) and done < limit * unit)
+    if limit is None:
+        return True
+    return done > limit if name == "stop_at_loss" else done < limit * unit  # a loss falls to it
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ysnake.shared import cli
-from ysnake.shared.files import read_json
+from ysnake.shared.files import read_json, replacing
 from ysnake.shared.run_files import RECENT
 from ysnake.training.optimizer import make_optimizer
 from ysnake.training.options import Settings
@@ -136,6 +136,7 @@ def keep_good(run: Run) -> None:
 
     The steps that were skipped at the end did not change the weights. So weights that were saved
     after the last applied step already give no finite loss.
+    In last/ only progress.json changes: it says that the run has diverged.
     """
     from ysnake.checkpoints import checkpoint
 
@@ -144,6 +145,9 @@ def keep_good(run: Run) -> None:
     if saved_step(last) >= bad_from and old.is_dir() and saved_step(old) < bad_from:
         with cli.file_errors(run.folder):
             checkpoint.put_back(old, last)
+    path = last / checkpoint.PROGRESS
+    with replacing(path) as new:
+        checkpoint.write_json(new, read_json(path) | {"ended": run.progress.ended})
 
 
 def saved_step(folder: Path) -> int:
@@ -169,6 +173,7 @@ def save_last(run: Run) -> None:
             (ranks.gather_rows(layer.conv), ranks.gather_rows(layer.ssm)) for layer in run.carried
         ]
     progress = {k: v for k, v in asdict(run.progress).items() if k != "recent"}
+    progress["mean_loss"] = run.progress.mean_loss
     model = ranks.gathered_model(run.model)
 
     def write() -> None:
