@@ -11,6 +11,7 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 from small import TINY, corpus, entry, model
 
@@ -210,6 +211,28 @@ def test_a_run_of_another_shape_is_not_resumed(folder):
     code, _, errors = go_on(folder)
     assert (code, errors.count("\n")) == (2, 1)
     assert "training_state.pt: not the state of this training run" in errors
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB."), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory"),
+        (torch.AcceleratorError("CUDA error: the device is busy"), None),
+    ],
+)
+def test_what_the_device_cannot_do_is_no_damage(folder, monkeypatch, error, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Ranks, "distribute", fail)
+    if said is None:
+        with pytest.raises(torch.AcceleratorError):
+            go_on(folder)
+    else:
+        code, _, errors = go_on(folder)
+        assert (code, errors.count("\n")) == (1, 1)
+        assert errors.startswith(f"error: {said}")
 
 
 # ------------------------------------------------------------------ disks

@@ -211,15 +211,20 @@ def run(command: Callable[[list[str]], int]) -> None:
         print(f"error: {message}", file=sys.stderr)
         code = FAILED
     except (MemoryError, RuntimeError) as error:
-        # torch raises a plain RuntimeError when CPU memory is full, so its text must tell.
-        said = ("DefaultCPUAllocator", "out of memory")
-        if not (isinstance(error, MemoryError) or any(text in str(error) for text in said)):
+        if not out_of_memory(error):
             raise
         print(
             "error: not enough memory; smaller sizes or a smaller batch need less", file=sys.stderr
         )
         code = FAILED
     sys.exit(code)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of this machine or of its GPU was too small."""
+    # torch raises a plain RuntimeError when CPU memory is full, so its text must tell.
+    said = ("DefaultCPUAllocator", "out of memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in said)
 
 
 @contextmanager

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
     """Read the run in settings.run from its last/, or from the one before if that is damaged."""
+    import torch
+
     from ysnake.checkpoints import checkpoint
 
     folder = settings.folder / "last"
@@ -41,7 +43,11 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
     try:
         run = _resumed(settings, ranks, last, saved, model, tokenizer, console)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if isinstance(error, InputError) or parallel.lost_contact(error):
+        if (
+            isinstance(error, InputError | torch.AcceleratorError)
+            or parallel.lost_contact(error)
+            or cli.out_of_memory(error)
+        ):
             raise
         path = last / checkpoint.STATE
         said = str(error).partition("\n")[0]
