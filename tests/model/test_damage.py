@@ -19,7 +19,7 @@ from ysnake import evaluate, export, run, serve, train
 from ysnake.checkpoints import checkpoint
 from ysnake.shared.errors import InputError
 from ysnake.text import tokenizer
-from ysnake.training import resume, settings
+from ysnake.training import memory, resume, settings
 from ysnake.training.parallel import Ranks
 
 OPTIONS = [*TINY, "--vocab-size", "300", "--threads", "1", "--max-steps", "6"]
@@ -233,6 +233,32 @@ def test_what_the_device_cannot_do_is_no_damage(folder, monkeypatch, error, said
         code, _, errors = go_on(folder)
         assert (code, errors.count("\n")) == (1, 1)
         assert errors.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("changed", "bytes_here", "said"),
+    [
+        ({"max_steps": 2}, 1e12, "--max-steps: the run has trained 6 steps"),
+        ({}, 1e6, "--batch-size: a batch with 4 windows"),
+    ],
+)
+def test_all_processes_together_refuse_to_resume(folder, monkeypatch, changed, bytes_here, said):
+    """Then the error is printed once."""
+    agreed = []
+
+    class Several(Ranks):
+        def on_all(self, work):
+            try:
+                return work()
+            except InputError as error:
+                agreed.append(str(error))
+                raise
+
+    monkeypatch.setattr(memory, "available", lambda: bytes_here)
+    options = replace(settings.read(folder), resume=True, **changed)
+    with pytest.raises(InputError):
+        resume.resume(options, Several(), Console(quiet=True))
+    assert said in "".join(agreed)
 
 
 # ------------------------------------------------------------------ disks

@@ -66,9 +66,9 @@ def resume(settings: Settings, ranks: Ranks, console: "Console") -> Run:
             _forget_samples_after(run.folder / "samples.txt", run.progress.samples_size)
 
     if settings.resume:
-        for line in replace_limits(settings, stored, run.progress):
+        # When all ranks are here, every rank has read its files.
+        for line in ranks.on_all(lambda: replace_limits(settings, stored, run.progress)):
             console.print(line)
-        ranks.on_all(lambda: None)  # every rank has read its files
         ranks.on_first(settle)
         console.print(
             f"[bold]{cli.markup(run.folder)}[/]: continues after step {run.progress.step}"
@@ -146,7 +146,7 @@ def _resumed(
     model.use_config(config)
     progress = _progress(saved["progress"], settings)
     device = cli.pick_device(settings.device)
-    memory.check(settings, model.config, device)
+    ranks.on_all(lambda: memory.check(settings, model.config, device))
     before, now = _workers(progress.processes, progress.threads), _workers(ranks.size)
     if before != now and settings.resume:
         console.print(
