@@ -90,6 +90,24 @@ def test_a_step_larger_than_the_memory_is_refused_with_the_batch_that_fits(monke
         memory.check(Settings(batch_size=1, seq_len=10_000_000), config, "cpu")
 
 
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    config = ModelConfig(vocab_size=1024, d_model=64, n_layers=2, d_state=8, head_dim=8)
+    one = memory.predict(config, Settings(batch_size=2000)).peak
+    monkeypatch.setattr(memory, "available", lambda: one)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    given = Settings(batch_size=8000)
+    memory.check(given, config, "cpu")  # on four machines
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    said = r"in each of 2 processes, .*; --batch-size \d+ fits$"
+    with pytest.raises(InputError, match=said) as error:
+        memory.check(given, config, "cpu")
+    fits = int(str(error.value).partition("; --batch-size ")[2].split()[0])
+    assert fits % 4 == 0
+    memory.check(replace(given, batch_size=fits), config, "cpu")
+    memory.check(given, config, "cuda")  # each has a GPU of its own
+
+
 BEGUN = ["--data", "a.txt", "--run", "run", "--from", "base", "--seed", "3", "--max-steps", "2"]
 
 

@@ -34,6 +34,11 @@ def processes() -> int:
     return int(os.environ["WORLD_SIZE"]) if launched() else 1
 
 
+def processes_here() -> int:
+    """How many of them run on this machine and share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() else 1
+
+
 def identity() -> str | None:
     """The name of this launch of torchrun. All processes share it, also after a restart."""
     name = os.environ.get(LAUNCH)

@@ -12,6 +12,7 @@ from ysnake.model.config import VOCAB_MULTIPLE, ModelConfig
 from ysnake.shared import control_groups
 from ysnake.shared.errors import InputError
 from ysnake.shared.shown import amount
+from ysnake.training.launch import processes, processes_here
 from ysnake.training.options import Settings, parse_size
 from ysnake.training.sharing import share
 
@@ -123,7 +124,7 @@ def choose_batch_size(settings: Settings, config: ModelConfig) -> None:
 
 
 def check(settings: Settings, config: ModelConfig, device: str) -> None:
-    """Raise InputError if a step would take more memory than this machine has.
+    """Raise InputError if a step would take more memory than this machine has for each process.
 
     A GPU reports it at once, so there it is not checked. Nor is it with --shard.
     """
@@ -132,17 +133,20 @@ def check(settings: Settings, config: ModelConfig, device: str) -> None:
         return
     windows, length = share(settings)
     own = replace(settings, batch_size=windows, seq_len=length)
-    peak = predict(config, own).peak
-    if peak <= PREDICTED_TOO_HIGH * limit:
+    peak, here = predict(config, own).peak, processes_here()
+    if here * peak <= PREDICTED_TOO_HIGH * limit:
         return
-    fits = largest_batch(config, own, limit)
+    fits = largest_batch(config, own, limit / here)
     remedy = "a shorter --seq-len or a smaller model takes less"
     if fits:
         fits *= -(-settings.batch_size // windows)  # of all processes
-        remedy = f"--batch-size {fits} fits; or give --memory SIZE, which chooses the batch size"
+        remedy = f"--batch-size {fits} fits"
+        if processes() == 1:
+            remedy += "; or give --memory SIZE, which chooses the batch size"
+    each = f" in each of {here} processes" if here > 1 else ""
     raise InputError(
         f"a batch with {amount(windows, 'window')} of {amount(length, 'token')} takes "
-        f"{peak / 1e9:,.1f} GB, and this machine has {limit / 1e9:.1f} GB; {remedy}",
+        f"{peak / 1e9:,.1f} GB{each}, and this machine has {limit / 1e9:.1f} GB; {remedy}",
         field="--batch-size",
     )
 

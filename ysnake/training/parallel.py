@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ysnake.model.config import IGNORED
 from ysnake.shared import cli
 from ysnake.shared.errors import InputError
-from ysnake.training.launch import RESTARTS, end_after_failed_rank, launched, printed_once
+from ysnake.training.launch import (
+    RESTARTS,
+    end_after_failed_rank,
+    launched,
+    printed_once,
+    processes_here,
+)
 from ysnake.training.optimizer import make_moments, moments_by_name
 from ysnake.training.split_sequences import SequenceNeighbours
 
@@ -53,7 +59,7 @@ def process_group(device: str, context: int, sharded: bool) -> Iterator["Ranks"]
 
     with printed_once():
         on_gpu = cli.pick_device(device) == "cuda"
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        here, gpus = processes_here(), torch.cuda.device_count()
         if on_gpu and here > gpus:
             raise InputError(f"{here} processes, but {gpus} GPUs here", field="--nproc-per-node")
     if on_gpu:
