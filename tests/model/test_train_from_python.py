@@ -15,7 +15,7 @@ from small import corpus, environment, python
 import ysnake
 from ysnake.model.config import PRESETS
 from ysnake.shared.errors import InputError
-from ysnake.training import settings, step
+from ysnake.training import settings, speed, step
 
 TINY = {"d_model": 32, "n_layers": 2, "d_state": 8, "head_dim": 8, "seq_len": 24, "batch_size": 4}
 TINY |= {"vocab_size": 300}
@@ -47,13 +47,17 @@ def test_a_run_from_python_is_a_run_from_the_command_line(here, capsys):
     assert text == ysnake.load("runs/other").generate("The adder", 5, temperature=0)
 
 
-def test_the_threads_and_random_numbers_of_the_program_stay_as_they_were(here):
+def test_the_threads_and_random_numbers_of_the_program_stay_as_they_were(here, monkeypatch):
+    monkeypatch.setattr(speed, "MEASURED_SECONDS", 0.1)
     threads, random = torch.get_num_threads(), torch.get_rng_state()
     other = 1 if threads > 1 else 2
     options = {"max_steps": 1, "threads": other, "quiet": True, **TINY}
     run = ysnake.train("snakes.txt", run="runs/mine", **options)
     assert json.loads((run.path / "last/progress.json").read_text())["threads"] == other
     assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), random)
+    run = ysnake.train("snakes.txt", run="runs/size", size="3M", output_size=8, **options)
+    ysnake.train(run=run.path, resume=True, max_steps=2, quiet=True)
     assert torch.equal(torch.get_rng_state(), random)
     with pytest.raises(InputError):
         ysnake.train("snakes.txt", run="runs/mine", **options)  # the run exists

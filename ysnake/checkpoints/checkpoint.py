@@ -397,8 +397,9 @@ def head_factors(model: Model) -> dict[str, torch.Tensor]:
 def with_factors(model: Model, factors: dict[str, torch.Tensor], output_size: int) -> Model:
     """Replace the head of a loaded model by the two factors that are trained."""
     c = model.config = replace(model.config, output_size=output_size)
-    model.lm_head = FactorisedHead(c.d_model, output_size, c.vocab_size)
-    model.lm_head.load_state_dict(factors)
+    with torch.device("meta"):  # no first weights, which would take random numbers
+        model.lm_head = FactorisedHead(c.d_model, output_size, c.vocab_size)
+    model.lm_head.load_state_dict(factors, assign=True)
     return model
 
 

@@ -42,13 +42,15 @@ def measure(settings: Settings, config: ModelConfig) -> float:
         settings: of the run whose speed is wanted.
         config: of its model.
     """
+    import torch
     from rich.console import Console
     from tokenizers import Tokenizer, models
 
     from ysnake.model.network import Model
 
     tokenizer = Tokenizer(models.BPE())  # no step uses it
-    model = Model(config, settings.init, settings.zero_out)
+    with torch.random.fork_rng(devices=[]):  # a program's own random numbers stay as they are
+        model = Model(config, settings.init, settings.zero_out)
     tokens = _random_tokens(config, settings)
     device = cli.pick_device(settings.device)
     run = with_tokens((tokens, tokens), settings, model, tokenizer, Progress(), Ranks(), device)
