@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from ysnake.shared import control_groups
+from ysnake.shared import cli, control_groups
 
 CASES = {
     "version 2, the group inside limits less": (
@@ -79,3 +80,18 @@ def test_no_more_threads_than_cores_whose_time_may_be_used(groups, tmp_path):
 
     assert threads() == 2
     assert threads(OMP_NUM_THREADS="3") == 4  # the user's choice, which torch has read
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_processes_of_one_machine_share_its_cores(groups, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for limit, processes, expected in (
+        *(("max", 1, 4), ("max", 2, 2), ("max", 3, 2), ("max", 8, 1)),
+        *(("300000", 1, 3), ("300000", 2, 2)),
+    ):
+        groups("0::/", {"cpu.max": f"{limit} 100000"})
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        torch.set_num_threads(4)
+        cli.use_threads(None)
+        assert torch.get_num_threads() == expected

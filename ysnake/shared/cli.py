@@ -352,7 +352,8 @@ def use_threads(count: int | None) -> None:
     """Set the number of CPU threads.
 
     None leaves the choice to torch, which takes one for each core. But if a container or a job may
-    use the time of fewer cores, it gets fewer threads. More would wait for each other.
+    use the time of fewer cores, it gets fewer threads. Processes that a launcher started on this
+    machine share the cores. More threads would wait for each other.
 
     Raises:
         InputError: the number is out of range.
@@ -364,9 +365,10 @@ def use_threads(count: int | None) -> None:
             raise InputError(f"expected 1 to {MOST_THREADS}, got {count}", field="--threads")
         torch.set_num_threads(count)
     elif "OMP_NUM_THREADS" not in os.environ:
-        limit = control_groups.cpu_limit()
-        if limit is not None and limit < torch.get_num_threads():
-            torch.set_num_threads(max(1, math.ceil(limit)))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = (control_groups.cpu_limit() or os.cpu_count() or 1) / here
+        if cores < torch.get_num_threads():
+            torch.set_num_threads(max(1, math.ceil(cores)))
 
 
 @contextmanager
