@@ -309,8 +309,6 @@ class Ranks:
         from torch.distributed import checkpoint
 
         self.on_first(lambda: shutil.rmtree(folder, ignore_errors=True))
-        if not optimizer.state:  # before the first step
-            return {"steps": 0}
         moments = moments_by_name(model, optimizer)
         # safetensors: torch's own format would be read with pickle
         writer = checkpoint.HuggingFaceStorageWriter(str(folder), save_distributed=True)

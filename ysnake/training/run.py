@@ -179,7 +179,7 @@ def save_last(run: Run) -> None:
     def write() -> None:
         assert model is not None  # on the first rank
         training["head"] = checkpoint.head_factors(model)
-        parts = shards if ranks.sharded and shards.exists() else None
+        parts = shards if ranks.sharded else None
         rest = (training, progress, parts, run.tokenizer_settings)
         checkpoint.save(run.folder / "last", model, run.tokenizer, *rest)
 
