@@ -17,7 +17,7 @@ from ysnake.inference.decoding import Decoder
 from ysnake.model.config import PRESETS
 from ysnake.shared import run_files
 from ysnake.text import data
-from ysnake.training import evaluation, loop, new_run, settings, step
+from ysnake.training import evaluation, loop, new_run, settings, step, stopping
 from ysnake.training import run as training_run
 from ysnake.training.metrics import OF_THIS_EXECUTION
 from ysnake.training.optimizer import make_optimizer
@@ -382,9 +382,9 @@ def test_steps_that_are_not_finite_are_skipped_and_ten_stop_the_run(tmp_path, mo
 
     monkeypatch.setattr(step, "batch_loss", lambda *args: Poison.apply(real(*args)))
     run = fit(tmp_path, "--max-steps", 50, "--eval-every", 100)
-    assert len(metrics(run)) == 10
+    assert len(metrics(run)) == stopping.GIVE_UP_AFTER
     assert run_files.state(run) == "diverged"
-    assert "ten times in a row" in " ".join(capsys.readouterr().out.split())
+    assert f"{stopping.GIVE_UP_AFTER} times in a row" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_diverged_run_keeps_its_last_good_state_and_resumes_at_a_lower_rate(
