@@ -13,9 +13,9 @@ ENDINGS = {
     "loss": "the training loss is down to {loss:.3f}",
     "patience": "the held-out loss has stopped getting better",
     "interrupted": "interrupted",
-    "diverged": f"loss or gradient was not finite {GIVE_UP_AFTER} times in a row, so the run was stopped; "
-    "last/ holds the earlier checkpoint of step {kept}; resume with a "
-    "lower --lr or a longer --warmup-steps",
+    "diverged": f"loss or gradient was not finite {GIVE_UP_AFTER} times in a row, so the run was "
+    "stopped; last/ holds the earlier checkpoint of step {kept}; resume with a lower --lr or a "
+    "longer --warmup-steps",
 }
 
 
