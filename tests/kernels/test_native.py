@@ -96,6 +96,39 @@ def test_a_packed_layer_keeps_the_shape(rows):
     assert torch.allclose(PackedLinear(matrix)(x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_product_takes_any_dtype_and_memory(format, dtype):
+    matrix = Matrix(weight(12, 40).to(dtype), torch.randn(12).to(dtype), format)
+    x = torch.randn(40, 3).to(dtype).t()
+    y = matrix.product(x)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, matrix.product(x.float().contiguous()))
+    expected = linear(x.float(), matrix.dense(), matrix.bias)
+    assert torch.allclose(y, expected, atol=0.1)
+
+
+def test_a_product_whose_sizes_do_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"bias: expected shape \(12,\) to match weight, got"):
+        Matrix(weight(12, 40), torch.randn(11), "float32")
+    matrix = Matrix(weight(12, 40), None, "bfloat16")
+    with pytest.raises(ValueError, match="x: expected 40 columns, got 39"):
+        matrix.product(torch.randn(2, 39))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_packed_weights_do_not_depend_on_the_default_dtype(format):
+    matrix = Matrix(weight(12, 40), None, format)
+    expected, x = matrix.dense(), torch.randn(2, 40)
+    try:
+        torch.set_default_dtype(torch.float16)
+        dense, y = matrix.dense(), matrix.product(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(dense, expected)
+    assert y.dtype == torch.float32
+
+
 def test_another_format_is_refused():
     with pytest.raises(ValueError, match=r"format: expected float32, .*, got 'int3'"):
         Matrix(weight(4, 32), None, "int3")

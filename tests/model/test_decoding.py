@@ -84,6 +84,44 @@ def test_rows_of_a_larger_state_are_written_in_place():
         assert not layer.ssm[2:].any()
 
 
+def narrower(layer, name):
+    state = getattr(layer, name)
+    setattr(layer, name, state[:, :-1])
+
+
+def strided(layer, name):
+    state = getattr(layer, name)
+    setattr(layer, name, state.mT.contiguous().mT)
+
+
+def rounded(layer, name):
+    setattr(layer, name, getattr(layer, name).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "message"),
+    [
+        (narrower, "conv", r"conv_state: expected shape \(2, 80, 3\) to match h, got \(2, 79, 3\)"),
+        (narrower, "ssm", r"ssm_state: expected shape \(2, 8, 8, 8\) to match h, got"),
+        (rounded, "conv", "conv_state: expected one of float32, got torch.bfloat16"),
+        (rounded, "ssm", "ssm_state: expected one of float32, got torch.bfloat16"),
+        (strided, "ssm", "ssm_state: expected a contiguous tensor, got a strided one"),
+    ],
+)
+def test_compiled_code_refuses_a_state_that_does_not_fit(change, name, message):
+    decoder = Decoder(model())
+    if decoder.native is None:
+        pytest.skip("no C++ compiler")
+    state = decoder.model.empty_state(2)
+    change(state[1], name)
+    with pytest.raises((ValueError, TypeError), match=message):
+        decoder.step(ids(2), state)
+    with pytest.raises(ValueError, match="states: expected those of 2 layers, got 1"):
+        decoder.step(ids(2), state[:1])
+    with pytest.raises(ValueError, match=r"conv_state: expected shape \(3, 80, 3\) to match h"):
+        decoder.step(ids(3), decoder.model.empty_state(2))
+
+
 def test_without_a_compiler_pure_torch_writes(no_compiler):
     decoder = Decoder(model(), "auto")
     assert decoder.native is None

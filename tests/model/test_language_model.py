@@ -33,6 +33,17 @@ def test_generate_is_what_the_command_writes(folder, model, tmp_path):
     assert model.generate("The adder", 9, temperature=0, stop=text[3:5]) == text[:3]
 
 
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_autocast_around_it_changes_nothing(folder, weights):
+    loaded = ysnake.load(folder, weights=weights)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            text = loaded.generate("The adder", 30, temperature=0)
+            found.append((text, loaded.loss("The boa sleeps."), loaded.logits("The boa").tolist()))
+    assert found[0] == found[1]
+
+
 def test_a_model_without_a_first_token_is_refused(folder):
     loaded = ysnake.load(folder)
     m = loaded.decoder.model

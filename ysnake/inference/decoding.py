@@ -107,7 +107,10 @@ class Decoder:
     def step(
         self, ids: Tensor, state: State | None = None, last_only: bool = False
     ) -> tuple[Tensor, State]:
-        """As `Model.step`."""
+        """As `Model.step`, in the dtype of the weights also under autocast."""
+        if torch.is_autocast_enabled(device := ids.device.type):
+            with torch.autocast(device, enabled=False):
+                return self.step(ids, state, last_only)
         one = ids.shape[-1] == 1 if ids.ndim == 2 else True
         if not (one and (self.fast or self.replayed)):
             with self.reading():

@@ -39,25 +39,28 @@ class Matrix:
         """Pack a weight.
 
         Args:
-            weight: (rows, columns), float32 on the CPU. The format float32 uses its memory if it is
-                contiguous. Other formats copy.
-            bias: (rows,), float32, or None.
+            weight: (rows, columns), floating point. The format float32 uses its memory if it is in
+                float32, contiguous and on the CPU. Other formats copy.
+            bias: (rows,), floating point, or None.
             format: float32; bfloat16; int8, with a scale for each row; or int4, with a scale for
                 each 32 columns of a row. With integer weights each row of x is rounded in a
                 product: to integers from -2,047 to 2,047 (fewer beyond 8,192 columns) times a
                 scale.
 
         Raises:
-            ValueError: the format is unknown.
+            ValueError: the format is unknown, or the bias has another length.
             BuildError: the code cannot be compiled here.
         """
         if format not in FORMATS:
             raise ValueError(f"format: expected {', '.join(FORMATS)}, got {format!r}")
         self.format, (self.rows, self.columns) = format, weight.shape
+        if bias is not None and bias.shape != weight.shape[:1]:
+            expected, got = tuple(weight.shape[:1]), tuple(bias.shape)
+            raise ValueError(f"bias: expected shape {expected} to match weight, got {got}")
         self.scales: Tensor | None = None
-        weight = weight.detach()
+        weight = as_floats(weight)
         if format == "float32":
-            self.weights = weight.contiguous()
+            self.weights = weight
         else:
             groups = _in_groups(weight)
             if format == "bfloat16":
@@ -71,7 +74,7 @@ class Matrix:
                 low, high = _int4(groups, scales).add_(8).to(torch.uint8).chunk(2, -1)
                 self.weights = _interleaved(low | (high << 4))
                 self.scales = _interleaved(scales)
-        self.bias = None if bias is None else bias.detach().contiguous()
+        self.bias = None if bias is None else as_floats(bias)
         self.code = library()
         self.struct = MatrixStruct(
             *(FORMATS.index(format), self.rows, self.columns, self.weights.data_ptr()),
@@ -79,9 +82,15 @@ class Matrix:
         )
 
     def product(self, x: Tensor) -> Tensor:
-        """x weight^T + bias for few rows: x (..., columns), float32 -> (..., rows)."""
+        """x weight^T + bias for few rows: x (..., columns) -> (..., rows), float32.
+
+        Raises:
+            ValueError: x has another number of columns.
+        """
+        if x.shape[-1] != self.columns:
+            raise ValueError(f"x: expected {self.columns} columns, got {x.shape[-1]}")
+        x = as_floats(x)
         y = x.new_empty(*x.shape[:-1], self.rows)
-        x = x.contiguous()
         batch, threads = x.shape[:-1].numel(), torch.get_num_threads()
         sizes = map(ctypes.c_int64, (batch, threads))
         x_at, y_at = ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr())
@@ -102,7 +111,7 @@ class Matrix:
         """The weight as float32 (rows, columns), with the rounding of its format."""
         if self.format == "float32":
             return self.weights
-        y = torch.empty(self.rows, self.columns)
+        y = self.weights.new_empty(self.rows, self.columns, dtype=torch.float32)
         threads, at = ctypes.c_int64(torch.get_num_threads()), ctypes.c_void_p(y.data_ptr())
         self.code.ysnake_unpack(ctypes.byref(self.struct), threads, at)
         return y
@@ -136,6 +145,11 @@ class Float32Linear(Linear):
         if x.shape[:-1].numel() <= FEW and not torch.is_grad_enabled():
             return self.matrix.product(x)
         return super().forward(x)
+
+
+def as_floats(t: Tensor) -> Tensor:
+    """The tensor as the compiled code reads it: float32 on the CPU, its elements side by side."""
+    return t.detach().to("cpu", torch.float32).contiguous()
 
 
 def _in_groups(weight: Tensor) -> Tensor:

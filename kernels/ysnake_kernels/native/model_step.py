@@ -6,12 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ysnake_kernels.checks import check
 from ysnake_kernels.layers_step.inputs import LayerWeights
 from ysnake_kernels.mixer_step.eager import NO_LIMIT, prepare
 from ysnake_kernels.native.build import library, threads_for
-from ysnake_kernels.native.matrix import Matrix, MatrixStruct
+from ysnake_kernels.native.matrix import Matrix, MatrixStruct, as_floats
 
 Pointer = ctypes.c_void_p
+FLOAT32 = (torch.float32,)
 
 
 class LayerStruct(ctypes.Structure):
@@ -89,19 +91,25 @@ class ModelStep:
         self.head = [Matrix(weight, None, format) for weight in head]
         self.vocabulary = self.head[-1].rows
         self.of_a_product = layers[0].in_weight.numel()
+        channels, d_model = sizes.channels, layers[0].in_weight.shape[1]
+        self.of_a_row = (
+            (d_model,),
+            (channels, width - 1),
+            (sizes.heads, sizes.head_dim, sizes.state),
+        )
         self.kept: list[object] = []  # what the structs point to
         structs = [self._layer(*each) for each in zip(layers, self.projections, strict=True)]
         layer_array = (LayerStruct * len(layers))(*structs)
         head_array = (MatrixStruct * len(head))(*(m.struct for m in self.head))
         self.struct = ModelStruct(
             SizesStruct(
-                *(layers[0].in_weight.shape[1], sizes.d_inner, sizes.heads, sizes.groups),
+                *(d_model, sizes.d_inner, sizes.heads, sizes.groups),
                 *(sizes.state, width),
                 *(NO_LIMIT if dt_limit is None else dt_limit),
             ),
             *(len(layers), len(head)),
             *(ctypes.addressof(self._keep(each)) for each in (layer_array, head_array)),
-            *(self._at(norm_weight.detach()), eps),
+            *(self._at(norm_weight), eps),
         )
 
     def __call__(self, h: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -115,10 +123,9 @@ class ModelStep:
             (batch, vocabulary), float32.
 
         Raises:
-            ValueError: an ssm_state is not contiguous.
+            ValueError, TypeError: an argument has the wrong shape, dtype, device or layout.
         """
-        if not all(ssm.is_contiguous() for _, ssm in states):
-            raise ValueError("states: expected contiguous ssm_states, got a strided one")
+        self._check(h, states)
         structs = (StateStruct * len(states))(
             *(StateStruct(conv.data_ptr(), ssm.data_ptr(), *conv.stride()) for conv, ssm in states)
         )
@@ -130,11 +137,26 @@ class ModelStep:
         )
         return logits
 
+    def _check(self, h: Tensor, states: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Raise where the compiled code would read or write outside of a tensor."""
+        if len(states) != (count := len(self.projections)):
+            raise ValueError(f"states: expected those of {count} layers, got {len(states)}")
+        of_h, of_conv, of_ssm = ((len(h), *sizes) for sizes in self.of_a_row)
+        like = self.head[0].weights
+        check("h", h, of_h, like, "the model", FLOAT32)
+        for conv, ssm in states:
+            check("conv_state", conv, of_conv, like, "h", FLOAT32)
+            check("ssm_state", ssm, of_ssm, like, "h", FLOAT32)
+            if not ssm.is_contiguous():
+                raise ValueError("ssm_state: expected a contiguous tensor, got a strided one")
+        if not h.is_contiguous():
+            raise ValueError("h: expected a contiguous tensor, got a strided one")
+
     def _layer(self, weights: LayerWeights, projections: tuple[Matrix, Matrix]) -> LayerStruct:
         ready = prepare(weights.mixer, torch.float32)
         vectors = (ready.dt_bias, ready.A, ready.D, ready.norm_weight)
         return LayerStruct(
-            self._at(weights.norm_weight.detach()),
+            self._at(weights.norm_weight),
             *(m.struct for m in projections),
             self._at(ready.taps),
             None if ready.conv_bias is None else self._at(ready.conv_bias),
@@ -143,7 +165,7 @@ class ModelStep:
         )
 
     def _at(self, tensor: Tensor) -> int:
-        return self._keep(tensor.contiguous()).data_ptr()
+        return self._keep(as_floats(tensor)).data_ptr()
 
     def _keep(self, thing):
         self.kept.append(thing)
