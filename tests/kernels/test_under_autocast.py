@@ -1,4 +1,4 @@
-"""A backward pass inside `torch.autocast` gives the same gradients as outside."""
+"""Inside `torch.autocast` gradients, and steps of float32 or float64, are those outside."""
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ from ysnake_kernels import (
     selective_scan,
     ssd_scan,
 )
+from ysnake_kernels.dropin.functions import selective_state_update
 
 # name -> shapes of the arguments, and the operator
 OPERATORS = {
@@ -45,3 +46,16 @@ def test_backward_inside_is_as_outside(shapes, operator):
 
     for inside, outside in zip(gradients(True), gradients(False), strict=True):
         assert torch.equal(inside, outside)
+
+
+def test_a_step_inside_is_as_outside():
+    """Mamba-1's step, in torch's own operations."""
+    torch.manual_seed(0)
+    state, x, dt, A = torch.randn(2, 8, 16), torch.randn(2, 8), torch.rand(2, 8), -torch.rand(8, 16)
+    B, C = torch.randn(2, 2, 16)
+    outside, inside = state.clone(), state.clone()
+    expected = selective_state_update(outside, x, dt, A, B, C)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = selective_state_update(inside, x, dt, A, B, C)
+    assert torch.equal(y, expected)
+    assert torch.equal(inside, outside)

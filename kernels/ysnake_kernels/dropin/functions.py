@@ -339,7 +339,8 @@ def selective_state_update(
         tokens = inputs._replace(x=x, dt=dt, B=B, C=C, z=z, indices=indices)
         return _update_each_channel(tokens)
 
-    return skip_padding(run, state_batch_indices, x, dt, B, C, z)
+    with torch.autocast(x.device.type, enabled=False):
+        return skip_padding(run, state_batch_indices, x, dt, B, C, z)
 
 
 def _of_heads(inputs: StepInputs) -> StepInputs:
