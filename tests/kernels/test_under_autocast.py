@@ -59,3 +59,13 @@ def test_a_step_inside_is_as_outside():
         y = selective_state_update(inside, x, dt, A, B, C)
     assert torch.equal(y, expected)
     assert torch.equal(inside, outside)
+
+
+def test_the_mixer_of_float64_stays_in_float64():
+    """As torch's linear layer does."""
+    shapes, operator = OPERATORS["mixer"]
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    expected = operator(*tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(operator(*tensors), expected)

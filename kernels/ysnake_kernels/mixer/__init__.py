@@ -11,6 +11,7 @@ from torch import Tensor
 from ysnake_kernels.backend import choose
 from ysnake_kernels.checks import FLOATS, check, check_rank, check_skip, check_whole
 from ysnake_kernels.conv import check_conv, uses_silu
+from ysnake_kernels.linear import products_dtype
 from ysnake_kernels.mixer import composed, eager_operator
 from ysnake_kernels.mixer.inputs import MixerInputs
 from ysnake_kernels.mixer.sizes import MixerSizes
@@ -90,13 +91,12 @@ def mamba_split_conv1d_scan_combined(
 def check_and_run(inputs: MixerInputs) -> tuple[Tensor, Tensor | None]:
     """The output, and the final states if they are wanted, after the checks of all arguments.
 
-    Under autocast the output projection runs in autocast's dtype instead of `inputs.dtype`.
+    The output projection runs in autocast's dtype, or else in zxbcdt's; `inputs.dtype` does not
+    count.
     """
     check_mixer(inputs)
     zxbcdt, (low, high) = inputs.zxbcdt, inputs.dt_limit
-    device, dtype = zxbcdt.device.type, inputs.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    device, dtype = zxbcdt.device.type, products_dtype(zxbcdt)
     limits = (float(low), float(high))
     eps = 0.0 if inputs.norm_weight is None else float(inputs.eps)  # transformers may pass None
     inputs = inputs._replace(dt_limit=limits, eps=eps, dtype=dtype)
