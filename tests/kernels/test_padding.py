@@ -1,5 +1,6 @@
 """Padding, with the index -1: its output is zero, and it changes no state and no other row."""
 
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -101,3 +102,50 @@ def test_tokens_behind_the_last_document():
     alone = functions.causal_conv1d_fn(x[..., :6], weight, None, seq_idx[:, :6], activation="silu")
     assert torch.equal(y[..., :6], alone)
     assert not y[..., 6:].any()
+
+
+def of_state():
+    tensors = torch.randn(4, 2, 3), torch.rand(4, 2), -torch.rand(2)
+    BC = torch.randn(2, 4, 1, 5)
+    call = partial(ssd_step, D=torch.rand(2), z=torch.randn(4, 2, 3))
+    return torch.randn(5, 2, 3, 5), lambda s, rows: call(s, *tensors, *BC, state_batch_indices=rows)
+
+
+def of_channels():
+    x, dt, A = torch.randn(4, 6), torch.rand(4, 6), -torch.rand(6, 5)
+    BC, call = torch.randn(2, 4, 5), functions.selective_state_update
+    return torch.randn(5, 6, 5), lambda s, rows: call(s, x, dt, A, *BC, state_batch_indices=rows)
+
+
+def of_convolution(size=3):
+    x, weight = torch.randn(4, 6), torch.randn(6, 4)
+
+    def call(state, rows):
+        return causal_conv1d_step(x, state, weight, None, "silu", rows)
+
+    return torch.randn(5, 6, size), call
+
+
+def of_several_tokens():
+    x, weight, seqlens = torch.randn(4, 6, 2), torch.randn(6, 4), torch.tensor([1, 5, 7, 2])
+    call = partial(functions.causal_conv1d_update, x, cache_seqlens=seqlens)
+    return torch.randn(5, 6, 5), lambda s, rows: call(s, weight, conv_state_indices=rows)
+
+
+STEPS = (of_state, of_channels, of_convolution, partial(of_convolution, 5), of_several_tokens)
+
+
+@pytest.mark.parametrize("rows", [[3, -1, 0, -1], [-1, 4, -1, 2], [3, 1, 0, 2], [-1] * 4], ids=str)
+@pytest.mark.parametrize("name", ["reference", "eager"])
+@pytest.mark.parametrize("step", STEPS)
+def test_compiled_steps_do_not_look_at_the_rows(step, name, rows):
+    torch.compiler.reset()
+    (state, call), rows = step(), torch.tensor(rows)
+    expected_state, padded_state = state.clone(), state.clone()
+    with backend(name):
+        expected = call(expected_state, rows)
+        y = torch.compile(call, backend="aot_eager", fullgraph=True)(padded_state, rows)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(padded_state, expected_state)
+    others = [row for row in range(5) if row not in rows.tolist()]
+    assert torch.equal(padded_state[others], state[others])

@@ -178,7 +178,7 @@ def run_step(
         def of_rows(indices: Tensor | None, x: Tensor) -> Tensor:
             return step(x, conv_state, weight, bias, silu, indices)
 
-        return skip_padding(of_rows, indices, x)
+        return skip_padding(of_rows, conv_state, indices, x)
 
 
 def _check_weight(x: Tensor, weight: Tensor, bias: Tensor | None) -> int:

@@ -115,7 +115,7 @@ def causal_conv1d_update(
     def run(indices: Tensor | None, tokens: Tensor, seqlens: Tensor | None) -> Tensor:
         return _update(tokens, conv_state, weight, bias, activation, seqlens, indices)
 
-    y = skip_padding(run, conv_state_indices, tokens, cache_seqlens)
+    y = skip_padding(run, conv_state, conv_state_indices, tokens, cache_seqlens)
     return y[..., 0] if x.ndim == 2 else y
 
 
@@ -340,7 +340,7 @@ def selective_state_update(
         return _update_each_channel(tokens)
 
     with torch.autocast(x.device.type, enabled=False):
-        return skip_padding(run, state_batch_indices, x, dt, B, C, z)
+        return skip_padding(run, state, state_batch_indices, x, dt, B, C, z)
 
 
 def _of_heads(inputs: StepInputs) -> StepInputs:

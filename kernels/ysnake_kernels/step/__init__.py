@@ -86,7 +86,7 @@ def run(name: str, inputs: StepInputs) -> Tensor:
             return step(inputs._replace(x=x, dt=dt, B=B, C=C, z=z, indices=indices))
 
         rows = inputs.x, inputs.dt, inputs.B, inputs.C, inputs.z
-        return skip_padding(of_rows, inputs.indices, *rows)
+        return skip_padding(of_rows, inputs.state, inputs.indices, *rows)
 
 
 def check_step(inputs: StepInputs) -> None:
