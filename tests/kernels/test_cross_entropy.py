@@ -50,6 +50,24 @@ def test_no_tokens(name):
     assert loss.item() == 0
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_a_logit_of_minus_infinity_has_no_probability(name, dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 5000, device=DEVICE).to(dtype)
+    logits[0, :4096] = -torch.inf  # all that the fused kernel reads first
+    logits[1, :-1] = -torch.inf
+    logits[2, 0] = -torch.inf
+    logits[3] = torch.finfo(dtype).min
+    targets = torch.tensor([4500, 4999, -100, 7], device=DEVICE)
+    exact = logits.to(torch.float64, copy=True)
+    with backend("reference"):
+        expected = cross_entropy_(exact, targets)
+    with backend(name):
+        loss = cross_entropy_(logits, targets)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits.double(), exact, rtol=0, atol=TOLERANCES[dtype])
+
+
 def test_nan_shows(name):
     logits = torch.zeros(2, 5, device=DEVICE)
     logits[0, 1] = torch.nan

@@ -20,8 +20,9 @@ PER_THREAD = 16  # of these
 
 @triton.jit(do_not_specialize=["vocab"])
 def _loss_kernel(
-    logits, targets, losses, vocab, UNIT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
-):
+    logits, targets, losses, vocab, UNIT: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    LOWEST: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     vocab *= UNIT
     at = logits + row * vocab
@@ -29,14 +30,14 @@ def _loss_kernel(
     counts = target != IGNORED
     known = (target >= 0) & (target < vocab)
     own = tl.load(at + target, counts & known, other=float("nan")).to(ACC)
-    greatest = tl.full([], float("-inf"), ACC)
+    greatest = tl.full([], LOWEST, ACC)  # -inf minus -inf would be NaN
     total = tl.zeros([], ACC)  # of exp(logit - greatest)
     for start in range(0, vocab, BLOCK):
         i = start + tl.arange(0, BLOCK)
         v = tl.load(at + i, i < vocab, other=float("-inf")).to(ACC)
         before, greatest = greatest, tl.maximum(greatest, tl.max(v, 0))
         total = total * tl.exp(before - greatest) + tl.sum(tl.exp(v - greatest), 0)
-    tl.store(losses + row, tl.where(counts, tl.log(total) + greatest - own, 0.0))
+    tl.store(losses + row, tl.where(counts, tl.log(total) + (greatest - own), 0.0))
     scale = tl.where(counts, 1 / total, 0.0)
     for start in range(0, vocab, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -56,7 +57,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
         acc = tl.float64 if exact == torch.float64 else tl.float32
         warps = min(max(block // (32 * PER_THREAD), 1), 8)
         with torch.cuda.device_of(logits):
-            launcher(_loss_kernel, (unit, block, acc), warps)(
+            launcher(_loss_kernel, (unit, block, acc, torch.finfo(exact).min), warps)(
                 (tokens,), (logits, targets.contiguous(), losses), (vocab // unit,)
             )
     return losses.sum()
