@@ -68,6 +68,19 @@ def test_a_logit_of_minus_infinity_has_no_probability(name, dtype):
     torch.testing.assert_close(logits.double(), exact, rtol=0, atol=TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("which", ["reference", *NAMES])
+def test_autograd_knows_of_the_change_and_asks_for_nothing(which):
+    if which == "fused":
+        pytest.importorskip("triton", reason="Triton is for Linux")
+    logits, leaf = torch.randn(2, 5, device=DEVICE), torch.ones((), device=DEVICE).requires_grad_()
+    used = leaf * logits
+    with backend(which):
+        cross_entropy_(logits, torch.tensor([1, 2], device=DEVICE))
+    assert not logits.requires_grad
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        used.sum().backward()
+
+
 def test_nan_shows(name):
     logits = torch.zeros(2, 5, device=DEVICE)
     logits[0, 1] = torch.nan
