@@ -70,6 +70,13 @@ def test_slow_and_fast_decays_over_a_long_sequence(rate):
     assert distance(state, last) <= 2e-5
 
 
+def test_gradients_at_a_rate_of_minus_infinity():
+    """With steps as large as usual. At a step of size zero the slope itself is infinite."""
+    tensors = inputs(dtype=torch.float32)
+    tensors["A"][::2, 1:3] = -torch.inf
+    assert_equals_reference(selective_scan, tensors, OPTIONS)
+
+
 def test_b_and_c_without_groups_and_transposed_memory():
     tensors = inputs(groups=1)
     expected, state = selective_scan(**tensors, **OPTIONS)

@@ -92,7 +92,8 @@ class _Slice:
         """
         dt = self.dt[:, span]
         decays = dt[:, :, None] * self.A
-        decays.clamp_(min=SMALLEST_LOG_DECAY).exp_()
+        # zero where it is as good as zero, so that its gradient times a rate of -inf is zero
+        torch.threshold_(decays, SMALLEST_LOG_DECAY, -torch.inf).exp_()
         states = self.B[:, span, :, None] * (dt * self.u[:, span])[:, :, None]
         for decay, after in zip(decays.unbind(1), states.unbind(1), strict=True):
             state = after.addcmul_(decay, state)
