@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ysnake_kernels.numerics import step_sizes
+from ysnake_kernels.numerics import log_decays, step_sizes
 from ysnake_kernels.ssd.eager_chunks import (
     EdgeStates,
     PreparedScan,
@@ -53,7 +53,7 @@ def forward(
     dt = step_sizes(
         inputs.dt, inputs.dt_bias, inputs.dt_softplus, inputs.dt_limit, inputs.accumulator
     )
-    scan = PreparedScan(inputs, dt)
+    scan = PreparedScan(inputs, dt, log_decays(dt, inputs.A))
     layout, edges = scan.layout, EdgeStates(scan)
     S = scan.fold_state(inputs.initial_states)
     kept: list[Tensor | None] = []

@@ -17,6 +17,7 @@ from torch import Tensor
 from ysnake_kernels.numerics import (
     SMALLEST_LOG_DECAY,
     finite_rates,
+    log_decays,
     step_sizes,
     step_sizes_backward,
 )
@@ -42,7 +43,7 @@ from ysnake_kernels.ssd.eager_chunks import (
 from ysnake_kernels.ssd.eager_layout import Layout
 from ysnake_kernels.ssd.inputs import ScanInputs, SequenceGradients
 
-SMALLEST_STEP = 1e-18  # dt is at least this, since the gradient of log dt is divided by dt
+SMALLEST_STEP = 1e-18  # a factor dt is at least this: the gradient of log dt is divided by dt
 
 
 class ParameterGradients(NamedTuple):
@@ -137,10 +138,11 @@ def backward(
         into: memory for the gradients of x, dt, B and C.
         kept: what `forward` returned for this; empty: the states are computed again.
     """
-    dt = step_sizes(
+    exact = step_sizes(
         inputs.dt, inputs.dt_bias, inputs.dt_softplus, inputs.dt_limit, inputs.accumulator
-    ).clamp_(min=SMALLEST_STEP)
-    scan = PreparedScan(inputs, dt)
+    )
+    dt = exact.clamp(min=SMALLEST_STEP)
+    scan = PreparedScan(inputs, dt, log_decays(exact, inputs.A))
     layout, edges = scan.layout, EdgeStates(scan)
     states, *reads = kept or [compute_states(scan, inputs.initial_states)]
     assert states is not None

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ysnake_kernels.numerics import SMALLEST_LOG_DECAY, log_decays, sums_of_log_decays
+from ysnake_kernels.numerics import SMALLEST_LOG_DECAY, sums_of_log_decays
 from ysnake_kernels.ssd.eager_layout import Layout
 from ysnake_kernels.ssd.inputs import ScanInputs
 
@@ -70,7 +70,7 @@ class PreparedScan:
     operations add up. For this the last chunk is filled up with tokens whose step size is zero.
     """
 
-    def __init__(self, inputs: ScanInputs, dt: Tensor):
+    def __init__(self, inputs: ScanInputs, dt: Tensor, log_decays: Tensor):
         self.layout = layout = Layout(inputs)
         self.dtype, self.device = dt.dtype, dt.device
         self.buffers = Buffers(self.dtype, self.device)
@@ -84,8 +84,7 @@ class PreparedScan:
                 self.D_of_channels = D
         self.x = layout.by_piece(inputs.x)
         self.B, self.C = (self._by_piece(t) for t in (inputs.B, inputs.C))
-        A = layout.by_group(inputs.A.to(self.dtype))[..., 0]
-        self._decays(layout.by_chunk(dt), A, inputs.seq_idx)
+        self._decays(layout.by_chunk(dt), layout.by_chunk(log_decays), inputs.seq_idx)
 
     def _by_piece(self, t: Tensor) -> list[Tensor]:
         """[batch length g n] -> for each piece [(k b) q n]."""
@@ -93,10 +92,10 @@ class PreparedScan:
         chunks = layout.by_chunk(t.to(self.dtype).flatten(2))  # [chunk b q n]
         return [part.flatten(0, 1) for part in layout.split(chunks)]
 
-    def _decays(self, dt: Tensor, A: Tensor, seq_idx: Tensor | None) -> None:
+    def _decays(self, dt: Tensor, log_decays: Tensor, seq_idx: Tensor | None) -> None:
         """entry, exit and whole of all chunks [chunk b q r], and the numbers of each piece."""
         layout = self.layout
-        cs = sums_of_log_decays(log_decays(dt, A), 2)
+        cs = sums_of_log_decays(log_decays, 2)
         self.entry = cs.clamp(min=SMALLEST_LOG_DECAY).exp_()
         self.exit = (cs[:, :, -1:] - cs).clamp_(min=SMALLEST_LOG_DECAY).exp_().mul_(dt)
         self.whole = self.entry[:, :, -1]  # [chunk b r]
