@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparison import DTYPES, assert_equals_reference
+from comparison import DTYPES, TOLERANCES, assert_equals_reference, distance
 from ysnake_kernels import backend, rms_norm_gated
 from ysnake_kernels.norm import eager
 
@@ -76,3 +76,14 @@ def test_result_in_another_dtype(name):
     ):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["reference", "eager"])
+@pytest.mark.parametrize("scale", [1, 1e6])  # times a number of float16 it would overflow
+def test_result_in_a_wider_dtype_is_not_rounded_before(name, scale):
+    tensors = inputs(dtype=torch.float16)
+    tensors["weight"] = scale * tensors["weight"].float()
+    exact = {k: t.double() for k, t in tensors.items()}
+    with backend(name):
+        y = rms_norm_gated(**tensors, out_dtype=torch.float32)
+    assert distance(y, rms_norm_gated(**exact)) <= TOLERANCES[torch.float32][0]

@@ -26,7 +26,7 @@ SLACK = 256
 
 def norm(inputs: NormInputs, out_dtype: torch.dtype) -> Tensor:
     """`rms_norm_gated` of inputs that it has checked."""
-    return _differentiable(*inputs).to(out_dtype)
+    return _differentiable(*inputs, out_dtype)
 
 
 def _forward(
@@ -37,8 +37,9 @@ def _forward(
     eps: float,
     group_size: int,
     norm_before_gate: bool,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    y = _like(x)
+    y = _like(x, out_dtype)
     options = eps, group_size, norm_before_gate
     gates = None if z is None else _rows(z)
     forward(NormInputs(_rows(x), weight, bias, gates, *options), _rows(y))
@@ -79,8 +80,8 @@ _norm_backward = torch.library.custom_op("ysnake::norm_eager_backward", _backwar
 
 
 @_norm.register_fake
-def _(x, weight, bias, z, eps, group_size, norm_before_gate):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _(x, weight, bias, z, eps, group_size, norm_before_gate, out_dtype):
+    return torch.empty(x.shape, dtype=out_dtype, device=x.device)
 
 
 @_norm_backward.register_fake
@@ -89,14 +90,14 @@ def _(dy, x, weight, bias, z, eps, group_size, norm_before_gate):
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, weight, bias, z, *ctx.options = inputs
+    x, weight, bias, z, *ctx.options, _ = inputs
     ctx.save_for_backward(x, weight, bias, z)
 
 
 def _differentiate(ctx: Any, backward: Callable, dy: Tensor) -> tuple:
     saved = ctx.saved_tensors  # read once: torch's checkpoint allows no second time
     grads = backward(dy, *saved, *ctx.options)
-    return *with_none(grads, saved), None, None, None
+    return *with_none(grads, saved), None, None, None, None
 
 
 _differentiable = Differentiable(_norm, _forward, _save, _differentiate, _norm_backward, _backward)
@@ -107,9 +108,9 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _like(x: Tensor) -> Tensor:
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty tensor of the shape of x, with SLACK elements of memory after it."""
-    memory = torch.empty(x.numel() + SLACK, dtype=x.dtype, device=x.device)
+    memory = torch.empty(x.numel() + SLACK, dtype=dtype, device=x.device)
     return as_base(memory[: x.numel()].view(x.shape))
 
 
@@ -122,7 +123,7 @@ def rstd(v: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x) and 1 / rms(x), [... 1]."""
     scale = rstd(x, eps)
-    return torch.mul(x, scale, out=_like(x)), scale
+    return torch.mul(x, scale, out=_like(x, x.dtype)), scale
 
 
 def _normalise_groups(v: Tensor, eps: float, group_size: int) -> tuple[Tensor, Tensor]:
