@@ -1,13 +1,39 @@
 """A batch without rows gives outputs and gradients without rows, as in the reference."""
 
+from functools import partial
+
 import pytest
 import torch
-from ysnake_kernels import backend, causal_conv1d, selective_scan, ssd_scan, ssd_step
+from ysnake_kernels import (
+    backend,
+    causal_conv1d,
+    mamba_split_conv1d_scan_combined,
+    selective_scan,
+    ssd_scan,
+    ssd_step,
+)
+
+
+def mixer(zxbcdt, taps, A, norm, out, conv_state, state, **options):
+    return mamba_split_conv1d_scan_combined(
+        *(zxbcdt, taps, None, None, A, None),
+        initial_states=state,
+        conv_initial_states=conv_state,
+        rmsnorm_weight=norm,
+        outproj_weight=out,
+        **options,
+    )
+
 
 OPERATORS = {
     "convolution": ([(0, 4, 5), (4, 3)], causal_conv1d),
     "scan": ([(0, 5, 2, 4), (0, 5, 2), (2,), (0, 5, 1, 3), (0, 5, 1, 3)], ssd_scan),
     "selective scan": ([(0, 4, 5), (0, 4, 5), (4, 3), (0, 3, 5), (0, 3, 5)], selective_scan),
+    "mixer": ([(0, 5, 24), (14, 4), (2,), (8,), (6, 8), (0, 14, 3), (0, 2, 4, 3)], mixer),
+    "mixer, gate before the norm": (
+        [(0, 5, 24), (14, 4), (2,), (8,), (6, 8), (0, 14, 3), (0, 2, 4, 3)],
+        partial(mixer, norm_before_gate=False),
+    ),
 }
 
 

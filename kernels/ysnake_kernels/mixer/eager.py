@@ -168,11 +168,11 @@ class _Mixer(torch.autograd.Function):
 
 
 def _row_groups(inputs: MixerInputs) -> list[slice]:
-    """The rows of the batch in groups whose chunks stay in the cache."""
+    """The rows of the batch in groups whose chunks stay in the cache; at least one group."""
     batch, length, _ = inputs.zxbcdt.shape
     chunk_size = min(inputs.chunk_size or CPU_CHUNK, length)
     size = max(1, CHUNK_ELEMENTS // (inputs.sizes.d_inner * chunk_size))
-    return [slice(start, start + size) for start in range(0, batch, size)]
+    return [slice(start, start + size) for start in range(0, max(1, batch), size)]
 
 
 def _forward(inputs: MixerInputs, rstd: Tensor | None, out: Tensor) -> Tensor | None:
