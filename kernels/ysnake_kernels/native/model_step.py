@@ -47,15 +47,6 @@ class ModelStruct(ctypes.Structure):
     ]
 
 
-class StateStruct(ctypes.Structure):
-    """`State` in kernels.cpp."""
-
-    _fields_ = [
-        *((name, Pointer) for name in ("conv", "ssm")),
-        *((n, ctypes.c_int64) for n in ("batch_stride", "channel_stride", "token_stride")),
-    ]
-
-
 class ModelStep:
     """A model laid out for the compiled code. Packed formats copy its weights."""
 
@@ -126,9 +117,10 @@ class ModelStep:
             ValueError, TypeError: an argument has the wrong shape, dtype, device or layout.
         """
         self._check(h, states)
-        structs = (StateStruct * len(states))(
-            *(StateStruct(conv.data_ptr(), ssm.data_ptr(), *conv.stride()) for conv, ssm in states)
-        )
+        fields: list[int] = []  # those of `State` in kernels.cpp, for one layer after the other
+        for conv, ssm in states:
+            fields += (conv.data_ptr(), ssm.data_ptr(), *conv.stride())
+        structs = (ctypes.c_int64 * len(fields))(*fields)  # quicker than ctypes.Structure
         logits = h.new_empty(len(h), self.vocabulary)
         sizes = map(ctypes.c_int64, (len(h), threads_for(self.of_a_product)))
         self.code.ysnake_step(
