@@ -46,6 +46,7 @@ PRESENCE = ("ends", "gate", "D", "sequences", "load", "dt_bias")
 CONV = {
     "dtype": FLOATS,
     "width": (4, 2, 3),
+    "older": (0, 1),  # tokens of a step's state that no tap reads
     "layout": ("slice", "channels first", "channels last"),
     "bias": (True, False),
     "documents": (False, True),
@@ -178,7 +179,7 @@ def scan(
         _differentiate([y, states] if ends in ("final gradient", "both") else [y], inputs)
 
 
-def conv(dtype, width, layout, bias, documents, ends, activation, parameters, index) -> None:
+def conv(dtype, width, older, layout, bias, documents, ends, activation, parameters, index) -> None:
     batch, channels, length = 2, 40, 10
     if layout == "channels first":
         x = torch.zeros(batch, channels, length, dtype=dtype)
@@ -189,6 +190,7 @@ def conv(dtype, width, layout, bias, documents, ends, activation, parameters, in
     weight = torch.zeros(channels, width, dtype=parameters)
     shift = torch.zeros(channels, dtype=parameters) if bias else None
     states = torch.zeros(batch, channels, width - 1, dtype=dtype)
+    before = torch.zeros(batch, channels, older + width - 1, dtype=dtype)
     with stand_in_driver.fused_on_cpu():
         inputs = {"x": x, "weight": weight, "bias": shift}
         if ends in ("initial states", "both"):
@@ -199,7 +201,7 @@ def conv(dtype, width, layout, bias, documents, ends, activation, parameters, in
         y, final = ours.causal_conv1d(**inputs, activation=activation, return_final_states=True)
         _differentiate([y, final] if ends in ("final gradient", "both") else [y], inputs)
         rows = None if index is None else torch.arange(batch).to(index)
-        ours.causal_conv1d_step(x[..., 0], states, weight, shift, activation, rows)
+        ours.causal_conv1d_step(x[..., 0], before, weight, shift, activation, rows)
 
 
 def norm(dtype, gate, bias, norm_before_gate, features, parameters) -> None:

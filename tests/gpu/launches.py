@@ -120,8 +120,10 @@ def norm(sizes: Sizes, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def step(sizes: Sizes, dtype: torch.dtype) -> None:
     taps = floats(sizes.channels, 4), floats(sizes.channels)
-    states = torch.zeros(BATCH, sizes.channels, 3, dtype=dtype)
-    ours.causal_conv1d_step(torch.zeros(BATCH, sizes.channels, dtype=dtype), states, *taps, "silu")
+    x, rows = torch.zeros(BATCH, sizes.channels, dtype=dtype), torch.arange(BATCH)
+    for size in (3, 5):
+        states = torch.zeros(BATCH, sizes.channels, size, dtype=dtype)
+        ours.causal_conv1d_step(x, states, *taps, "silu", rows)
     given = scan_inputs(sizes, dtype)
     token = {k: t[:, 0] if k in ("x", "dt", "B", "C") else t for k, t in given.items()}
     ours.ssd_step(torch.zeros(BATCH, HEADS, *sizes), **token, dt_softplus=True)

@@ -15,6 +15,7 @@ from comparison import (
 )
 from test_conv import CASES
 from test_conv import inputs as on_cpu
+from torch.utils._python_dispatch import TorchDispatchMode
 from ysnake_kernels import backend, causal_conv1d, causal_conv1d_step
 from ysnake_kernels.conv import fused
 
@@ -172,6 +173,22 @@ def test_a_step_keeps_an_exact_state(name):
     assert torch.equal(state[:, :, :2], later)
 
 
+def test_a_step_looks_at_no_rows():
+    """So a CUDA graph can hold it, also where the state has tokens that no tap reads."""
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    rows = torch.tensor([3, -1], device=DEVICE)
+    with Seen():
+        fused.conv_step(randn(2, 6), randn(5, 6, 5), randn(6, 4), None, True, rows)
+    assert seen
+    assert not [name for name in seen if name.startswith(("aten.index", "aten.nonzero"))]
+
+
 def test_library_operators():
     t = inputs(length=10, channels=3, dtype=torch.float32)
     floats = {k: v.requires_grad_() for k, v in t.items()}
@@ -202,13 +219,17 @@ def test_compiles_whole():
         assert torch.equal(a, b)
 
 
-def test_step_compiles_whole():
-    x, state, weight = randn(2, 6), randn(2, 6, 3), randn(6, 4)
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("rows", [None, [4, -1, 1]], ids=str)
+def test_step_compiles_whole(size, rows):
+    torch.compiler.reset()
+    x, state, weight = randn(3, 6), randn(3 if rows is None else 5, 6, size), randn(6, 4)
+    options = {"conv_state_indices": None if rows is None else torch.tensor(rows, device=DEVICE)}
     with backend("fused"):
         expected_state = state.clone()
-        expected = causal_conv1d_step(x, expected_state, weight)
+        expected = causal_conv1d_step(x, expected_state, weight, **options)
         compiled = torch.compile(causal_conv1d_step, backend="aot_eager", fullgraph=True)
-        assert torch.equal(compiled(x, state, weight), expected)
+        assert torch.equal(compiled(x, state, weight, **options), expected)
     assert torch.equal(state, expected_state)
 
 

@@ -45,20 +45,7 @@ def conv_step(
         ValueError: the width is not supported.
     """
     check_width(weight)
-    older = conv_state.shape[2] - weight.shape[1] + 1  # tokens that the kernel does not read
-    _move_on(conv_state, older, indices)
-    return _in_place(x, conv_state[:, :, older:], weight, bias, indices, silu)
-
-
-def _move_on(conv_state: Tensor, count: int, rows: Tensor | None) -> None:
-    """Move the oldest `count` tokens of the rows in use by one place. The kernel moves the rest."""
-    if count == 0:
-        return
-    if rows is None:
-        conv_state[:, :, :count] = conv_state[:, :, 1 : count + 1].clone()
-    else:
-        rows = rows[rows >= 0]
-        conv_state[rows, :, :count] = conv_state[rows, :, 1 : count + 1]
+    return _in_place(x, conv_state, weight, bias, indices, silu)
 
 
 def check_width(weight: Tensor) -> None:
@@ -243,6 +230,8 @@ def _step(
     silu: bool,
 ) -> Tensor:
     batch, channels = x.shape
+    width = weight.shape[1]
+    older = conv_state.shape[2] - width + 1  # tokens that no tap reads
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
@@ -250,7 +239,7 @@ def _step(
     taps, bias, indices = weight.contiguous(), _contiguous(bias), _contiguous(indices)
     with torch.cuda.device_of(x):
         block, warps = STEP.values()
-        launcher(step_kernel, (weight.shape[1], silu, block, acc), warps)(
+        launcher(step_kernel, (width, older, silu, block, acc), warps)(
             (batch, ceil_divide(channels, block)),
             (x, conv_state, taps, bias, indices, y),
             (channels, *x.stride(), *conv_state.stride()),

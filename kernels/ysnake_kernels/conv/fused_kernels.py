@@ -303,13 +303,15 @@ def step_kernel(
     state_channel,
     state_token,
     W: tl.constexpr,
+    OLDER: tl.constexpr,
     SILU: tl.constexpr,
     CHANNELS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One new token x [batch, channels] of each row, and the state [rows, channels, W - 1].
+    """One new token x [batch, channels] of each row, and the state [rows, channels, OLDER + W - 1].
 
-    weight is [channels, W]; its last tap belongs to the new token.
+    No tap reads the OLDER tokens at the start. They only move by one place. weight is
+    [channels, W]; its last tap belongs to the new token.
     """
     batch = tl.program_id(0).to(tl.int64)
     c = (tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)).to(tl.int64)  # [C]
@@ -317,6 +319,9 @@ def step_kernel(
     row = batch if indices is None else tl.load(indices + batch).to(tl.int64)
     used = row + c * 0 >= 0  # [C]; a row of -1 is padding
     state += row * state_row + c * state_channel
+    for _ in range(OLDER):
+        tl.store(state, tl.load(state + state_token, inside & used, other=0.0), inside & used)
+        state += state_token
     new = tl.load(x + batch * x_batch + c * x_channel, inside, other=0.0)
     v = new.to(ACC) * tl.load(weight + c * W + W - 1, inside, other=0.0).to(ACC)
     if bias is not None:
