@@ -20,7 +20,7 @@ def run(job: str, options: Options) -> None:
     if not options.dry:
         command = [found("ncu"), "--clock-control", "none", "--profile-from-start", "off"]
         command += [word for name in SECTIONS for word in ("--section", name)]
-        command += ["--launch-count", "40", "--page", "details", "--csv", "--print-units", "base"]
+        command += ["--launch-count", "50", "--page", "details", "--csv", "--print-units", "base"]
         command += ["--log-file", str(file)]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run([*command, *script], timeout=SECONDS, check=False, **output)

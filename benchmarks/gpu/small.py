@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import torch
+import ysnake_kernels as ours
 
 from benchmarks.gpu import layers
 from benchmarks.gpu.cases import BOTH, FORWARD, TINY, arguments, work
@@ -31,6 +32,14 @@ def main(name: str) -> None:
         calls.append(work("fused", op, BOTH, {k: t.to(device) for k, t in tensors.items()}))
     step = {k: t.to(device) for k, t in arguments(one, torch.bfloat16, place)["step"].items()}
     calls.append(work("fused", "step", FORWARD, step))
+    x, weight, bias = (
+        t.to(device) for t in arguments(one, torch.bfloat16, place)["convolution"].values()
+    )
+    state = torch.zeros(*x.shape[:2], 4, dtype=x.dtype).to(device)
+    calls.append(lambda: ours.causal_conv1d_step(x[..., 0], state, weight, bias, "silu"))
+    logits = torch.randn(s.length, 5000).to(device, torch.bfloat16)  # more than a block of tokens
+    targets = torch.zeros(s.length, dtype=torch.int64).to(device)
+    calls.append(lambda: ours.cross_entropy_(logits, targets))
     batch, sizes = 64 if name == "large" else 3, layers.TINY if name == "dry" else {}
     calls.append(layers.stack(batch, torch.bfloat16, device, **sizes).step)
     for call in calls:

@@ -21,6 +21,10 @@ import ysnake_kernels as ours
 from covering import covering
 from torch import Tensor
 from triton._C.libtriton import ir
+from ysnake_kernels.layers_step import layers_step
+from ysnake_kernels.layers_step.inputs import LayerWeights
+from ysnake_kernels.mixer import MixerSizes
+from ysnake_kernels.mixer_step import MixerWeights
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INDICES = (torch.int32, torch.int64)
@@ -75,6 +79,18 @@ STEP = {
     "layout": ("slice", "contiguous"),
     "parameters": (torch.float32, None),
     "index": (None, *INDICES),
+}
+LOSS = {"dtype": FLOATS, "vocab": (50, 4096, 9001, 1)}
+LAYERS = {
+    "dtype": (torch.bfloat16, torch.float32, torch.float64),  # float16 takes the other operators
+    "sizes": ((2, 64, 128), (4, 20, 17), (300, 4, 16), (1, 1, 1)),  # heads, P, N
+    "residual": (torch.float32, None),  # None: the dtype of the projections
+    "bias": (False, True),
+    "conv_bias": (True, False),
+    "width": (4, 2),
+    "dt_limit": ((0.0, float("inf")), (0.001, 0.1)),
+    "layout": ("channels last", "channels first"),
+    "parameters": (torch.float32, None),
 }
 
 
@@ -235,7 +251,32 @@ def step(
         )
 
 
-OPERATORS = {scan: SCAN, conv: CONV, norm: NORM, step: STEP}
+def loss(dtype, vocab) -> None:
+    with stand_in_driver.fused_on_cpu():
+        ours.cross_entropy_(torch.zeros(3, vocab, dtype=dtype), torch.zeros(3, dtype=torch.int64))
+
+
+def layers(dtype, sizes, residual, bias, conv_bias, width, dt_limit, layout, parameters) -> None:
+    batch, d_model, (heads, P, N) = 2, 24, sizes
+    s, new = MixerSizes(heads * P, heads, 1, N), partial(torch.zeros, dtype=dtype)
+    of_heads = torch.zeros(heads, dtype=parameters or dtype)
+    taps, shift = new(s.channels, width), new(s.channels) if conv_bias else None
+    inner = taps, shift, of_heads, -of_heads, of_heads, new(s.d_inner)
+    mixer, features = MixerWeights(*inner, s, dt_limit, 1e-5), sum(s.projection)
+    into = new(features, d_model), new(features) if bias else None
+    out = new(d_model, s.d_inner), new(d_model) if bias else None
+    weights = LayerWeights(new(d_model), 1e-5, *into, mixer, *out)
+    conv_state = new(batch, width - 1, s.channels).mT
+    if layout == "channels first":
+        conv_state = conv_state.contiguous()
+    exact = torch.promote_types(dtype, torch.float32)
+    states = [(conv_state, torch.zeros(batch, heads, P, N, dtype=exact))]
+    h = torch.zeros(batch, d_model, dtype=residual or dtype)
+    with stand_in_driver.fused_on_cpu():
+        layers_step(h, states, [weights], new(d_model), 1e-5)
+
+
+OPERATORS = {scan: SCAN, conv: CONV, norm: NORM, step: STEP, loss: LOSS, layers: LAYERS}
 
 
 def cases(operator: Callable, thorough: bool) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ def check(*arguments: str) -> None:
     ]
     assert not failures, "\n\n".join(failures)
     seen = {name.split(".")[1] for name in result["kernels"]}
-    assert seen == {"conv", "norm", "ssd", "step"}
+    assert seen == {"conv", "layers_step", "loss", "norm", "ssd", "step"}
 
 
 def test_pairs_of_options():
