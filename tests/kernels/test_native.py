@@ -88,6 +88,14 @@ def test_sums_of_many_integers_fit():
     assert torch.allclose(Matrix(w, None, "int8").product(w[:1]), torch.tensor(40_000.0), rtol=1e-3)
 
 
+@pytest.mark.parametrize("columns", [8192, 8193, 16384])
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_torch_rounds_as_compiled_code_does(format, columns):
+    matrix, x = Matrix(torch.eye(4, columns), None, format), torch.randn(3, columns)
+    expected = linear(matrix.rounded(x), matrix.dense())
+    torch.testing.assert_close(matrix.product(x), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 128, 129])
 def test_a_packed_layer_keeps_the_shape(rows):
     matrix = Matrix(weight(12, 40), torch.randn(12), "bfloat16")

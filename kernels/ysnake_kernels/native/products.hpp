@@ -20,7 +20,7 @@ constexpr int LANES = 8;       // numbers that a vector register is taken to hol
 constexpr int GROUP = 32;      // int4 weights that share a scale
 constexpr int ROWS = 4;        // rows of weights that are multiplied at the same time
 constexpr int UNPACKED = 4;    // from this many input rows on, bfloat16 weights become float32 first
-constexpr float LARGEST = 2047;  // of the integers to which inputs are rounded
+constexpr int64_t LARGEST = 2047;  // of the integers to which inputs are rounded
 
 using Floats = float __attribute__((vector_size(LANES * 4)));
 using Ints = int32_t __attribute__((vector_size(LANES * 4)));
@@ -103,7 +103,7 @@ public:
         std::fill(integers.begin(), integers.end(), 0);
         std::fill(offsets.begin(), offsets.end(), 0);
         // The sum over all columns must fit into 32 bits.
-        float most = std::floor(std::min(LARGEST, float(INT32_MAX) / 128 / float(steps * GROUP)));
+        float most = std::min(LARGEST, INT32_MAX / 128 / (steps * GROUP));
         for (int64_t b = 0; b < batch; b++) {
             const float* x = row(b);
             float largest = 0, check = 0;
