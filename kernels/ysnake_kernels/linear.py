@@ -55,7 +55,7 @@ def normed_linear(
 
     Args:
         x: (..., features).
-        added: shape of x; None means zero.
+        added: shape of x, in x's dtype or one with fewer bits; None means zero.
         norm_weight: (features,).
         eps: added to the mean square of the features.
         weight, bias: as in `linear`.

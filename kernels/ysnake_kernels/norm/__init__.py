@@ -97,7 +97,7 @@ def add_and_norm(
 
     Args:
         x: (..., features).
-        added: shape of x. None means that the sum is x itself.
+        added: shape of x, in x's dtype or one with fewer bits. None means that the sum is x itself.
         weight: (features,).
         eps: added to the mean square.
     """

@@ -35,7 +35,8 @@ def ssd_step(
 ) -> Tensor:
     """Advance the recurrence of `ssd_scan` by one token; `state` is updated in place.
 
-    For inference: it has no gradient. Dtypes are those of `ssd_scan`.
+    For inference: it has no gradient. Inputs may be float64, float32, bfloat16 or float16. Computed
+    in float32 (float64 if state or x is).
 
     Args:
         state: (batch, heads, P, N), contiguous; best in float32, whatever x is. With
