@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ysnake_kernels.numerics import accumulator
 from ysnake_kernels.triton_math import ROUND_ONCE
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -72,3 +74,13 @@ def launcher(
     static = tuple(type(c)(*map(tl.constexpr, c)) if isinstance(c, tuple) else c for c in constants)
     options = {"num_warps": num_warps, "num_stages": num_stages, **ROUND_ONCE}
     return Launcher(kernel, static, options)
+
+
+def triton_accumulator(*tensors: Tensor | None) -> tl.dtype:
+    """`accumulator` as a dtype of Triton."""
+    return tl.float64 if accumulator(*tensors) == torch.float64 else tl.float32
+
+
+def contiguous(t: Tensor | None) -> Tensor | None:
+    """The tensor with its elements side by side. None stays None."""
+    return None if t is None else t.contiguous()

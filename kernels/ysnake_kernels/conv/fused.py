@@ -4,15 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.conv.fused_kernels import backward_kernel, forward_kernel, step_kernel
 from ysnake_kernels.conv.inputs import ConvInputs
-from ysnake_kernels.custom_op import Differentiable, InPlace
+from ysnake_kernels.custom_op import Differentiable, InPlace, empty_gradients
 from ysnake_kernels.memory import empty_like
 from ysnake_kernels.numerics import accumulator, ceil_divide, common_unit
-from ysnake_kernels.triton_launch import launcher
+from ysnake_kernels.triton_launch import contiguous, launcher, triton_accumulator
 
 MAX_WIDTH = 4
 # Used on every card. BACKWARD is the fastest on an H200. FORWARD spills no registers on sm_80.
@@ -57,10 +56,6 @@ def check_width(weight: Tensor) -> None:
         )
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def _near(t: Tensor) -> Tensor:
     """t itself if a block of its tokens spans less than 2^31 elements."""
     return t if t.stride(2) < 2**22 else t.contiguous()
@@ -81,15 +76,11 @@ def _strides(*tensors: Tensor) -> tuple[list[int], int]:
     return strides, unit
 
 
-def _accumulator(*tensors: Tensor | None) -> tl.dtype:
-    return tl.float64 if accumulator(*tensors) == torch.float64 else tl.float32
-
-
 def forward(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     """y and the final states, without autograd."""
     x, weight, bias, seq_idx, initial_states, silu = inputs
     batch, channels, length = x.shape
-    taps, bias, seq_idx = weight.contiguous(), _contiguous(bias), _contiguous(seq_idx)
+    taps, bias, seq_idx = weight.contiguous(), contiguous(bias), contiguous(seq_idx)
     y, final = _empty_outputs(x, weight)
     x = _near(x)
     if x.numel() == 0:
@@ -100,7 +91,7 @@ def forward(inputs: ConvInputs) -> tuple[Tensor, Tensor]:
     strides, unit = _strides(x, y)
     with torch.cuda.device_of(x):
         *tile, warps = FORWARD.values()
-        acc = _accumulator(x, weight, bias, initial_states)
+        acc = triton_accumulator(x, weight, bias, initial_states)
         launcher(forward_kernel, (inputs.width, silu, *tile, unit, acc), warps)(
             grid,
             (x, taps, bias, seq_idx, initial_states, y, final),
@@ -124,10 +115,10 @@ def backward(
     x, weight, bias, seq_idx, initial_states, silu = inputs
     batch, channels, length = x.shape
     width, acc = inputs.width, accumulator(x, weight, bias, initial_states)
-    taps, shift = weight.contiguous(), _contiguous(bias)
-    seq_idx, dfinal = _contiguous(seq_idx), _contiguous(dfinal)
+    taps, shift = weight.contiguous(), contiguous(bias)
+    seq_idx, dfinal = contiguous(seq_idx), contiguous(dfinal)
     dx = empty_like(x) if dx is None else dx
-    dweight, dbias, dhistory = _empty_gradients(weight, bias, initial_states, like=x)
+    dweight, dbias, dhistory = empty_gradients(weight, bias, initial_states)
     tokens = length if initial_states is None else length + width - 1
     blocks = ceil_divide(tokens, BACKWARD["LANES"] * BACKWARD["RUN"])
     shape = (batch * blocks, width + 1, channels)
@@ -139,7 +130,7 @@ def backward(
         strides, unit = _strides(x, dy, dx)
         with torch.cuda.device_of(x):
             *tile, warps = BACKWARD.values()
-            dtype = _accumulator(x, weight, bias, initial_states)
+            dtype = triton_accumulator(x, weight, bias, initial_states)
             launcher(backward_kernel, (width, silu, *tile, unit, dtype), warps)(
                 grid,
                 (x, taps, shift, seq_idx, initial_states, dy, dfinal, dx, dhistory, partial),
@@ -150,17 +141,6 @@ def backward(
     if bias is not None:
         dbias.copy_(total[width])
     return dx, dweight, dbias, dhistory
-
-
-def _empty_gradients(*tensors: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
-    """Contiguous tensors of the shapes of the arguments.
-
-    One that was not given has a gradient of no elements: a custom operator cannot return None.
-    """
-    return tuple(
-        like.new_empty(0) if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t in tensors
-    )
 
 
 def _forward(
@@ -198,7 +178,7 @@ def _(x, weight, bias, seq_idx, initial_states, silu):
 
 @_conv_backward.register_fake
 def _(dy, dfinal, x, weight, bias, seq_idx, initial_states, silu):
-    return empty_like(x), *_empty_gradients(weight, bias, initial_states, like=x)
+    return empty_like(x), *empty_gradients(weight, bias, initial_states)
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -235,8 +215,8 @@ def _step(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    acc = _accumulator(x, weight, bias, conv_state)
-    taps, bias, indices = weight.contiguous(), _contiguous(bias), _contiguous(indices)
+    acc = triton_accumulator(x, weight, bias, conv_state)
+    taps, bias, indices = weight.contiguous(), contiguous(bias), contiguous(indices)
     with torch.cuda.device_of(x):
         block, warps = STEP.values()
         launcher(step_kernel, (width, older, silu, block, acc), warps)(

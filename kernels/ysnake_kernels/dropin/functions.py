@@ -353,7 +353,6 @@ def _of_heads(inputs: StepInputs) -> StepInputs:
         B=B if B.ndim == 3 else B[:, None],
         C=C if C.ndim == 3 else C[:, None],
         dt_bias=None if dt_bias is None else dt_bias[:, 0],
-        dt_limit=NO_LIMIT,
     )
 
 

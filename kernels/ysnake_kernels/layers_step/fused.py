@@ -4,15 +4,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.layers_step.fused_kernels import join_kernel, mix_kernel
 from ysnake_kernels.layers_step.inputs import LayersInputs, LayerWeights
 from ysnake_kernels.mixer_step import check_mixer_step
 from ysnake_kernels.mixer_step.weights import MixerWeights
-from ysnake_kernels.numerics import accumulator, ceil_divide, common_unit, next_power_of_2
-from ysnake_kernels.triton_launch import launcher
+from ysnake_kernels.numerics import ceil_divide, common_unit, next_power_of_2
+from ysnake_kernels.triton_launch import contiguous, launcher, triton_accumulator
 
 MAX_STATE = 1024  # N, which a program holds for each of its rows
 MAX_FEATURES = 16384  # d_model, which a program holds for one row of the batch
@@ -73,10 +72,6 @@ def step(inputs: LayersInputs) -> Tensor:
         return join(h, mixed, norm_weight, eps, norm_weight.dtype)
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def mix(
     projected: Tensor, conv_state: Tensor, ssm_state: Tensor, w: MixerWeights
 ) -> tuple[Tensor, Tensor]:
@@ -88,11 +83,11 @@ def mix(
     rows = min(next_power_of_2(head_dim), max(1, elements // cols))
     tiles = min(tiles, ceil_divide(head_dim, rows))
     programs = ceil_divide(head_dim, rows * tiles)
-    acc = tl.float64 if ssm_state.dtype == torch.float64 else tl.float32
+    acc = triton_accumulator(ssm_state)
     y = torch.empty((batch, heads * head_dim), dtype=projected.dtype, device=device)
     squares = torch.empty((batch, heads * programs), dtype=ssm_state.dtype, device=device)
     per_head = [t.contiguous() for t in (w.dt_bias, w.A, w.D, w.norm_weight)]
-    tensors = ssm_state, projected, conv_state, w.conv_weight, _contiguous(w.conv_bias)
+    tensors = ssm_state, projected, conv_state, w.conv_weight, contiguous(w.conv_bias)
     unit, limits = common_unit(projected.shape[1]), map(float, w.dt_limit)
     sizes = heads, head_dim, n, w.conv_weight.shape[1]
     launcher(mix_kernel, (*sizes, *limits, unit, rows, cols, tiles, acc), warps)(
@@ -111,13 +106,13 @@ def join(
     normed = torch.empty(h.shape, dtype=dtype, device=h.device)
     cols = next_power_of_2(features)
     warps = min(max(cols // 256, 4), 16)
-    acc = tl.float64 if accumulator(h, norm_weight) == torch.float64 else tl.float32
+    acc = triton_accumulator(h, norm_weight)
     out = squares = bias = projected = history = None
     numbers: tuple[float, ...] = (1e-5, 1, 1, 1, 2, 1)
     strides: tuple[int, ...] = (1, 1, 1, 1, 1)
     if mixed is not None:
         out, squares, projected, history, layer = mixed
-        bias = _contiguous(layer.out_bias)
+        bias = contiguous(layer.out_bias)
         sizes, parts, unit = layer.mixer.sizes, squares.shape[1], common_unit(projected.shape[1])
         width = layer.mixer.conv_weight.shape[1]
         numbers = layer.mixer.eps, sizes.d_inner, parts, next_power_of_2(parts), width, unit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ysnake_kernels.loss.reference import IGNORED as IGNORED_TARGET
 from ysnake_kernels.numerics import common_unit, next_power_of_2
-from ysnake_kernels.triton_launch import launcher
+from ysnake_kernels.triton_launch import launcher, triton_accumulator
 
 IGNORED = tl.constexpr(IGNORED_TARGET)
 BLOCK = 4096  # logits that a program holds in registers
@@ -54,7 +54,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     if tokens:
         block = min(BLOCK, next_power_of_2(vocab))
         unit = common_unit(vocab)
-        acc = tl.float64 if exact == torch.float64 else tl.float32
+        acc = triton_accumulator(logits)
         warps = min(max(block // (32 * PER_THREAD), 1), 8)
         with torch.cuda.device_of(logits):
             launcher(_loss_kernel, (unit, block, acc, torch.finfo(exact).min), warps)(

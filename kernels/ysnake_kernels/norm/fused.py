@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ysnake_kernels.custom_op import Differentiable
+from ysnake_kernels.custom_op import Differentiable, empty_gradients
 from ysnake_kernels.norm.inputs import NormInputs
 from ysnake_kernels.numerics import accumulator, ceil_divide, common_unit, next_power_of_2
-from ysnake_kernels.triton_launch import Launcher, launcher
+from ysnake_kernels.triton_launch import Launcher, launcher, triton_accumulator
 from ysnake_kernels.triton_math import silu, silu_slope
 
 MAX_GROUP = 16384  # features that a program holds in registers
@@ -232,7 +232,7 @@ def _strides(*tensors: Tensor | None) -> tuple[list[int], int]:
 
 def _launcher(kernel: Any, tile: dict[str, int], inputs: NormInputs, unit: int) -> Launcher:
     """The launcher of a kernel for a tile that `configuration` gives."""
-    acc = tl.float64 if accumulator(*inputs.tensors) == torch.float64 else tl.float32
+    acc = triton_accumulator(*inputs.tensors)
     constants = (*inputs[4:], tile["ROWS"], tile["COLS"], unit, acc)
     return launcher(kernel, constants, tile["num_warps"])
 
@@ -352,10 +352,7 @@ def _(x, weight, bias, z, eps, group_size, norm_before_gate, out_dtype):
 
 @_norm_backward.register_fake
 def _(dy, x, weight, bias, z, eps, group_size, norm_before_gate):
-    def like(t):
-        return x.new_empty(0) if t is None else t.new_empty(t.shape)
-
-    return like(x), like(weight), like(bias), like(z)
+    return tuple(empty_gradients(x, weight, bias, z))
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:

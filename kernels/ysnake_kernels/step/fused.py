@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ysnake_kernels.custom_op import InPlace
-from ysnake_kernels.numerics import accumulator, ceil_divide, next_power_of_2
+from ysnake_kernels.numerics import ceil_divide, next_power_of_2
 from ysnake_kernels.step.inputs import StepInputs
-from ysnake_kernels.triton_launch import launcher
+from ysnake_kernels.triton_launch import contiguous, launcher, triton_accumulator
 from ysnake_kernels.triton_math import clamp, finite, softplus
 
 TILE = 2048  # elements of the state per program: 8 KB in float32, small enough for batch 1
@@ -119,10 +119,6 @@ def _adjacent(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.contiguous()
-
-
 def _launch(inputs: StepInputs) -> Tensor:
     state, x, dt, z, D = inputs.state, inputs.x, inputs.dt, inputs.z, inputs.D
     batch, heads, head_dim = x.shape
@@ -132,10 +128,10 @@ def _launch(inputs: StepInputs) -> Tensor:
         return y
     x, B, C = _adjacent(x), _adjacent(inputs.B), _adjacent(inputs.C)
     z = None if z is None else _adjacent(z)
-    A, D, dt_bias = inputs.A.contiguous(), _contiguous(D), _contiguous(inputs.dt_bias)
-    indices = _contiguous(inputs.indices)
+    A, D, dt_bias = inputs.A.contiguous(), contiguous(D), contiguous(inputs.dt_bias)
+    indices = contiguous(inputs.indices)
     rows, cols, warps = configuration(head_dim, n).values()
-    acc = tl.float64 if accumulator(state, x) == torch.float64 else tl.float32
+    acc = triton_accumulator(state, x)
     per_channel = D is not None and D.ndim == 2
     sizes = heads // groups, head_dim, n
     dt_options = inputs.dt_softplus, *inputs.dt_limit
