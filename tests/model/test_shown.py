@@ -6,9 +6,11 @@ import pytest
 from small import entry, saved
 
 from ysnake import run
-from ysnake.inference import conversation
+from ysnake.checkpoints import checkpoint
+from ysnake.inference import generate
 from ysnake.shared.errors import InputError
 from ysnake.shared.shown import amount, escape_controls
+from ysnake.text.tokenizer import encode
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,9 @@ def test_an_error_cannot_steer_the_terminal(tmp_path):
 
 def test_a_completion_cannot_steer_the_terminal(tmp_path, monkeypatch):
     folder = saved(tmp_path)
-    monkeypatch.setattr(conversation, "texts", lambda *_: ["one\n", "\x1b]0;title\x07", "\ttwo"])
+    ids = encode(checkpoint.load_tokenizer(folder), "one\n\x1b]0;title\x07\ttwo")
+    drawn = iter([*ids, 0])  # 0 ends the text
+    monkeypatch.setattr(generate, "choose", lambda *_: next(drawn))
     code, out, _ = entry(run.main, folder, "--prompt", "x")
     assert code == 0
     assert out == "one\n\\x1b]0;title\\x07\ttwo\n"
