@@ -1,5 +1,7 @@
 """One server for all tests that only send requests to it, and what trainings need."""
 
+import errno
+
 import ollama
 import pytest
 import torch
@@ -47,3 +49,14 @@ def one_thread():
 def short_samples(monkeypatch):
     """Samples of 8 tokens. Runs in other processes still write long ones."""
     monkeypatch.setattr(evaluation, "SAMPLE_TOKENS", 8)
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    """A file system that has no locks, as some shared folders."""
+    fcntl = pytest.importorskip("fcntl", reason="Windows has other locks")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)

@@ -1,7 +1,6 @@
 """A corpus by Ollama: a real server on a real socket that speaks Ollama's API, as well or as badly
 as a test tells it to; the real client; real processes, some of them killed."""
 
-import errno
 import io
 import json
 import os
@@ -472,13 +471,8 @@ def test_one_process_at_a_time(tmp_path):
     store(tmp_path).close()
 
 
-def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
-    fcntl = pytest.importorskip("fcntl")
-
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+@pytest.mark.usefixtures("without_locks")
+def test_where_there_are_no_locks_a_warning_says_so(tmp_path, caplog):
     for _ in range(2):
         store(tmp_path).close()
     assert caplog.text.count("this file system has no locks") == 1

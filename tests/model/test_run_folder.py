@@ -1,6 +1,5 @@
 """A run folder has one owner, and what a start or a kill leaves behind is never taken for a run."""
 
-import errno
 import json
 import os
 import signal
@@ -80,13 +79,8 @@ def test_a_lock_can_be_waited_for(tmp_path):
         pass
 
 
-def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
-    fcntl = pytest.importorskip("fcntl")
-
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
+@pytest.mark.usefixtures("without_locks")
+def test_where_there_are_no_locks_a_warning_says_so(tmp_path, caplog):
     for _ in range(2):
         with run_lock.lock(tmp_path / "x.lock", "in use") as held:
             assert not held
